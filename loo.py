@@ -1,0 +1,774 @@
+"""Leave-one-out contrastive learning (LooC): "What Should Not Be Contrastive in Contrastive Learning", ICLR 2021.
+
+    python loo.py train                                  # LooC (color, rotation) on pictures drawn by code
+    python loo.py train --data=folder --root=DIR         # on your own pictures
+    python loo.py methods --groups=color,rotation        # every method of the paper as a small table
+
+Axes, one legend for the whole project: b image, v key view, g group, s space, d feature, c embedding (or colour channel),
+n queue slot or sample, t trial, h w pixel.
+"""
+import io
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from einops import einsum, rearrange, repeat
+from torch import nn
+
+import data as pixels
+from data import UserError, generator
+
+# ---------------------------------------------------------------- methods: a method of the paper is a small table
+
+
+class Method(NamedTuple):
+    groups: tuple         # the augmentation groups, one space each beside Z_0
+    share: torch.Tensor   # (v g) bool: key view v copies the query's draw of group g
+    role: torch.Tensor    # (s v) int: key view v is to space s 1 positive, -1 negative of the same image, 0 unused
+    heads: str            # "mlp": spaces share the whole backbone; "conv5": each has its own layer4 (the "++" methods)
+    spaces: tuple         # (s,) names: "all" is Z_0, the others are what they depend on
+
+
+def methods(groups, same=()):
+    """The paper's methods (its section 3 and tables 1 and 4) for these groups -> {name: Method}."""
+    n = len(groups)
+    none, eye = torch.zeros(1, n, dtype=torch.bool), torch.eye(n, dtype=torch.bool)
+    share = torch.cat([none, eye])
+    role = 2 * torch.eye(n + 1, dtype=torch.long) - 1
+    role[0, 1:] = 0                    # Z_0 is invariant to everything: it sees k_0 alone
+    one, every = torch.ones(1, 1, dtype=torch.long), torch.ones(n + 1, 1, dtype=torch.long)
+    names = ("all", *groups)
+    return {
+        "moco": Method(groups, none, one, "mlp", names[:1]),
+        "moco_same": Method(groups, torch.tensor([[g in same for g in groups]], dtype=torch.bool), one, "mlp", names[:1]),
+        "looc": Method(groups, share, role, "mlp", names),
+        "looc++": Method(groups, share, role, "conv5", names),
+        "moco++": Method(groups, none, every, "conv5", tuple(f"all{i}" for i in range(n + 1))),
+        "supervised": Method(groups, none[:0], one[:0, :0], "mlp", ()),
+    }
+
+
+# ---------------------------------------------------------------- augmentations: draw first, apply later
+
+
+def uniform(low, high, *shape, generator):
+    return torch.rand(*shape, generator=generator) * (high - low) + low
+
+
+def draw_crop(b, generator):
+    """Random-resized-crop's ten attempts: area and shape of the box, and where it goes in the room that is left."""
+    return {"area": uniform(.2, 1, b, 10, generator=generator),
+            "ratio": uniform(math.log(3 / 4), math.log(4 / 3), b, 10, generator=generator).exp(),
+            "place": torch.rand(b, 2, generator=generator)}
+
+
+def draw_flip(b, generator):
+    return {"flip": torch.rand(b, generator=generator) < .5}
+
+
+def draw_rotation(b, generator):
+    """Counter-clockwise quarter turns: none with probability 0.5, else 1, 2 or 3."""
+    turns = torch.randint(1, 4, (b,), generator=generator)
+    return {"turns": torch.where(torch.rand(b, generator=generator) < .5, turns, 0)}
+
+
+def draw_color(b, generator):
+    """Colour jitter with probability 0.8 (else the order of its four ops is -1), then grayscale with probability 0.2, as MoCo v2."""
+    jitter = torch.rand(b, generator=generator) < .8
+    around = lambda middle, reach: torch.where(jitter, uniform(middle - reach, middle + reach, b, generator=generator), middle)
+    return {"brightness": around(1, .4), "contrast": around(1, .4), "saturation": around(1, .4), "hue": around(0, .1),
+            "order": torch.where(jitter[:, None], torch.rand(b, len(JITTER), generator=generator).argsort(1), -1),
+            "gray": torch.rand(b, generator=generator) < .2}
+
+
+def draw_blur(b, generator):
+    return {"blur": torch.rand(b, generator=generator) < .5, "sigma": uniform(.1, 2., b, generator=generator)}
+
+
+def resample(images, draw, size=None, aspect=None):
+    """Crop, flip and rotate in one go: two small matrix products a picture.
+
+    images (b c h w); draw: any of area, ratio, place; flip; turns; aspect (b,) width / height of the pictures behind the
+    canvases -> (b c size size), antialiased as torchvision's resize.
+    """
+    b, c, h, w = images.shape
+    size = size or h
+    zeros = images.new_zeros(b)
+    top, left, height, width = crop_box(draw, zeros + 1 if aspect is None else aspect) if "area" in draw else (zeros, zeros, zeros + 1, zeros + 1)
+    turns = draw.get("turns", zeros)
+    mirror = draw.get("flip", zeros > 0) ^ ((turns == 1) | (turns == 2))
+    rows = interpolation(top, height, (turns == 2) | (turns == 3), h, size)
+    cols = interpolation(left, width, mirror, w, size)
+    out = rows[:, None] @ images @ cols[:, None].mT
+    return torch.where((turns % 2 == 1)[:, None, None, None], out.mT, out) if "turns" in draw else out
+
+
+def crop_box(draw, aspect):
+    """The first attempt that fits, else the largest box in the middle -> top, left, height, width (b,) as shares of the canvas."""
+    aspect = aspect[:, None]
+    width, height = (draw["area"] * draw["ratio"] / aspect).sqrt(), (draw["area"] / draw["ratio"] * aspect).sqrt()
+    fallback = torch.cat([(4 / 3 / aspect).clamp(max=1), (aspect * 4 / 3).clamp(max=1)], 1)
+    fits = (width <= 1) & (height <= 1)
+    first = fits.int().argmax(1, keepdim=True)
+    box = torch.cat([width.gather(1, first), height.gather(1, first)], 1)
+    width, height = torch.where(fits.any(1, keepdim=True), box, fallback).unbind(1)
+    top, left = draw["place"].unbind(1)
+    middle = ~fits.any(1)
+    top, left = torch.where(middle, .5, top), torch.where(middle, .5, left)
+    return top * (1 - height), left * (1 - width), height, width
+
+
+def interpolation(start, extent, mirror, n, size):
+    """(b size n): row i weighs the n pixels behind output pixel i of the box [start, start + extent] (shares of n)."""
+    start, extent = start[:, None, None] * n, extent[:, None, None] * n
+    at = (torch.arange(size, device=start.device) + .5) / size
+    at = start + extent * torch.where(mirror[:, None], 1 - at, at)[..., None]        # (b size 1) centres, in pixels
+    pixel = torch.arange(n, device=start.device) + .5
+    inside = (pixel > start - 1e-4) & (pixel < start + extent + 1e-4)
+    weight = (1 - (pixel - at).abs() / (extent / size).clamp(min=1)).clamp(min=0) * inside
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def grayscale(images):
+    """(b 3 h w) -> (b 1 h w), ITU-R 601."""
+    r, g, b = images.unbind(1)
+    return (.2989 * r + .587 * g + .114 * b)[:, None]
+
+
+def blend(images, other, factor):
+    return torch.lerp(other, images, factor[:, None, None, None]).clamp_(0, 1)
+
+
+def brightness(images, factor):
+    return (images * factor[:, None, None, None]).clamp_(0, 1)
+
+
+def contrast(images, factor):
+    return blend(images, grayscale(images).mean((1, 2, 3), keepdim=True).expand_as(images), factor)
+
+
+def saturation(images, factor):
+    return blend(images, grayscale(images).expand_as(images), factor)
+
+
+def hue(images, shift):
+    """(b 3 h w), shift (b,) as a share of the colour circle -> (b 3 h w): to HSV, turn, and back."""
+    r, g, b = images.unbind(1)
+    high, low = images.amax(1), images.amin(1)
+    chroma = high - low
+    sector = torch.where(high == r, g - b, torch.where(high == g, b - r, r - g)) / chroma.clamp(min=1e-8)
+    sector += torch.where(high == r, 0., torch.where(high == g, 2., 4.)) + 6 * shift[:, None, None]
+    sector -= 6 * (sector / 6).floor()                                    # `%` would be twice as slow
+    k = images.new_tensor([3, 1, -1])[:, None, None] + sector[:, None]    # a channel falls off around k = 0, and 6
+    return high[:, None] - chroma[:, None] * (2 - torch.minimum(k.abs(), (k - 6).abs_())).clamp_(0, 1)
+
+
+JITTER = (brightness, contrast, saturation, hue)   # torchvision's ColorJitter draws their order for each picture
+
+
+def color(images, draw):
+    """Colour jitter in each picture's own order, then grayscale; (b 3 h w) -> (b 3 h w)."""
+    images = images.clone()
+    for turn in draw["order"].unbind(1):
+        for index, op in enumerate(JITTER):
+            rows = (turn == index).nonzero().squeeze(1)
+            images[rows] = op(images[rows], draw[op.__name__][rows])
+    return torch.where(draw["gray"][:, None, None, None], grayscale(images), images)
+
+
+def blur(images, draw):
+    """Gaussian blur, edges reflected. sigma is in pixels of a 224-pixel picture and shrinks with it."""
+    b, c, h, w = images.shape
+    if 2. * w / 224 < .3:                        # no neighbour would weigh 1/255
+        return images
+    rows, cols = (gaussian(draw["sigma"] * w / 224, n)[:, None] for n in (h, w))
+    return torch.where(draw["blur"][:, None, None, None], rows @ images @ cols.mT, images)
+
+
+def gaussian(sigma, n):
+    """(b n n): row i weighs the n pixels around pixel i; what falls over an edge is reflected."""
+    at = torch.arange(n, device=sigma.device)
+    bell = lambda distance: (-.5 * (distance / sigma[:, None, None]) ** 2).exp()
+    mirror = bell(at[:, None] + at) * (at > 0) + bell(2 * (n - 1) - at[:, None] - at) * (at < n - 1)
+    weight = bell(at[:, None] - at) + mirror
+    return weight / weight.sum(-1, keepdim=True)
+
+
+# name: (draw, apply), in the order of application. An augmentation of your own is one more row: with --groups=NAME it gets a
+# view, a space and a queue. Neighbours with the same `apply` are applied together.
+GROUPS = {"crop": (draw_crop, resample), "flip": (draw_flip, resample), "rotation": (draw_rotation, resample),
+          "color": (draw_color, color), "blur": (draw_blur, blur)}
+
+
+def augment_groups(images, groups, share, generator, *, always=("crop", "flip", "blur"), size=None, aspect=None, rows=None):
+    """The query view and the key views of section 3.
+
+    images (b c h w) float in [0, 1]; groups: names in GROUPS; share (v g) bool, True where key view v copies the query's draw
+    of group g; `always` are drawn independently for every view; aspect (b,) width / height before the picture was squashed
+    into its canvas; rows (first, total): images are rows first.. of a global batch of `total`, and get its draws.
+    -> query (b c size size), keys (v b c size size), draws {group: {parameter: (1+v b ...)}}, row 0 the query's.
+    Raises KeyError for an unknown name.
+    """
+    b, views = len(images), 1 + len(share)
+    first, total = rows or (0, b)
+    draws = {}
+    for name in sorted({*groups, *always}, key=list(GROUPS).index):
+        flat = GROUPS[name][0](views * total, generator)
+        draws[name] = {k: rearrange(x, "(v b) ... -> v b ...", v=views)[:, first:first + b] for k, x in flat.items()}
+        if name in groups:
+            copies = share[:, groups.index(name)].cpu()
+            for x in draws[name].values():
+                x[1:][copies] = x[0]
+    x = repeat(images, "b c h w -> (v b) c h w", v=views)
+    for apply, names in itertools.groupby(draws, key=lambda name: GROUPS[name][1]):
+        draw = {k: rearrange(p, "v b ... -> (v b) ...").to(x.device) for name in names for k, p in draws[name].items()}
+        if apply is resample:
+            x = resample(x, draw, size, None if aspect is None else repeat(aspect, "b -> (v b)", v=views))
+        else:
+            x = apply(x, draw)
+    if size and size != x.shape[-1]:             # nothing that resamples was asked for
+        x = resample(x, {}, size)
+    x = rearrange(x, "(v b) c h w -> v b c h w", v=views)
+    return x[0], x[1:], draws
+
+
+# ---------------------------------------------------------------- encoder: one trunk, a head for each space
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose training statistics are those of `splits` equal parts of the batch, each on its own.
+
+    With MoCo's shuffled keys this keeps the batch statistics from telling which key belongs to a query, on one device too.
+    Running statistics move once a pass, towards the mean over the splits.
+    """
+
+    def __init__(self, features, splits=1):
+        super().__init__(features)
+        self.splits = splits
+
+    def forward(self, x):   # (splits b) f h w
+        if not self.training or self.splits == 1:
+            return super().forward(x)
+        if len(x) % self.splits:
+            raise ValueError(f"a batch of {len(x)} does not divide into {self.splits} BatchNorm splits")
+        mean, var = (s.detach().expand(self.splits, -1).clone() for s in (self.running_mean, self.running_var))
+        parts = [F.batch_norm(part, mean[i], var[i], self.weight, self.bias, True, self.momentum, self.eps)
+                 for i, part in enumerate(x.chunk(self.splits))]
+        self.running_mean.copy_(mean.mean(0))
+        self.running_var.copy_(var.mean(0))
+        self.num_batches_tracked += 1
+        return torch.cat(parts)
+
+
+def resnet(arch, stem, norm):
+    """A torchvision ResNet by name, or `small`: a quarter of ResNet-18's width, one block a stage, for 32x32 on a CPU."""
+    if arch == "small":
+        block = torchvision.models.resnet.BasicBlock
+        net = torchvision.models.ResNet(block, [1, 1, 1, 1], norm_layer=norm)
+        net.inplanes = 16
+        net.conv1, net.bn1, net.maxpool = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), norm(16), nn.Identity()
+        for i in range(4):
+            setattr(net, f"layer{i + 1}", net._make_layer(block, 16 << i, 1, stride=2 if i else 1))
+        net.fc = nn.Linear(128, 1)
+    else:
+        net = torchvision.models.get_model(arch, norm_layer=norm)
+    if stem == "cifar":   # SimCLR's stem for small pictures: no striding before layer2
+        net.conv1, net.maxpool = nn.Conv2d(3, net.bn1.num_features, 3, padding=1, bias=False), nn.Identity()
+    return net
+
+
+def mlp(v, w1, b1, w2, b2):
+    """One space's head, v (b d) -> (b c): 2 layers with ReLU (section 3). vmap runs it for all spaces at once."""
+    return F.linear(F.relu(F.linear(v, w1, b1)), w2, b2)
+
+
+class Encoder(nn.Module):
+    """Backbone and heads. `tops` are layer4: one that all spaces share ("mlp") or one a space ("conv5", LooC++)."""
+
+    def __init__(self, arch="resnet50", stem="imagenet", spaces=1, heads="mlp", hidden=2048, dim=128, splits=1):
+        super().__init__()
+        norm = partial(SplitBatchNorm2d, splits=splits)
+        nets = [resnet(arch, stem, norm) for _ in range(max(spaces, 1) if heads == "conv5" else 1)]
+        names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
+        self.trunk = nn.Sequential(OrderedDict((name, getattr(nets[0], name)) for name in names))
+        self.tops = nn.ModuleList(net.layer4 for net in nets)   # separately built, or they would start identical
+        d = nets[0].fc.in_features
+        self.features = d * len(nets)
+        self.w1, self.b1 = linear(spaces, d, hidden)
+        self.w2, self.b2 = linear(spaces, hidden, dim)
+
+    def forward(self, images):
+        x = self.trunk(images)
+        v = torch.stack([top(x).mean((2, 3)) for top in self.tops])              # (1 b d), or (s b d)
+        v_s = v.expand(max(len(self.w1), len(v)), -1, -1)                        # (s b d)
+        z = torch.vmap(mlp)(v_s, self.w1, self.b1, self.w2, self.b2) if len(self.w1) else v.new_zeros(0, len(x), 0)
+        return rearrange(v, "s b d -> b (s d)"), F.normalize(z, dim=-1)
+
+
+def linear(spaces, d, out):
+    """nn.Linear's own start, once for each space -> weight (s out d), bias (s out)."""
+    bound = d ** -.5
+    return [nn.Parameter(torch.empty(spaces, *shape).uniform_(-bound, bound)) for shape in ((out, d), (out,))]
+
+
+def encode(encoder, images):
+    """images (b c h w) in [0, 1] -> v (b d) backbone feature, z (s b c) unit norm.
+
+    Normalises by ImageNet's mean and deviation itself. LooC++'s v is the concatenation of its spaces' Conv5, (b (s d)).
+    """
+    mean, std = images.new_tensor([[.485, .456, .406], [.229, .224, .225]])[:, :, None, None]
+    return encoder((images - mean) / std)
+
+
+# ---------------------------------------------------------------- loss and queue
+
+
+def space_logits(q, k, queue, role, tau):
+    """near (s b v): the query against the same image's keys, unused ones -inf; far (s b n): against the queue."""
+    kind = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, queue = q.to(kind), k.to(kind), queue.to(kind)
+        near = einsum(q, k, "s b c, s v b c -> s b v") / tau
+        far = einsum(q, queue, "s b c, s n c -> s b n") / tau
+    unused = (role == 0)[:, None] if role.ndim == 2 else rearrange(role == 0, "s v b -> s b v")
+    return near.masked_fill(unused, -math.inf), far
+
+
+def multi_space_loss(q, k, queue, role, tau):
+    """L_q of section 3 for each space, the mean over images; their mean over spaces is the paper's loss.
+
+    q (s b c), k (s v b c), queue (s n c), all unit norm; role (s v), or (s v b) where it differs by image -> (s,).
+    Float32 at least, whatever the autocast.
+    """
+    near, far = space_logits(q, k, queue, role, tau)
+    positive = near.gather(2, positive_view(role)[:, None, None].expand(-1, near.shape[1], 1))
+    return (torch.cat([near, far], 2).logsumexp(2) - positive.squeeze(2)).mean(1)
+
+
+def positive_view(role):
+    """role (s v) or (s v b) -> (s,) the one key view that is each space's positive and fills its queue."""
+    return (role == 1).int().flatten(2).amax(-1).argmax(1) if role.ndim == 3 else (role == 1).int().argmax(1)
+
+
+def queue_update(queue, pointer, keys):
+    """queue (s n c), pointer to its oldest slot, keys (s b c) -> queue with the keys in it, pointer; b may exceed n."""
+    n, b = queue.shape[1], keys.shape[1]
+    slots = (pointer + torch.arange(b, device=queue.device))[-n:] % n
+    return queue.index_copy(1, slots, keys[:, -n:].to(queue.dtype)), (pointer + b) % n
+
+
+@torch.no_grad()
+def watch(q, k, queue, role, tau):
+    """How a space is doing, each (s,): how often the positive beats every near and every far negative, and the softmax's
+    mass on the near and on the far negatives. Near mass is what pushes a space to keep its group."""
+    near, far = space_logits(q, k, queue, role, tau)
+    view = positive_view(role)[:, None, None].expand(-1, near.shape[1], 1)
+    positive = near.gather(2, view)
+    near = near.scatter(2, view, -math.inf)
+    mass = torch.cat([positive, near, far], 2).softmax(2)
+    return {"win": ((positive > near).all(2) & (positive > far).all(2)).float().mean(1),
+            "win_near": (positive > near).all(2).float().mean(1), "win_far": (positive > far).all(2).float().mean(1),
+            "mass_near": mass[:, :, 1:1 + near.shape[2]].sum(2).mean(1), "mass_far": mass[:, :, 1 + near.shape[2]:].sum(2).mean(1)}
+
+
+def ema(key, query, momentum):
+    """The key encoder follows the query encoder: parameters only, as MoCo."""
+    torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
+
+
+# ---------------------------------------------------------------- training
+
+# Defaults of a data set; any of them is also a flag. `factors` also serves folders and small sets: minutes on a CPU.
+# `imagenet100` is the paper's section 4.
+RECIPES = {
+    "factors": dict(arch="small", stem="imagenet", size=32, epochs=24, batch=128, lr=.1, schedule="cosine", queue=256, tau=.1,
+                    momentum=.99, weight_decay=5e-4, hidden=512, dim=64, splits=8),
+    "imagenet100": dict(arch="resnet50", stem="imagenet", size=224, epochs=500, batch=256, lr=.03, schedule="300,400", queue=16384,
+                        tau=.2, momentum=.999, weight_decay=1e-4, hidden=2048, dim=128, splits=8),
+}
+
+
+class State(NamedTuple):
+    """All that decides what comes next, beside the configuration. "supervised" has no key encoder, the others no classifier."""
+    query: Encoder
+    key: Encoder
+    classifier: nn.Linear
+    optimizer: torch.optim.Optimizer
+    queue: torch.Tensor         # (s n c) unit norm
+    pointer: int                # the queue's oldest slot
+    step: int
+
+
+def build(config, splits=1):
+    """The encoder a configuration names, as it starts."""
+    method = methods(config["groups"], config["same"])[config["method"]]
+    return Encoder(config["arch"], config["stem"], len(method.spaces), method.heads, config["hidden"], config["dim"], splits)
+
+
+def start(config, classes=0):
+    """State before the first step: the key encoder is a copy of the query's, the queue holds random directions."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config["seed"])
+        query = build(config, config["splits"])
+        classifier = nn.Linear(query.features, classes) if classes else nn.Identity()
+    method = methods(config["groups"], config["same"])[config["method"]]
+    key = build(config, config["splits"] * max(len(method.share), 1)).requires_grad_(False)   # statistics per (view, split)
+    key.load_state_dict(query.state_dict())
+    place = partial(nn.Module.to, device=config["device"], memory_format=torch.channels_last)
+    query, key, classifier = map(place, (query, key, classifier))
+    queue = torch.randn(len(method.spaces), config["queue"], config["dim"], generator=generator("queue", config["seed"]))
+    optimizer = torch.optim.SGD([*query.parameters(), *classifier.parameters()], config["lr"], .9, weight_decay=config["weight_decay"])
+    return State(query, key, classifier, optimizer, F.normalize(queue, dim=-1).to(config["device"]), 0, 0)
+
+
+def contrast(query, key, images, aspect, method, config, step):
+    """The forward pass of section 3. images (b c h w) in [0, 1] -> q (s b c), k (s v b c) without gradient, role (s v [b]).
+
+    Draws and shuffle depend on (seed, step) alone.
+    """
+    q_images, k_images, draws = augment_groups(images, method.groups, method.share, generator("views", config["seed"], step),
+                                               always=config["always"], size=config["size"], aspect=aspect)
+    q = encode(query, q_images)[1]
+    with torch.no_grad():   # shuffled, so that a BatchNorm split does not hold the same images for query and key
+        order = torch.randperm(len(images), generator=generator("shuffle", config["seed"], step)).to(images.device)
+        k = encode(key, rearrange(k_images[:, order], "v b c h w -> (v b) c h w"))[1]
+        k = rearrange(k, "s (v b) c -> s v b c", b=len(images))[:, :, order.argsort()]
+    role = method.role.to(q.device)
+    return q, k, drop_equal(role, draws, method) if config["drop_equal"] else role
+
+
+def drop_equal(role, draws, method):
+    """role (s v) -> (s v b): a near negative that drew the query's own parameters by chance (rotation: often) is not used.
+    Our option; the paper does not speak of it."""
+    role = repeat(role, "s v -> s v b", b=next(iter(draws[method.groups[0]].values())).shape[1]).clone()
+    for space, name in enumerate(method.groups, 1):
+        same = torch.stack([rearrange(x[1:] == x[0], "v b ... -> v b (...)").all(2) for x in draws[name].values()]).all(0)
+        role[space].masked_fill_(same.to(role.device) & (role[space] < 0), 0)
+    return role
+
+
+def step(state, images, aspect, method, config):
+    """One step of LooC or a contrastive baseline: images (b c h w) in [0, 1], aspect (b,) -> State, (loss (s,), q, k, queue, role)."""
+    ema(state.key, state.query, config["momentum"])
+    with autocast(config):
+        q, k, role = contrast(state.query, state.key, images, aspect, method, config, state.step)
+    loss = multi_space_loss(q, k, state.queue, role, config["tau"])
+    descend(state.optimizer, loss.mean())
+    spaces = torch.arange(len(k), device=k.device)
+    queue, pointer = queue_update(state.queue, state.pointer, k[spaces, positive_view(role)])
+    return state._replace(queue=queue, pointer=pointer, step=state.step + 1), (loss.detach(), q.detach(), k, state.queue, role)
+
+
+def supervised_step(state, images, aspect, labels, method, config):
+    """The supervised baseline: the query's augmentations, cross-entropy on labels (b,), or on the rotation drawn if None."""
+    with autocast(config):
+        images, _, draws = augment_groups(images, method.groups, method.share, generator("views", config["seed"], state.step),
+                                          always=config["always"], size=config["size"], aspect=aspect)
+        labels = draws["rotation"]["turns"][0].to(images.device) if labels is None else labels
+        loss = F.cross_entropy(state.classifier(encode(state.query, images)[0]).float(), labels)
+    descend(state.optimizer, loss)
+    return state._replace(step=state.step + 1), (loss.detach()[None],)
+
+
+def descend(optimizer, loss):
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def autocast(config):
+    return torch.autocast(torch.device(config["device"]).type, torch.bfloat16, enabled=config["precision"] == "bfloat16")
+
+
+def learning_rate(config, epoch):
+    """At a fractional epoch: "cosine", or x0.1 at each epoch listed ("300,400")."""
+    if config["schedule"] == "cosine":
+        return config["lr"] * (1 + math.cos(math.pi * epoch / config["epochs"])) / 2
+    return config["lr"] * .1 ** sum(epoch >= float(at) for at in config["schedule"].split(","))
+
+
+def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str = "factors", *, root: str = None, out: str = None,
+          recipe: str = None, always: tuple = ("crop", "flip", "blur", "color"), same: tuple = ("rotation",), label: str = None,
+          download: bool = False, arch: str = None, stem: str = None, size: int = None, canvas: int = None, epochs: int = None,
+          batch: int = None, lr: float = None, schedule: str = None, queue: int = None, tau: float = None, momentum: float = None,
+          weight_decay: float = None, hidden: int = None, dim: int = None, splits: int = None, drop_equal: bool = False,
+          seed: int = 0, workers: int = 2, device: str = "auto", precision: str = "auto", fresh: bool = False):
+    """Train an encoder: LooC, LooC++, or one of the paper's baselines (its section 3 and 4).
+
+    What is left out comes from the data set's row of RECIPES. The run folder holds config.json, log.jsonl, views.png,
+    checkpoint.pt, backbone.pt (torchvision's names) and heads.pt; a run that was stopped goes on from its checkpoint.
+
+    Args:
+        method: looc, looc++, moco, moco_same, moco++ or supervised; see `python loo.py methods`
+        groups: augmentation groups, one space each; with moco, what it is made invariant to
+        data: factors (drawn by code), folder, or a torchvision set such as cifar10
+        root: where the data is
+        out: run folder, by default runs/METHOD-GROUPS-DATA
+        recipe: whose defaults to take, by default the data set's own, else those of factors
+        always: augmentations drawn independently for every view, without a space; a named group leaves this list
+        same: moco_same only: groups of which query and key share the draw
+        label: supervised only: the label to learn, or rotation
+        download: let torchvision fetch the data
+        arch: small, or a torchvision ResNet such as resnet18
+        stem: imagenet, or cifar for small pictures
+        size: side of a view in pixels
+        canvas: side of the stored pictures
+        epochs: passes over the data
+        batch: pictures a step
+        lr: learning rate at the start
+        schedule: cosine, or the epochs at which lr falls to a tenth, as 300,400
+        queue: keys kept in each space
+        tau: temperature
+        momentum: of the key encoder
+        weight_decay: of SGD
+        hidden: width of a head's hidden layer
+        dim: of a space
+        splits: parts of the batch with BatchNorm statistics of their own; 1 turns it off
+        drop_equal: do not use as negative a view that drew the query's parameters by chance
+        seed: of everything random
+        workers: processes that decode pictures
+        device: auto, cpu or cuda
+        precision: auto, float32 or bfloat16
+        fresh: start over; a run already in the folder is moved aside
+    """
+    config = settings(**locals())
+    out, table = Path(config["out"]), methods(config["groups"], config["same"])[method]
+    found = pixels.load(data, "train" if method == "supervised" else "pretrain", root=root, size=config["size"], canvas=canvas,
+                        download=download, workers=workers, seed=seed, cache=out)
+    labels, classes = supervision(found, config)
+    n, batch = len(found.images), config["batch"]
+    per_epoch = n // batch
+    steps = config["epochs"] * per_epoch
+    if not per_epoch:
+        raise UserError(f"--batch={batch} is more than the {n} pictures of {root or data}: take a smaller multiple of --splits={config['splits']}")
+    if fresh and out.exists():
+        print(f"moved the run that was there to {set_aside(out)}")
+    state = resume(start(config, classes), config, out)
+    if state.step == 0:
+        write(out / "config.json", json.dumps(config, indent=1).encode())
+        save_views(found, table, config, out / "views.png")
+    link_latest(out)
+    log = [line for line in read_lines(out / "log.jsonl") if line["step"] <= state.step]
+    write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+
+    print(f"resuming {out} at step {state.step}" if state.step else f"{method} on {data}: {n} pictures, {steps} steps of {batch}, spaces "
+          f"{', '.join(table.spaces) or config['label']}; {config['device']}, {config['precision']}; see {out / 'views.png'}", flush=True)
+    if table.spaces and not state.step:
+        print(f"the queue holds random directions until step {-(-config['queue'] // batch)}, then {config['queue']} keys a space", flush=True)
+    if table.spaces and config["queue"] > n:
+        print(f"warning: --queue={config['queue']} is more than the {n} pictures: it holds keys of the query's own picture as negatives", file=sys.stderr)
+
+    every, seconds, total, logged = max(1, steps // 200), time.perf_counter(), 0., state.step
+    save_every, first, begun = max(1, steps // 10), state.step, seconds
+    while state.step < steps:
+        epoch, i = divmod(state.step, per_epoch)
+        if i == 0 or state.step == first:
+            order = pixels.batches(n, batch, seed, epoch)
+        lr_now = state.optimizer.param_groups[0]["lr"] = learning_rate(config, state.step / per_epoch)
+        some = found.images[order[i]].to(config["device"], non_blocking=True).float() / 255
+        shape = found.aspect[order[i]].to(config["device"], non_blocking=True)
+        if method == "supervised":
+            state, (loss,) = supervised_step(state, some, shape, labels and labels[order[i]].to(config["device"]), table, config)
+        else:
+            state, (loss, *spaces) = step(state, some, shape, table, config)
+        total = total + loss
+        if state.step % every == 0 or state.step == steps:
+            line = {"step": state.step, "loss": (total / (state.step - logged)).tolist()}
+            if not all(map(math.isfinite, line["loss"])):
+                raise UserError(f"the loss is not finite at step {state.step}: lower --lr, or raise --tau")
+            if table.spaces:
+                line |= {k: x.tolist() for k, x in watch(*spaces, config["tau"]).items()}
+            now = time.perf_counter()
+            line |= {"lr": lr_now, "images_per_s": batch * (state.step - logged) / (now - seconds),
+                     "seconds_left": (now - begun) / (state.step - first) * (steps - state.step)}
+            seconds, total, logged = now, 0., state.step
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            show(line, table.spaces or (config["label"],), steps, last=state.step == steps, plain=state.step % save_every < every)
+        if state.step % save_every == 0 or state.step == steps:
+            save(state, config, out)
+    export(state.query, out)
+    print(f"trained in {time.perf_counter() - begun:.0f} s; wrote {out}: backbone.pt, heads.pt, checkpoint.pt, log.jsonl, config.json, views.png\n"
+          f"next: python eval.py fewshot" + ("" if out.resolve() == Path("runs/latest").resolve() else f" --run={out}"))
+
+
+def settings(*, method, groups, data, recipe, out, always, label, device, precision, fresh, **flags):
+    """The flags of `train` checked, and what they leave out filled in from the recipe -> config, plain data."""
+    pixels.choose("method", method, tuple(methods(())))
+    pixels.choose("data", data, pixels.NAMES)
+    for name in (*groups, *always, *flags["same"]):
+        pixels.choose("groups" if name in groups else "always" if name in always else "same", name, tuple(GROUPS))
+    if len(set(groups)) < len(groups):
+        raise UserError(f"--groups={','.join(groups)} names a group twice")
+    if not groups and method in ("looc", "looc++"):
+        raise UserError(f"--method={method} leaves one group out: name at least one, as in --groups=color,rotation")
+    recipe = pixels.choose("recipe", recipe or (data if data in RECIPES else "factors"), tuple(RECIPES))
+    config = dict(method=method, groups=list(groups), data=data, recipe=recipe, always=[a for a in always if a not in groups], label=label,
+                  **{k: RECIPES[recipe].get(k) if v is None else list(v) if isinstance(v, tuple) else v for k, v in flags.items()})
+    config["device"] = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(config["device"]).type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device={device}: this machine shows no CUDA device; leave the flag out, or --device=cpu")
+    pixels.choose("precision", precision, ("auto", "float32", "bfloat16"))
+    config["precision"] = precision if precision != "auto" else "bfloat16" if fast_bfloat16(config["device"]) else "float32"
+    config["out"] = out or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
+    pixels.choose("arch", config["arch"], ("small", *(a for a in torchvision.models.list_models(module=torchvision.models) if "resne" in a)))
+    pixels.choose("stem", config["stem"], ("imagenet", "cifar"))
+    for flag in ("size", "epochs", "batch", "lr", "queue", "tau", "hidden", "dim", "splits"):
+        if not config[flag] > 0:
+            raise UserError(f"--{flag}={config[flag]}: expected more than 0")
+    if not 0 <= config["momentum"] <= 1:
+        raise UserError(f"--momentum={config['momentum']}: expected 0 to 1; it is the key encoder's, not SGD's")
+    if config["batch"] % config["splits"] or config["batch"] == config["splits"]:
+        raise UserError(f"--batch={config['batch']} does not divide into --splits={config['splits']} parts of two pictures or more")
+    try:
+        learning_rate(config, 0.)
+    except ValueError:
+        raise UserError(f"--schedule={config['schedule']}: expected cosine, or epochs with commas between, as 300,400") from None
+    return config
+
+
+def supervision(found, config):
+    """-> labels (n,) or None, how many classes: of "supervised" alone. label "rotation" is drawn with the query."""
+    if config["method"] != "supervised":
+        return None, 0
+    config["label"] = label = pixels.choose("label", config["label"] or next(iter(found.labels)), (*found.labels, "rotation"))
+    if label == "rotation" and "rotation" not in config["groups"]:
+        raise UserError("--label=rotation: name rotation in --groups, so that it is drawn")
+    return (None, 4) if label == "rotation" else (found.labels[label], len(found.classes[label]))
+
+
+def fast_bfloat16(device):
+    """Whether bfloat16 is faster than float32 on this device: GPUs of Ampere or later, CPUs with AVX-512 bf16."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def save_views(found, method, config, path, count=12):
+    """Rows of the query and key views of a few pictures, each row named by what it shares with the query."""
+    images, aspect = found.images[:count].float() / 255, found.aspect[:count]
+    query, keys, _ = augment_groups(images, config["groups"], method.share, generator("views", config["seed"], 0), always=config["always"],
+                                    size=config["size"], aspect=aspect)
+    shared = [" + ".join(g for g, same in zip(method.groups, row) if same) for row in method.share.tolist()]
+    rows = ["query", *(f"key {i}, {'the same ' + s if s else 'nothing shared'}" for i, s in enumerate(shared))]
+    pixels.picture_grid(torch.cat([query[None], keys]), rows, [""] * count, path, zoom=max(1, 64 // config["size"]))
+
+
+def show(line, spaces, steps, last, plain):
+    """One progress line: rewritten in place on a terminal, now and then elsewhere."""
+    each = lambda key, form: " ".join(f"{name} {value:{form}}" for name, value in zip(spaces, line[key]))
+    left = time.strftime("%H:%M:%S" if line["seconds_left"] >= 3600 else "%M:%S", time.gmtime(line["seconds_left"]))
+    text = f"step {line['step']}/{steps}  loss {each('loss', '.2f')}" + (f"  wins {each('win', '.0%')}" if "win" in line else "") + \
+        f"  lr {line['lr']:.3g}  {line['images_per_s']:.0f} images/s  {left} left"
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
+    elif plain or last:
+        print(text, flush=True)
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def write(path, content):
+    """Whole or not at all: bytes to a temporary file beside it, flushed, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    with open(aside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def write_tensors(path, content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write(path, buffer.getvalue())
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def save(state, config, out):
+    parts = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state._asdict().items()}
+    write_tensors(out / "checkpoint.pt", {**parts, "config": config, "torch": torch.__version__, "threads": torch.get_num_threads()})
+
+
+def resume(state, config, out):
+    """The state saved in the run folder, or the one given where there is none. A run with other settings is a UserError."""
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        if (out / "config.json").exists() or not out.exists() or not any(out.iterdir()):
+            return state
+        raise UserError(f"--out={out} is not empty and holds no run: name another folder")
+    saved = torch.load(path, map_location=config["device"], weights_only=True)
+    free = {"device", "precision", "workers", "root", "download", "out"}     # may change without changing what is trained
+    other = [f"--{k}={v} (the run has {saved['config'].get(k)})" for k, v in config.items() if k not in free and saved["config"].get(k) != v]
+    if other:
+        raise UserError(f"{out} holds a run with other settings: {', '.join(other)}; name another --out, or start over with --fresh")
+    for part in ("query", "key", "classifier", "optimizer"):
+        getattr(state, part).load_state_dict(saved[part])
+    return state._replace(queue=saved["queue"], pointer=saved["pointer"], step=saved["step"])
+
+
+def set_aside(out):
+    """Rename a run folder to the first free name.1, name.2, ... -> its new path."""
+    aside = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.{i}")).exists())
+    return out.rename(aside)
+
+
+def link_latest(out):
+    """runs/latest points at the last run."""
+    link = Path("runs/latest")
+    link.parent.mkdir(exist_ok=True)
+    if link.is_symlink() or not link.exists():
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(out, link.parent), target_is_directory=True)
+
+
+def export(encoder, out):
+    """backbone.pt: a plain state dict in torchvision's names (for conv5 heads with Z_0's layer4); heads.pt: all the rest."""
+    state = {k: v.cpu() for k, v in encoder.state_dict().items()}
+    backbone = {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
+    backbone |= {k.replace("tops.0.", "layer4."): v for k, v in state.items() if k.startswith("tops.0.")}
+    write_tensors(out / "backbone.pt", backbone)
+    write_tensors(out / "heads.pt", {k: v for k, v in state.items() if not k.startswith("trunk.")})
+
+
+def load_encoder(run, device="cpu"):
+    """The trained encoder of a run folder, in eval mode, and its config."""
+    run = Path(run)
+    for name in ("config.json", "backbone.pt", "heads.pt"):
+        if not (run / name).exists():
+            raise UserError(f"{run / name}: no such file; name a folder that `python loo.py train` has finished, with --run=DIR")
+    config = json.loads((run / "config.json").read_text())
+    state = torch.load(run / "heads.pt", weights_only=True)
+    state |= {f"trunk.{k}": v for k, v in torch.load(run / "backbone.pt", weights_only=True).items() if not k.startswith("layer4.")}
+    encoder = build(config)
+    encoder.load_state_dict(state)
+    return encoder.eval().to(device, memory_format=torch.channels_last), config
+
+
+def show_methods(groups: tuple = ("color", "rotation"), same: tuple = ("rotation",)):
+    """Print the methods as a table: which key view shares which group with the query, and what it is to each space."""
+    for name in (*groups, *same):
+        pixels.choose("groups" if name in groups else "same", name, tuple(GROUPS))
+    print(f"groups: {', '.join(groups)}\n\n| method | share (key view x group) | role (space x key view) | heads | feature |\n|---|---|---|---|---|")
+    for name, m in methods(groups, same).items():
+        feature = "all spaces" if m.heads == "conv5" else "v"
+        print(f"| {name} | {m.share.int().tolist()} | {m.role.tolist()} | {m.heads} | {feature} |")
+
+
+if __name__ == "__main__":
+    pixels.command_line({"train": train, "methods": show_methods})
