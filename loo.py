@@ -131,11 +131,12 @@ def crop_box(draw, aspect):
 def interpolation(start, extent, mirror, n, size):
     """(b size n): row i weighs the n pixels behind output pixel i of the box [start, start + extent] (shares of n)."""
     start, extent = start[:, None, None] * n, extent[:, None, None] * n
-    at = (torch.arange(size, device=start.device) + .5) / size
-    at = start + extent * torch.where(mirror[:, None], 1 - at, at)[..., None]        # (b size 1) centres, in pixels
+    step = extent / size
+    at = torch.arange(size, device=start.device)[:, None] + .5
+    at = start + step * torch.where(mirror[:, None, None], size - at, at)            # (b size 1) centres, in pixels
     pixel = torch.arange(n, device=start.device) + .5
     inside = (pixel > start - 1e-4) & (pixel < start + extent + 1e-4)
-    weight = (1 - (pixel - at).abs() / (extent / size).clamp(min=1)).clamp(min=0) * inside
+    weight = (1 - (pixel - at).abs() / step.clamp(min=1)).clamp(min=0) * inside
     return weight / weight.sum(-1, keepdim=True)
 
 
@@ -381,6 +382,7 @@ def watch(q, k, queue, role, tau):
             "mass_near": mass[:, :, 1:1 + near.shape[2]].sum(2).mean(1), "mass_far": mass[:, :, 1 + near.shape[2]:].sum(2).mean(1)}
 
 
+@torch.no_grad()
 def ema(key, query, momentum):
     """The key encoder follows the query encoder: parameters only, as MoCo."""
     torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
@@ -431,7 +433,7 @@ def start(config, classes=0):
     return State(query, key, classifier, optimizer, F.normalize(queue, dim=-1).to(config["device"]), 0, 0)
 
 
-def contrast(query, key, images, aspect, method, config, step):
+def contrastive(query, key, images, aspect, method, config, step):
     """The forward pass of section 3. images (b c h w) in [0, 1] -> q (s b c), k (s v b c) without gradient, role (s v [b]).
 
     Draws and shuffle depend on (seed, step) alone.
@@ -461,7 +463,7 @@ def step(state, images, aspect, method, config):
     """One step of LooC or a contrastive baseline: images (b c h w) in [0, 1], aspect (b,) -> State, (loss (s,), q, k, queue, role)."""
     ema(state.key, state.query, config["momentum"])
     with autocast(config):
-        q, k, role = contrast(state.query, state.key, images, aspect, method, config, state.step)
+        q, k, role = contrastive(state.query, state.key, images, aspect, method, config, state.step)
     loss = multi_space_loss(q, k, state.queue, role, config["tau"])
     descend(state.optimizer, loss.mean())
     spaces = torch.arange(len(k), device=k.device)

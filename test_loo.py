@@ -1,0 +1,360 @@
+"""Every clever line's slow twin. `python -m pytest`"""
+import json
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.functional as TF
+from PIL import Image
+
+import data
+import eval as judge
+import loo
+from data import generator
+
+ALL = ("color", "rotation")
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, dtype=torch.float64, generator=generator("test", seed)), dim=-1)
+
+
+# ---------------------------------------------------------------- 1. one number, two ways
+
+
+def naive_loss(q, k, queue, role, tau):
+    """Section 3, word for word, with Python's floats."""
+    losses = []
+    for s in range(len(q)):
+        total = 0.
+        for b in range(q.shape[1]):
+            e = lambda key: math.exp(sum(x * y for x, y in zip(q[s, b].tolist(), key.tolist())) / tau)
+            near = [(role[s][v], e(k[s, v, b])) for v in range(k.shape[1])]
+            positive = sum(x for r, x in near if r == 1)
+            total -= math.log(positive / (sum(x for r, x in near if r != 0) + sum(e(key) for key in queue[s])))
+        losses.append(float(total / q.shape[1]))
+    return losses
+
+
+@pytest.mark.parametrize("name", ["moco", "moco++", "looc", "looc++"])
+def test_loss_is_the_papers_equation(name):
+    method = loo.methods(ALL)[name]
+    s, v = method.role.shape
+    q, k, queue = unit(s, 4, 8), unit(s, v, 4, 8, seed=1), unit(s, 6, 8, seed=2)
+    ours = loo.multi_space_loss(q, k, queue, method.role, .2)
+    assert ours.dtype == torch.float64
+    torch.testing.assert_close(ours, torch.tensor(naive_loss(q, k, queue, method.role.tolist(), .2), dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_one_space_is_mocos_cross_entropy():
+    q, k, queue = unit(1, 5, 16), unit(1, 1, 5, 16, seed=1), unit(1, 32, 16, seed=2)
+    logits = torch.cat([(q[0] * k[0, 0]).sum(1, keepdim=True), q[0] @ queue[0].T], 1) / .2
+    ours = loo.multi_space_loss(q, k, queue, torch.ones(1, 1, dtype=torch.long), .2)
+    torch.testing.assert_close(ours[0], F.cross_entropy(logits, torch.zeros(5, dtype=torch.long)))
+
+
+def test_random_vectors_lose_the_log_of_their_number():
+    """With tau 1 and 512 dimensions all similarities are about 0: log(1 + near negatives + queue)."""
+    role = loo.methods(ALL)["looc"].role
+    loss = loo.multi_space_loss(unit(3, 64, 512), unit(3, 3, 64, 512, seed=1), unit(3, 100, 512, seed=2), role, 1.)
+    torch.testing.assert_close(loss, torch.tensor([101., 103., 103.]).double().log(), atol=.01, rtol=0)
+
+
+def test_loss_in_bfloat16_is_computed_in_float32():
+    q, k, queue, role = unit(1, 64, 32), unit(1, 1, 64, 32, seed=1), unit(1, 500, 32, seed=2), torch.ones(1, 1, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = loo.multi_space_loss(q.bfloat16(), k.bfloat16(), queue.float(), role, .1)
+    assert low.dtype == torch.float32
+    exact = loo.multi_space_loss(q.bfloat16().double(), k.bfloat16().double(), queue, role, .1)
+    torch.testing.assert_close(low.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_role_by_image_masks_equal_draws():
+    method = loo.methods(ALL)["looc"]
+    draws = {"color": {"hue": torch.tensor([[.1, .2], [.3, .4], [.1, .2], [.5, .6]])},
+             "rotation": {"turns": torch.tensor([[1, 0], [1, 2], [3, 0], [1, 0]])}}
+    role = loo.drop_equal(method.role, draws, method)
+    assert role[:, :, 0].tolist() == [[1, 0, 0], [-1, 1, -1], [0, -1, 1]]
+    assert role[:, :, 1].tolist() == [[1, 0, 0], [-1, 1, -1], [-1, 0, 1]]
+    q, k, queue = unit(3, 2, 8), unit(3, 3, 2, 8, seed=1), unit(3, 6, 8, seed=2)
+    each = [naive_loss(q[:, b:b + 1], k[:, :, b:b + 1], queue, role[:, :, b].tolist(), .2) for b in range(2)]
+    torch.testing.assert_close(loo.multi_space_loss(q, k, queue, role, .2), torch.tensor(each, dtype=torch.float64).mean(0))
+
+
+def test_watch_counts_wins_and_mass():
+    q = torch.tensor([[[1., 0.], [1., 0.]]])
+    k = torch.tensor([[[[1., 0.], [0., 1.]], [[0., 1.], [1., 0.]]]])     # the positive wins for image 0, a near negative for image 1
+    seen = loo.watch(q, k, torch.tensor([[[0., 1.]]]), torch.tensor([[1, -1]]), 1.)
+    assert seen["win_near"].tolist() == [.5] and seen["win_far"].tolist() == [.5] and seen["win"].tolist() == [.5]
+    e = math.e
+    torch.testing.assert_close(seen["mass_near"], torch.tensor([(1 / (e + 2) + e / (e + 2)) / 2]))
+
+
+# ---------------------------------------------------------------- 2. sharing is exact
+
+
+def test_methods_are_the_papers_tables():
+    table = loo.methods(ALL, same=("rotation",))
+    assert table["looc"].share.int().tolist() == [[0, 0], [1, 0], [0, 1]]
+    assert table["looc"].role.tolist() == [[1, 0, 0], [-1, 1, -1], [-1, -1, 1]]
+    assert table["moco"].share.int().tolist() == [[0, 0]] and table["moco"].role.tolist() == [[1]]
+    assert table["moco_same"].share.int().tolist() == [[0, 1]] and table["moco++"].role.tolist() == [[1], [1], [1]]
+    assert all((m.role == 1).sum(1).eq(1).all() for m in table.values())
+
+
+def test_shared_draws_are_equal_and_the_others_are_not():
+    method = loo.methods(ALL)["looc"]
+    images = torch.rand(64, 3, 32, 32, generator=generator(0))
+    _, _, draws = loo.augment_groups(images, ALL, method.share, generator(1))
+    for g, name in enumerate(ALL):
+        for parameter in draws[name].values():
+            for v in range(3):
+                assert torch.equal(parameter[1 + v], parameter[0]) == bool(method.share[v, g]), (name, v)
+    for name in ("crop", "flip", "blur"):
+        assert all(not torch.equal(p[1 + v], p[0]) for p in draws[name].values() for v in range(3)), name
+
+
+def test_sharing_is_seen_in_pixels():
+    """Without crop, flip and blur, the view that shares both groups is the query, and the one that shares one group differs by the other."""
+    images = torch.rand(32, 3, 32, 32, generator=generator(0))
+    share = torch.tensor([[True, True], [True, False], [False, True]])
+    query, keys, draws = loo.augment_groups(images, ALL, share, generator(1), always=())
+    assert torch.equal(query, keys[0]) and not torch.equal(query, keys[1]) and not torch.equal(query, keys[2])
+    for i in range(32):   # undo the rotations: the view that shares color has the query's pixels
+        back = lambda view, row: view[i].rot90(-int(draws["rotation"]["turns"][row, i]), (1, 2))
+        torch.testing.assert_close(back(keys[1], 2), back(query, 0), atol=1e-5, rtol=0)
+
+
+def test_draws_do_not_depend_on_how_a_batch_is_cut():
+    method = loo.methods(ALL)["looc"]
+    images, aspect = torch.rand(8, 3, 32, 32, generator=generator(0)), torch.linspace(.5, 2, 8)
+    whole = loo.augment_groups(images, ALL, method.share, generator(1), aspect=aspect)
+    for first in (0, 4):
+        rows = slice(first, first + 4)
+        query, keys, _ = loo.augment_groups(images[rows], ALL, method.share, generator(1), aspect=aspect[rows], rows=(first, 8))
+        torch.testing.assert_close(query, whole[0][rows], atol=1e-6, rtol=0)
+        torch.testing.assert_close(keys, whole[1][:, rows], atol=1e-6, rtol=0)
+
+
+def test_a_row_in_the_table_of_groups_gets_a_view_and_a_space(monkeypatch):
+    def draw_invert(b, generator):
+        return {"coin": torch.rand(b, generator=generator) < .5}
+
+    def invert(images, draw):
+        return torch.where(draw["coin"][:, None, None, None], 1 - images, images)
+
+    monkeypatch.setitem(loo.GROUPS, "invert", (draw_invert, invert))
+    method = loo.methods(("invert", "rotation"))["looc"]
+    images = torch.rand(16, 3, 8, 8, generator=generator(0)) * .4
+    query, keys, draws = loo.augment_groups(images, method.groups, method.share, generator(1), always=("crop",))
+    assert torch.equal(query.mean((1, 2, 3)) > .5, draws["invert"]["coin"][0])
+    assert torch.equal(keys[1].mean((1, 2, 3)) > .5, draws["invert"]["coin"][0])
+    assert method.spaces == ("all", "invert", "rotation")
+
+
+# ---------------------------------------------------------------- 3. ops are torchvision's
+
+
+def photos(n=8, side=40):
+    """Smooth pictures, so that interpolation is tested where it matters, uint8-valued."""
+    images = F.interpolate(torch.rand(n, 3, 7, 7, generator=generator("photos")), side, mode="bicubic", align_corners=False).clamp(0, 1)
+    return (images * 255).round() / 255
+
+
+def box_draw(boxes, side):
+    """Integer boxes (top, left, height, width) -> the draw that gives them."""
+    top, left, h, w = torch.tensor(boxes, dtype=torch.float64).T / side
+    free = lambda at, extent: at / (1 - extent).clamp(min=1e-9)
+    return {"area": (h * w)[:, None].float(), "ratio": (w / h)[:, None].float(), "place": torch.stack([free(top, h), free(left, w)], 1).float()}
+
+
+BOXES = [(0, 0, 40, 40), (3, 5, 20, 30), (10, 0, 30, 12), (0, 20, 9, 20), (25, 25, 15, 15), (1, 2, 38, 37), (5, 30, 35, 10), (17, 3, 21, 23)]
+
+
+@pytest.mark.parametrize("size", [32, 24, 64])
+def test_crop_is_torchvisions_resized_crop(size):
+    images = photos()
+    ours = loo.resample(images, box_draw(BOXES, 40), size)
+    theirs = torch.stack([TF.resized_crop(x, *box, [size, size], antialias=True) for x, box in zip(images, BOXES)])
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
+
+
+def test_crop_on_a_squashed_canvas_is_the_crop_of_the_picture():
+    """A smooth 80x40 picture, squashed to 40x40: a square crop of the true picture comes out square, here against the true crop."""
+    wide = F.interpolate(torch.rand(1, 3, 4, 8, generator=generator(3)), (40, 80), mode="bicubic", align_corners=False).clamp(0, 1)
+    canvas = TF.resize(wide, [40, 40], antialias=True)
+    draw = {"area": torch.tensor([[.125]]), "ratio": torch.tensor([[1.]]), "place": torch.tensor([[.5, .25]])}   # 20 x 20 at (10, 15)
+    theirs = TF.resized_crop(wide, 10, 15, 20, 20, [32, 32], antialias=True)
+    torch.testing.assert_close(loo.resample(canvas, draw, 32, torch.tensor([2.])), theirs, atol=.05, rtol=0)
+    assert (loo.resample(canvas, draw, 32) - theirs).abs().max() > .1     # without the aspect it is another crop
+
+
+def test_flip_and_rotation_alone_are_exact():
+    images, turns = photos(), torch.arange(8) % 4
+    flip = torch.arange(8) < 4
+    ours = loo.resample(images, {"flip": flip, "turns": turns})
+    theirs = torch.stack([(x.flip(2) if f else x).rot90(int(k), (1, 2)) for x, f, k in zip(images, flip, turns)])
+    assert torch.equal(ours, theirs)
+
+
+def test_crop_flip_and_rotation_at_once():
+    images, turns, flip = photos(), torch.arange(8) % 4, torch.arange(8) < 4
+    ours = loo.resample(images, {**box_draw(BOXES, 40), "flip": flip, "turns": turns}, 32)
+    one_by_one = loo.resample(loo.resample(images, box_draw(BOXES, 40), 32), {"flip": flip, "turns": turns})
+    torch.testing.assert_close(ours, one_by_one, atol=1e-4, rtol=0)
+
+
+def test_crop_boxes_follow_random_resized_crop():
+    """Same areas and shapes, in true pixels, as torchvision's get_params draws them."""
+    torch.manual_seed(0)
+    wide = torch.zeros(3, 300, 600)
+    theirs = torch.tensor([torchvision.transforms.RandomResizedCrop.get_params(wide, (.2, 1.), (3 / 4, 4 / 3)) for _ in range(4000)]).double()
+    draw = loo.draw_crop(4000, generator(0))
+    top, left, h, w = (x.double() for x in loo.crop_box(draw, torch.full((4000,), 2.)))
+    assert min(top.min(), left.min()) >= 0 and (top + h).max() <= 1 + 1e-6 and (left + w).max() <= 1 + 1e-6
+    ours = torch.stack([top * 300, left * 600, h * 300, w * 600], 1)
+    assert (ours[:, 3] / ours[:, 2]).min() > 3 / 4 - 1e-3 and (ours[:, 3] / ours[:, 2]).max() < 4 / 3 + 1e-3
+    error = (theirs.var(0) / 4000 + ours.var(0) / 4000).sqrt()
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 4 * error + 1).all()
+
+
+def test_a_picture_too_long_for_any_box_gets_the_largest_in_the_middle():
+    top, left, h, w = loo.crop_box(loo.draw_crop(64, generator(0)), torch.full((64,), 20.))
+    assert torch.allclose(h, torch.ones(64)) and torch.allclose(w * 20, torch.full((64,), 4 / 3)) and torch.allclose(left + w / 2, torch.full((64,), .5))
+
+
+@pytest.mark.parametrize("op, theirs", [(loo.brightness, TF.adjust_brightness), (loo.contrast, TF.adjust_contrast),
+                                        (loo.saturation, TF.adjust_saturation), (loo.hue, TF.adjust_hue)])
+def test_color_ops_are_torchvisions(op, theirs):
+    images = torch.cat([photos(6), torch.zeros(1, 3, 40, 40), torch.full((1, 3, 40, 40), .5)])
+    factor = torch.linspace(-.5, .5, 8) if op is loo.hue else torch.linspace(.2, 1.8, 8)
+    want = torch.stack([theirs(x, float(f)) for x, f in zip(images, factor)])
+    assert (op(images, factor) - want).abs().max() < 1 / 255
+
+
+def test_color_applies_four_ops_in_each_pictures_order():
+    images, draw = photos(32), loo.draw_color(32, generator(5))
+    assert 0 < (draw["order"][:, 0] < 0).sum() < 32
+    want = images.clone()
+    for i in range(32):
+        for op in draw["order"][i].tolist():
+            if op >= 0:
+                name = loo.JITTER[op].__name__
+                want[i] = getattr(TF, f"adjust_{name}")(want[i], float(draw[name][i]))
+        if draw["gray"][i]:
+            want[i] = TF.rgb_to_grayscale(want[i], 3)
+    assert (loo.color(images, draw) - want).abs().max() < 1 / 255
+    orders = loo.draw_color(20_000, generator(6))["order"]
+    orders = orders[orders[:, 0] >= 0]
+    assert len(orders) / 20_000 == pytest.approx(.8, abs=.02)
+    assert torch.bincount((orders * torch.tensor([64, 16, 4, 1])).sum(1)).count_nonzero() == 24
+
+
+def test_blur_is_torchvisions_gaussian():
+    images = photos(8, 224)
+    draw = {"blur": torch.arange(8) < 6, "sigma": torch.linspace(.1, 2, 8)}
+    want = torch.stack([TF.gaussian_blur(x, 23, float(s)) if b else x for x, b, s in zip(images, *draw.values())])
+    torch.testing.assert_close(loo.blur(images, draw), want, atol=1e-4, rtol=0)
+
+
+def test_blur_that_changes_nothing_is_left_out():
+    images = torch.rand(4, 3, 32, 32, generator=generator(0))
+    kernel = loo.gaussian(torch.full((4,), 2. * 32 / 224), 32)[:, None]
+    assert (kernel @ images @ kernel.mT - images).abs().max() < 2 / 255 and torch.equal(loo.blur(images, {}), images)
+
+
+# ---------------------------------------------------------------- 6. keys, queue, encoder
+
+
+@pytest.mark.parametrize("b", [1, 3, 8, 11, 30])
+def test_queue_keeps_the_last_keys_in_order(b):
+    queue, pointer, seen = torch.zeros(2, 8, 1), 0, []
+    for step in range(6):
+        keys = torch.arange(step * b, step * b + b).float().view(1, b, 1).expand(2, b, 1) + 1
+        queue, pointer = loo.queue_update(queue, pointer, keys)
+        seen = (seen + keys[0, :, 0].tolist())[-8:]
+        oldest_first = queue.roll(-pointer, 1)[1, :, 0].tolist()
+        assert oldest_first[-len(seen):] == seen
+
+
+CONFIG = dict(loo.RECIPES["factors"], method="looc", groups=ALL, same=(), always=("crop", "flip"), seed=0, device="cpu", precision="float32",
+              drop_equal=False, batch=16, splits=4, queue=32, hidden=32, dim=8)
+
+
+def small_step(**changed):
+    config = {**CONFIG, **changed}
+    images = data.factors("val", 32, 16).images / 255
+    state = loo.start(config)
+    return config, images, state, loo.step(state, images, torch.ones(16), loo.methods(config["groups"])[config["method"]], config)
+
+
+@pytest.mark.parametrize("method", ["looc", "looc++", "moco", "moco++"])
+def test_keys_get_no_gradient_and_fill_the_queue(method):
+    config, images, before, (after, (loss, q, k, queue, role)) = small_step(method=method)
+    assert q.shape == (len(loss), 16, 8) and k.shape == (len(loss), role.shape[1], 16, 8)
+    assert all(p.grad is None and not p.requires_grad for p in after.key.parameters()) and not k.requires_grad
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in after.query.parameters())
+    assert after.pointer == 16 and after.step == 1
+    for s in range(len(loss)):   # space s keeps its positive view's keys
+        assert torch.equal(after.queue[s, :16], k[s, int((role[s] == 1).nonzero())]) and torch.equal(after.queue[s, 16:], before.queue[s, 16:])
+
+
+def test_ema_moves_the_key_encoder_a_little():
+    a, b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    want = [.9 * x + .1 * y for x, y in zip(a.parameters(), b.parameters())]
+    loo.ema(a.requires_grad_(False), b, .9)
+    assert all(torch.allclose(x, y) for x, y in zip(a.parameters(), want))
+
+
+def test_shuffled_keys_come_back_in_order():
+    """With a BatchNorm that does not mix images (eval mode), shuffling the keys changes nothing but rounding."""
+    config, images, state, _ = small_step()
+    method = loo.methods(ALL)["looc"]
+    state.key.eval(), state.query.eval()
+    _, k, _ = loo.contrastive(state.query, state.key, images, torch.ones(16), method, config, 7)
+    views = loo.augment_groups(images, ALL, method.share, generator("views", 0, 7), always=config["always"], size=32)[1]
+    with torch.no_grad():
+        want = torch.stack([loo.encode(state.key, v)[1] for v in views], 1)
+    torch.testing.assert_close(k, want, atol=1e-5, rtol=1e-4)
+
+
+def test_split_batchnorm_is_batchnorm_of_each_part():
+    x = torch.randn(24, 5, 4, 4, generator=generator(0))
+    ours = loo.SplitBatchNorm2d(5, splits=3)
+    parts = [torch.nn.BatchNorm2d(5) for _ in range(3)]
+    torch.testing.assert_close(ours(x), torch.cat([bn(part) for bn, part in zip(parts, x.chunk(3))]))
+    torch.testing.assert_close(ours.running_mean, torch.stack([bn.running_mean for bn in parts]).mean(0))
+    torch.testing.assert_close(ours.running_var, torch.stack([bn.running_var for bn in parts]).mean(0))
+    with pytest.raises(ValueError, match="does not divide"):
+        ours(x[:23])
+
+
+def test_key_statistics_are_per_view_and_split():
+    """One pass over all key views equals a pass over each view with the recipe's splits."""
+    torch.manual_seed(0)
+    both, one = (loo.Encoder("small", spaces=2, hidden=16, dim=8, splits=s) for s in (8, 4))
+    one.load_state_dict(both.state_dict())
+    images = torch.rand(2, 16, 3, 32, 32)
+    z = loo.encode(both, images.flatten(0, 1))[1]
+    torch.testing.assert_close(z, torch.cat([loo.encode(one, view)[1] for view in images], 1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads", ["mlp", "conv5"])
+def test_vmapped_heads_are_each_spaces_own(heads):
+    torch.manual_seed(0)
+    encoder = loo.Encoder("small", spaces=3, heads=heads, hidden=16, dim=8).eval()
+    images = torch.rand(4, 3, 32, 32)
+    v, z = loo.encode(encoder, images)
+    assert v.shape == (4, 384 if heads == "conv5" else 128)
+    torch.testing.assert_close(z.norm(dim=-1), torch.ones(3, 4))
+    x = encoder.trunk(TF.normalize(images, [.485, .456, .406], [.229, .224, .225]))
+    for s in range(3):
+        top = encoder.tops[s if heads == "conv5" else 0](x).mean((2, 3))
+        h = (top @ encoder.w1[s].T + encoder.b1[s]).relu() @ encoder.w2[s].T + encoder.b2[s]
+        torch.testing.assert_close(z[s], F.normalize(h, dim=1), atol=1e-5, rtol=1e-4)
+    assert not torch.equal(encoder.w1[0], encoder.w1[1])
+    if heads == "conv5":
+        assert not torch.equal(encoder.tops[0][0].conv1.weight, encoder.tops[1][0].conv1.weight)
