@@ -82,12 +82,12 @@ def factors(split, size=32, count=None):
     obj, hue, fill = (torch.randint(k, (n,), generator=g) for k in (len(OBJECTS), HUES, len(TEXTURES)))
     table = torch.tensor([(strokes * 4)[:4] for strokes in OBJECTS.values()])   # repeating a stroke draws nothing new
     look = dict(
-        strokes=table[obj] + normal(4, 6) * torch.tensor([.05, .1, .1, .1, .03, .03]),
+        strokes=(table[obj] + normal(4, 6) * torch.tensor([.05, .1, .1, .1, .03, .03])) * torch.cat([torch.ones(n, 1, 4), rand(1, 1, low=.6, high=1.5).expand(n, 1, 2)], 2),
         marks=torch.cat([rand(4, 2, low=-.8, high=.8), rand(4, 1, low=.15, high=.3)], -1), paint=torch.stack([rand(4), rand(4, low=.3), rand(4, low=.2)], -1),
-        fill=fill, fill_angle=rand(high=math.tau), fill_period=rand(low=.4, high=.7), fill_shift=rand(2),
-        hue=(hue + rand(low=.2, high=.8)) / HUES, saturation=rand(low=.55), value=rand(low=.6),
+        fill=fill, fill_angle=rand(high=math.tau), fill_period=rand(low=.4, high=.9), fill_depth=rand(low=.2, high=.6), fill_shift=rand(2),
+        hue=(hue + rand(low=.2, high=.8)) / HUES, saturation=rand(low=.4), value=rand(low=.5),
         centre=normal(2, std=.08), scale=rand(low=.75, high=1.), tilt=normal(std=.2), light=normal(std=.5), relief=rand(low=.2, high=.5),
-        ground=torch.stack([rand(), rand(high=.1), rand(low=.3, high=.8)], -1), horizon=normal(std=.3), haze=rand(low=-.02, high=.08))
+        ground=torch.stack([rand(), rand(high=.1), rand(low=.25, high=.85)], -1), horizon=normal(std=.3), haze=rand(low=-.02, high=.08))
     noise = generator("noise", split, size)
     images = torch.cat([render({k: v[i:i + 256] for k, v in look.items()}, size, noise) for i in range(0, n, 256)])
     labels = dict(object=obj, hue=hue, texture=fill, species=obj * HUES + hue)
@@ -124,7 +124,7 @@ def render(look, size, noise):
     height = (-outside / .3).clamp(-.1, 1)                          # a rounded relief, lit from above
     dy, dx = torch.gradient(height, spacing=2 / size, dim=(1, 2))
     facing = -(dx * p["light"].sin() - dy * p["light"].cos()) * p["scale"] * .3
-    body = hsv(p["hue"], p["saturation"], p["value"] * (1 + .3 * fill))
+    body = hsv(p["hue"], p["saturation"], p["value"] * (1 + p["fill_depth"] * fill))
     for spot, paint in zip(spots.unbind(1), p["paint"].unbind(1)):
         body = torch.lerp(body, hsv(*paint.unbind(1)), spot[:, None])
     body = body * (1 + p["relief"] * facing)[:, None]

@@ -279,7 +279,7 @@ def resnet(arch, stem, norm):
         net.inplanes = 16
         net.conv1, net.bn1, net.maxpool = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), norm(16), nn.Identity()
         for i in range(4):
-            setattr(net, f"layer{i + 1}", net._make_layer(block, 16 << i, 1, stride=2 if i else 1))
+            setattr(net, f"layer{i + 1}", net._make_layer(block, 16 << i, 1, stride=2 if i in (1, 2) else 1))
         net.fc = nn.Linear(128, 1)
     else:
         net = torchvision.models.get_model(arch, norm_layer=norm)
