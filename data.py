@@ -194,7 +194,7 @@ def folder(name, split, *, root, seed=0, **_):
     """An ImageFolder tree: root/train and root/val, or one tree of which a seeded hash of each file's relative path keeps 80%
     for train. -> fetch(i) PIL picture, labels, class names."""
     if not root or not Path(root).is_dir():
-        raise UserError(f"--root={root}: no such folder; --data=folder needs --root=DIR with one sub-folder of pictures for each class")
+        raise UserError(f"--root={root or ''}: no such folder; --data=folder needs --root=DIR with one sub-folder of pictures for each class")
     split = "train" if split == "pretrain" else split
     root, whole = Path(root), not (Path(root) / "train").is_dir()
     top = root if whole else root / split
@@ -337,8 +337,8 @@ def command_line(commands, argv=None):
         if argv and argv[0] in commands and not {"-h", "--help"} & set(argv):
             check_flags(argv[0], inspect.signature(commands[argv[0]]).parameters, argv[1:])
         command = fire.Fire({name: bound(f) for name, f in commands.items()}, argv, name=Path(sys.argv[0]).name, serialize=lambda _: None)
-        if isinstance(command, functools.partial):
-            command()
+        if isinstance(command, Bound):
+            command.call()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -357,13 +357,18 @@ def check_flags(command, parameters, argv):
                             (f"did you mean --{near[0]}?" if near else f"it has {', '.join('--' + p for p in parameters)}"))
 
 
+class Bound(NamedTuple):
+    """A call to make later. (fire would make it at once if this were callable.)"""
+    call: functools.partial
+
+
 def bound(function):
     """The function as fire should see it: its flags typed by its signature, and a call that only binds them. So a word that
     fire cannot place stops the program before it trains, not after."""
 
     @functools.wraps(function)
     def bind(*args, **flags):
-        return functools.partial(function, *args, **flags)
+        return Bound(functools.partial(function, *args, **flags))
 
     def parser(flag, kind):
         convert, expected = PARSERS[kind]

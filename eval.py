@@ -339,6 +339,8 @@ def fewshot(b, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
         shots: pictures of each class
         trials: independent draws
     """
+    if not all(str(n).isdigit() and int(n) for n in shots) or trials < 2:
+        raise UserError(f"--shots={','.join(map(str, shots))} --trials={trials}: expected numbers of pictures, as 5,10, and two trials or more")
     pool = [b.split[s] for s in ("train", "val") if s in b.split]
     x, test = torch.cat([frozen(b, s, b.split[s]) for s in ("train", "val") if s in b.split]), b.split["test"]
     x, y_x = standardise(x, frozen(b, "test", test))

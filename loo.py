@@ -580,7 +580,7 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
         some = found.images[order[i]].to(config["device"], non_blocking=True).float() / 255
         shape = found.aspect[order[i]].to(config["device"], non_blocking=True)
         if method == "supervised":
-            state, (loss,) = supervised_step(state, some, shape, labels and labels[order[i]].to(config["device"]), table, config)
+            state, (loss,) = supervised_step(state, some, shape, None if labels is None else labels[order[i]].to(config["device"]), table, config)
         else:
             state, (loss, *spaces) = step(state, some, shape, table, config)
         total = total + loss
@@ -704,7 +704,7 @@ def read_lines(path):
 
 def save(state, config, out):
     parts = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state._asdict().items()}
-    write_tensors(out / "checkpoint.pt", {**parts, "config": config, "torch": torch.__version__, "threads": torch.get_num_threads()})
+    write_tensors(out / "checkpoint.pt", {**parts, "config": config, "torch": str(torch.__version__), "threads": torch.get_num_threads()})
 
 
 def resume(state, config, out):

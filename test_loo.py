@@ -358,3 +358,331 @@ def test_vmapped_heads_are_each_spaces_own(heads):
     assert not torch.equal(encoder.w1[0], encoder.w1[1])
     if heads == "conv5":
         assert not torch.equal(encoder.tops[0][0].conv1.weight, encoder.tops[1][0].conv1.weight)
+
+
+def test_any_torchvision_resnet_gives_a_backbone_that_torchvision_loads(tmp_path):
+    encoder = loo.Encoder("resnet18", spaces=2, heads="conv5", hidden=16, dim=8)
+    loo.export(encoder, tmp_path)
+    state = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    net = torchvision.models.resnet18()
+    missing, unexpected = net.load_state_dict(state, strict=False)
+    assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
+    net.fc, images = torch.nn.Identity(), torch.rand(2, 3, 64, 64)
+    v, _ = loo.encode(encoder.eval(), images)
+    theirs = net.eval()(TF.normalize(images, [.485, .456, .406], [.229, .224, .225]))
+    torch.testing.assert_close(v[:, :512], theirs, atol=1e-5, rtol=1e-4)   # Z_0's
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_factors_are_drawn_again_alike_and_splits_are_disjoint():
+    a, b, other = data.factors("val", 32, 64), data.factors("val", 32, 64), data.factors("test", 32, 64)
+    assert torch.equal(a.images, b.images) and a.images.dtype == torch.uint8 and a.images.shape == (64, 3, 32, 32)
+    assert not torch.equal(a.images, other.images)
+    assert torch.equal(a.labels["species"], a.labels["object"] * data.HUES + a.labels["hue"])
+    assert len(data.OBJECTS) >= 10 and 1 / data.HUES < .1 and all(len(a.classes[k]) > v.max() for k, v in a.labels.items())
+
+
+def test_factors_objects_know_up_and_not_left():
+    """Outlines, drawn plainly: a flip leaves each as it is, a quarter turn does not."""
+    n = len(data.OBJECTS)
+    one = lambda *values: torch.tensor(values).expand(n, *([len(values)] if len(values) > 1 else [1])).squeeze(-1)
+    look = dict(strokes=torch.tensor([(s * 4)[:4] for s in data.OBJECTS.values()]), marks=torch.zeros(n, 4, 3) - 9, paint=torch.zeros(n, 4, 3),
+                fill=torch.zeros(n, dtype=torch.long), fill_angle=one(0.), fill_period=one(1.), fill_depth=one(0.), fill_shift=torch.zeros(n, 2),
+                hue=one(0.), saturation=one(1.), value=one(1.), centre=torch.zeros(n, 2), scale=one(.9), tilt=one(0.), light=one(0.), relief=one(0.),
+                ground=torch.zeros(n, 3), horizon=one(0.), haze=one(0.))
+    images = data.render(look, 64, generator(0)).float()[:, 0] / 255
+    difference = lambda x: (images - x).abs().mean((1, 2)) / images.mean((1, 2))
+    assert difference(images.flip(2)).max() < .1
+    assert all(difference(images.rot90(k, (1, 2))).min() > .3 for k in (1, 2, 3))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "LA", "I;16", "1"])
+def test_any_mode_becomes_rgb(mode, tmp_path):
+    picture = Image.new("L", (20, 10), 200)
+    picture = Image.new("I;16", (20, 10), 200 * 256) if mode == "I;16" else picture.convert("RGBA" if mode == "RGBA" else mode)
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    picture.save(path)
+    out = data.read_picture([path], 0)
+    assert out.mode == "RGB" and out.size == (20, 10) and abs(out.getpixel((3, 3))[0] - (255 if mode == "1" else 200)) <= 1
+
+
+def test_exif_orientation_is_honoured(tmp_path):
+    picture = Image.new("RGB", (40, 20), "black")
+    picture.paste("white", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6   # turned a quarter to the right when shown
+    picture.save(tmp_path / "x.jpg", exif=exif)
+    out = data.read_picture([tmp_path / "x.jpg"], 0)
+    assert out.size == (20, 40) and out.getpixel((10, 5))[0] > 200 and out.getpixel((10, 35))[0] < 50
+
+
+def photo_tree(root, classes=3, each=14):
+    rng = random.Random(0)
+    for c in range(classes):
+        (root / f"class{c}").mkdir(parents=True)
+        for i in range(each):
+            w, h, mode = rng.randint(20, 80), rng.randint(20, 80), rng.choice(["RGB", "L", "P", "CMYK"])
+            Image.effect_noise((w, h), 20 + 60 * c).convert("RGB").convert(mode).save(root / f"class{c}" / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}")
+    return root
+
+
+def test_folder_splits_by_path_and_skips_what_it_cannot_read(tmp_path, capsys):
+    root = photo_tree(tmp_path / "photos")
+    (root / "class1" / "broken.jpg").write_bytes((b"\xff\xd8\xff\xe0not a picture" * 9))
+    (root / "class1" / "notes.txt").write_text("not a picture, and not named as one")
+    train, val = (data.load("folder", s, root=root, size=28) for s in ("train", "val"))
+    assert len(train.images) + len(val.images) == 42 and train.images.shape[1:] == (3, 32, 32)
+    assert train.classes["class"] == ["class0", "class1", "class2"]
+    assert capsys.readouterr().err.count("warning: skipped") == 1
+    again = data.load("folder", "train", root=root, size=28)
+    assert torch.equal(again.images, train.images)
+    (root / "class0" / "0.png").unlink()         # other files keep their side
+    names = lambda split: {p.name + str(c) for p, c in zip(data.folder("folder", split, root=root)[0].args[0], data.folder("folder", split, root=root)[1].tolist())}
+    assert not names("train") & names("val")
+
+
+def test_folder_with_train_and_val(tmp_path):
+    photo_tree(tmp_path / "train"), photo_tree(tmp_path / "val", each=5)
+    assert data.splits("folder", tmp_path) == ("train", "val")
+    val = data.load("folder", "val", root=tmp_path, size=28)
+    assert len(val.images) == 15 and val.labels["class"].tolist() == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_pictures_without_classes_can_be_trained_on(tmp_path):
+    photo_tree(tmp_path, classes=1)
+    found = data.load("folder", "train", root=tmp_path / "class0", size=28)
+    assert found.classes["class"] == ["."] and len(found.images) > 5
+
+
+def test_cifar10_in_its_published_layout(tmp_path, monkeypatch):
+    import pickle
+    root = tmp_path / "cifar-10-batches-py"
+    root.mkdir()
+    pixels = torch.randint(256, (10, 3072), dtype=torch.uint8, generator=generator(0))
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        (root / name).write_bytes(pickle.dumps({"data": pixels.numpy(), "labels": list(range(10))}))
+    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}))
+    with pytest.raises(data.UserError, match="--download"):
+        data.load("cifar10", "test", root=str(tmp_path))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    test = data.load("cifar10", "test", root=str(tmp_path))
+    assert torch.equal(test.images, pixels.view(10, 3, 32, 32)) and test.labels["class"].tolist() == list(range(10))
+    assert len(data.load("cifar10", "pretrain", root=str(tmp_path)).images) == 50
+
+
+# ---------------------------------------------------------------- probes
+
+
+def test_logistic_finds_the_minimum():
+    """Two points, one dimension: the gradient of its own objective vanishes; l2 1 on +-1 gives w = sigmoid(-w), solved by hand."""
+    x, y = torch.tensor([[1.], [-1.]]).double(), torch.tensor([1, 0])
+    w, b = judge.logistic(x, y, 2, 1.)
+    assert w[0, 1] == pytest.approx(-w[0, 0].item(), abs=1e-6) and b.abs().max() < 1e-6
+    slope = w[0, 1].item()                        # d/dw of log(1 + exp(-2w)) + w^2: w = 1 / (1 + exp(2w))
+    assert slope == pytest.approx(1 / (1 + math.exp(2 * slope)), abs=1e-5)
+
+
+def test_linear_probe_of_separable_features():
+    y = torch.arange(400) % 4
+    x = F.one_hot(y, 4) * 2. + .1 * torch.randn(400, 4, generator=generator(0))
+    w, b = judge.fast_probe(x, y, 4, seed=0)
+    assert judge.accuracy(x @ w + b, y) == 100
+
+
+def test_few_shot_trials_do_not_touch_each_other():
+    x, y = torch.randn(3, 20, 5, generator=generator(0)), torch.arange(20).expand(3, 20) % 4
+    together = judge.few_shot(x, y, 4, 50)
+    for t in range(3):
+        alone = judge.few_shot(x[t:t + 1], y[t:t + 1], 4, 50)
+        assert all(torch.allclose(a[t], b[0], atol=1e-5) for a, b in zip(together, alone))
+
+
+def test_shots_are_drawn_per_class_and_trial():
+    y = torch.arange(60) % 4
+    rows = judge.shots_of(y, 4, 5, 3, seed=0)
+    assert rows.shape == (3, 20) and all(torch.bincount(y[r]).tolist() == [5] * 4 and len(set(r.tolist())) == 20 for r in rows)
+    assert rows[0].tolist() != rows[1].tolist()
+    with pytest.raises(data.UserError, match="only 15"):
+        judge.shots_of(y, 4, 16, 1, seed=0)
+
+
+def test_knn_is_a_naive_loop():
+    x, test, y = torch.randn(50, 6, generator=generator(0)), torch.randn(9, 6, generator=generator(1)), torch.arange(50) % 3
+    ours = judge.nearest(x, y, 3, test, neighbours=7)
+    for i in range(9):
+        similar = sorted(((F.cosine_similarity(test[i], x[j], dim=0).item(), y[j].item()) for j in range(50)), reverse=True)[:7]
+        want = [sum(math.exp((s - 1) / .07) for s, c in similar if c == k) for k in range(3)]
+        assert ours[i].tolist() == pytest.approx(want, rel=1e-3)
+
+
+def test_interval_is_students():
+    assert judge.interval([1., 2., 3.]) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-3)
+    assert judge.interval([5.]) is None
+
+
+def test_accuracy_counts_the_first_and_the_first_five():
+    logits = torch.tensor([[9., 8, 7, 6, 5, 4], [4, 5, 6, 7, 8, 9]])
+    assert judge.accuracy(logits, torch.tensor([0, 0])) == 50 and judge.accuracy(logits, torch.tensor([4, 0]), 5) == 50
+
+
+def test_turned_pictures_are_labelled_by_their_turns():
+    found = data.factors("val", 32, 5)
+    out = judge.turned(found)
+    assert torch.equal(out.images[7], found.images[2].rot90(1, (1, 2))) and out.labels["rotation"][7] == 1 and out.aspect.shape == (20,)
+
+
+def test_centre_crop_is_torchvisions():
+    wide = photos(1, 64)
+    canvas = TF.resize(wide, [64, 64])
+    want = TF.resize(TF.center_crop(wide, [56, 56]), [32, 32], antialias=True)
+    torch.testing.assert_close(judge.centre(canvas, torch.ones(1), 32, .875), want, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------- the commands
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder of its own, and a factors set that trains in seconds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "FACTORS", {"train": 256, "val": 1024, "test": 128})
+    monkeypatch.setattr(data, "HUES", 4)
+    return tmp_path
+
+
+def run(module, line):
+    commands = {loo: {"train": loo.train, "methods": loo.show_methods},
+                judge: {t.__name__: t for t in (judge.linear, judge.rotation, judge.fewshot, judge.knn, judge.table)}}[module]
+    data.command_line(commands, line.split())
+
+
+SMALL = "--batch=64 --queue=64 --hidden=32 --dim=16"
+
+
+@pytest.mark.parametrize("line, right", [
+    ("train --epochz=3", "--epochs"), ("train --lr=abc", "a number"), ("train --epochs=2.5", "a whole number"), ("train --epochs", "a whole number"),
+    ("train --groups=colour", "color"), ("train --data=nope", "factors"), ("train --data=folder --root=/missing", "/missing"),
+    ("train --root=.", "folder"), ("train --method=loco", "looc"), ("train --batch=100", "--splits=8"), ("train --lr=-1", "more than 0"),
+    ("train --arch=resnet19", "resnet18"), ("train --schedule=cosinus", "cosine"), ("train --groups=color,color", "twice"), ("trian", "train"),
+    ("train --fresh=maybe", "true or false"), ("train epochs=3", "--epochs"), ("train --method=looc --groups=", "at least one"),
+    ("train --momentum=9", "0 to 1"), ("train --device=cuda:7" if not torch.cuda.is_available() else "train --device=tpu", "device"),
+    ("train --method=supervised --label=hues", "hue"), ("train --batch=100000 --splits=1", "smaller")])
+def test_bad_flags_are_one_clear_line_and_nothing_is_written(line, right, here, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(loo, line)
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and right in err and len(err.splitlines()) == 1 and "Traceback" not in err
+    assert not list(here.iterdir())
+
+
+def test_types_come_from_the_signature(here):
+    got = []
+
+    def command(out: str = "x", groups: tuple = (), lr: float = 1., fresh: bool = False):
+        got.append((out, groups, lr, fresh))
+    data.command_line({"go": command}, ["go", "--out=1e3", "--groups=color", "--lr=3", "--fresh"])
+    assert got == [("1e3", ("color",), 3., True)]
+
+
+@pytest.mark.parametrize("method", ["looc", "looc++", "moco_same", "supervised"])
+def test_train_then_judge(method, here, capsys):
+    run(loo, f"train --method={method} --epochs=2 --out=run {SMALL}")
+    assert {p.name for p in (here / "run").iterdir()} == {"config.json", "log.jsonl", "views.png", "checkpoint.pt", "backbone.pt", "heads.pt"}
+    log = [json.loads(line) for line in (here / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 9)) and len(log[0]["loss"]) == (3 if "looc" in method else 1)
+    assert (here / "runs" / "latest").resolve() == here / "run"
+    capsys.readouterr()
+    run(judge, "linear --label=object,hue --json")
+    run(judge, "fewshot --run=run --label=hue --trials=3 --json")
+    run(judge, "rotation --json")
+    if method == "looc++":
+        run(judge, "knn --label=object --feature=color --json")
+    out = capsys.readouterr().out
+    assert out == (here / "run" / "results.jsonl").read_text()
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(x["task"], x["label"], x["shots"]) for x in lines[:5]] == [("linear", "object", None), ("linear", "hue", None), ("fewshot", "hue", 5),
+                                                                       ("fewshot", "hue", 10), ("rotation", "rotation", None)]
+    assert all(0 <= x["top1"] <= 100 and x["method"] == method and x["groups"] == ["color", "rotation"] for x in lines)
+    run(judge, "table --runs=run")
+    assert method in capsys.readouterr().out
+
+
+def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
+    """Stopped after its second checkpoint and resumed equals uninterrupted, bit for bit; other settings are refused, --fresh keeps the old run."""
+    run(loo, f"train --epochs=2 --out=whole {SMALL}")
+    save = loo.save
+
+    def save_and_stop(state, *rest):
+        save(state, *rest)
+        if state.step == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(loo, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(loo, f"train --epochs=2 --out=parts {SMALL}")
+    monkeypatch.setattr(loo, "save", save)
+    capsys.readouterr()
+    run(loo, f"train --epochs=2 --out=parts {SMALL}")
+    assert "resuming parts at step 2" in capsys.readouterr().out
+    a, b = (torch.load(here / r / "checkpoint.pt", weights_only=True) for r in ("whole", "parts"))
+    for part in ("query", "key"):
+        assert all(torch.equal(x, b[part][k]) for k, x in a[part].items())
+    assert torch.equal(a["queue"], b["queue"]) and a["pointer"] == b["pointer"] and a["step"] == b["step"]
+    losses = lambda r: [json.loads(line)["loss"] for line in (here / r / "log.jsonl").read_text().splitlines()]
+    assert losses("whole") == losses("parts")
+    with pytest.raises(SystemExit):
+        run(loo, f"train --epochs=2 --out=parts --tau=.3 {SMALL}")
+    assert "--tau=0.3" in capsys.readouterr().err
+    run(loo, f"train --epochs=1 --out=parts --fresh {SMALL}")
+    assert (here / "parts.1" / "backbone.pt").exists()
+
+
+def test_your_own_pictures(here, capsys):
+    root = photo_tree(here / "photos", each=40)
+    (root / "class0" / "broken.png").write_bytes(b"\x89PNG broken")
+    run(loo, f"train --data=folder --root={root} --epochs=1 --out=run --size=28 --batch=16 --queue=16 --hidden=16 --dim=8")
+    run(judge, "linear --json")
+    assert "broken.png" in capsys.readouterr().err
+    assert json.loads((here / "run" / "results.jsonl").read_text())["label"] == "class"
+
+
+@pytest.mark.parametrize("ruin, right", [("empty", "class9"), ("broken", "none of")])
+def test_your_own_pictures_ruined(ruin, right, here, capsys):
+    root = photo_tree(here / "photos", each=5)
+    if ruin == "empty":
+        (root / "class9").mkdir()
+    else:
+        for path in root.rglob("*.*"):
+            path.write_bytes(b"broken")
+    with pytest.raises(SystemExit) as stop:
+        run(loo, f"train --data=folder --root={root} --batch=8 --splits=1")
+    assert stop.value.code == 2 and right in capsys.readouterr().err.splitlines()[-1] and not (here / "runs").exists()
+
+
+def test_papers_protocol(here, capsys):
+    run(loo, f"train --epochs=1 --out=run {SMALL}")
+    run(judge, "linear --label=hue --protocol=paper --epochs=2 --json")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["protocol"] == "paper"
+
+
+@pytest.mark.parametrize("line, right", [("linear --run=nope", "nope"), ("linear --label=hues", "hue"), ("linear --feature=colour", "color"),
+                                         ("linear --shots=5", "--shots"), ("linear --protocol=papers", "paper"), ("fewshot --shots=five", "numbers")])
+def test_bad_evaluations_are_one_clear_line(line, right, here, capsys):
+    run(loo, f"train --epochs=1 {SMALL}")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(judge, line)
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and right in err and len(err.splitlines()) == 1
+
+
+def test_methods_prints_the_table(here, capsys):
+    run(loo, "methods")
+    assert "| looc | [[0, 0], [1, 0], [0, 1]] | [[1, 0, 0], [-1, 1, -1], [-1, -1, 1]] | mlp | v |" in capsys.readouterr().out
+
+
+def test_learning_rate_falls_as_the_paper_says():
+    config = dict(lr=.03, schedule="300,400", epochs=500)
+    assert [loo.learning_rate(config, e) for e in (0, 299.9, 300, 400)] == pytest.approx([.03, .03, .003, .0003])
+    assert [loo.learning_rate({**config, "schedule": "cosine"}, e) for e in (0, 250, 500)] == pytest.approx([.03, .015, 0])
