@@ -24,6 +24,9 @@ from PIL import Image, ImageDraw, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 
+fire.decorators.FIRE_METADATA = "_fire"   # under its own name, --help lists it as a sub-command
+
+
 class UserError(ValueError):
     """Bad input: the command line prints it as one line and exits with code 2."""
 
@@ -224,8 +227,9 @@ def from_torchvision(name, split, *, root=None, download=False, **_):
         found = getattr(torchvision.datasets, kind)(root, download=download, **arguments)
     except ModuleNotFoundError as error:
         raise UserError(f"--data={name}: torchvision needs `pip install {error.name}` to read its labels") from None
-    except RuntimeError as error:
-        raise UserError(f"--data={name}: not found under {root}; name its folder with --root=DIR or fetch it with --download ({error})") from None
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"--data={name}: not found under {root}; name its folder with --root=DIR or fetch it with --download "
+                        f"({str(error).splitlines()[0]})") from None
     labels = next(getattr(found, a) for a in ("targets", "labels", "_labels") if hasattr(found, a))
     labels = torch.as_tensor(labels).long()
     return functools.partial(read_item, found), labels, list(getattr(found, "classes", range(int(labels.max()) + 1)))
@@ -279,6 +283,7 @@ def canvases(fetch, labels, side, workers, cache):
     """
     n, shape = len(labels), (len(labels), 3, side, side)
     if cache and math.prod(shape) > 4 << 30:
+        cache.parent.mkdir(parents=True, exist_ok=True)
         images = torch.from_file(str(cache), shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
     else:
         images = torch.empty(shape, dtype=torch.uint8)
@@ -329,12 +334,12 @@ PARSERS = {int: (whole, "a whole number"), float: (float, "a number, such as 0.0
 def command_line(commands, argv=None):
     """Run commands[argv[0]] with the flags in argv. All flags are checked against the function's signature, and typed by it,
     before anything runs; UserError becomes one line and exit code 2."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = ["--help" if word == "-h" else word for word in (sys.argv[1:] if argv is None else argv)]
     try:
         if argv and not argv[0].startswith("-") and argv[0] not in commands:
             near = difflib.get_close_matches(argv[0], commands, 1, .5)
             raise UserError(f"{argv[0]}: no such command; " + (f"did you mean {near[0]}? " if near else "") + f"there are {', '.join(commands)}")
-        if argv and argv[0] in commands and not {"-h", "--help"} & set(argv):
+        if argv and argv[0] in commands and "--help" not in argv:
             check_flags(argv[0], inspect.signature(commands[argv[0]]).parameters, argv[1:])
         command = fire.Fire({name: bound(f) for name, f in commands.items()}, argv, name=Path(sys.argv[0]).name, serialize=lambda _: None)
         if isinstance(command, Bound):

@@ -313,13 +313,17 @@ class Encoder(nn.Module):
         v = torch.stack([top(x).mean((2, 3)) for top in self.tops])              # (1 b d), or (s b d)
         v_s = v.expand(max(len(self.w1), len(v)), -1, -1)                        # (s b d)
         z = torch.vmap(mlp)(v_s, self.w1, self.b1, self.w2, self.b2) if len(self.w1) else v.new_zeros(0, len(x), 0)
-        return rearrange(v, "s b d -> b (s d)"), F.normalize(z, dim=-1)
+        return rearrange(v, "s b d -> b (s d)"), F.normalize(at_least_float32(z), dim=-1)
 
 
 def linear(spaces, d, out):
     """nn.Linear's own start, once for each space -> weight (s out d), bias (s out)."""
     bound = d ** -.5
     return [nn.Parameter(torch.empty(spaces, *shape).uniform_(-bound, bound)) for shape in ((out, d), (out,))]
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def encode(encoder, images):
@@ -336,9 +340,9 @@ def encode(encoder, images):
 
 def space_logits(q, k, queue, role, tau):
     """near (s b v): the query against the same image's keys, unused ones -inf; far (s b n): against the queue."""
-    kind = torch.promote_types(q.dtype, torch.float32)
+    q = at_least_float32(q)
+    k, queue = k.to(q.dtype), queue.to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        q, k, queue = q.to(kind), k.to(kind), queue.to(kind)
         near = einsum(q, k, "s b c, s v b c -> s b v") / tau
         far = einsum(q, queue, "s b c, s n c -> s b n") / tau
     unused = (role == 0)[:, None] if role.ndim == 2 else rearrange(role == 0, "s v b -> s b v")
@@ -440,8 +444,9 @@ def contrastive(query, key, images, aspect, method, config, step):
     """
     q_images, k_images, draws = augment_groups(images, method.groups, method.share, generator("views", config["seed"], step),
                                                always=config["always"], size=config["size"], aspect=aspect)
-    q = encode(query, q_images)[1]
-    with torch.no_grad():   # shuffled, so that a BatchNorm split does not hold the same images for query and key
+    with autocast(config):
+        q = encode(query, q_images)[1]
+    with torch.no_grad(), autocast(config):   # shuffled, so that a BatchNorm split does not hold the same images for query and key
         order = torch.randperm(len(images), generator=generator("shuffle", config["seed"], step)).to(images.device)
         k = encode(key, rearrange(k_images[:, order], "v b c h w -> (v b) c h w"))[1]
         k = rearrange(k, "s (v b) c -> s v b c", b=len(images))[:, :, order.argsort()]
@@ -462,8 +467,7 @@ def drop_equal(role, draws, method):
 def step(state, images, aspect, method, config):
     """One step of LooC or a contrastive baseline: images (b c h w) in [0, 1], aspect (b,) -> State, (loss (s,), q, k, queue, role)."""
     ema(state.key, state.query, config["momentum"])
-    with autocast(config):
-        q, k, role = contrastive(state.query, state.key, images, aspect, method, config, state.step)
+    q, k, role = contrastive(state.query, state.key, images, aspect, method, config, state.step)
     loss = multi_space_loss(q, k, state.queue, role, config["tau"])
     descend(state.optimizer, loss.mean())
     spaces = torch.arange(len(k), device=k.device)
@@ -473,11 +477,12 @@ def step(state, images, aspect, method, config):
 
 def supervised_step(state, images, aspect, labels, method, config):
     """The supervised baseline: the query's augmentations, cross-entropy on labels (b,), or on the rotation drawn if None."""
+    images, _, draws = augment_groups(images, method.groups, method.share, generator("views", config["seed"], state.step),
+                                      always=config["always"], size=config["size"], aspect=aspect)
+    labels = draws["rotation"]["turns"][0].to(images.device) if labels is None else labels
     with autocast(config):
-        images, _, draws = augment_groups(images, method.groups, method.share, generator("views", config["seed"], state.step),
-                                          always=config["always"], size=config["size"], aspect=aspect)
-        labels = draws["rotation"]["turns"][0].to(images.device) if labels is None else labels
-        loss = F.cross_entropy(state.classifier(encode(state.query, images)[0]).float(), labels)
+        logits = state.classifier(encode(state.query, images)[0])
+    loss = F.cross_entropy(at_least_float32(logits), labels)
     descend(state.optimizer, loss)
     return state._replace(step=state.step + 1), (loss.detach()[None],)
 
@@ -622,6 +627,7 @@ def settings(*, method, groups, data, recipe, out, always, label, device, precis
         raise UserError(f"--device={device}: this machine shows no CUDA device; leave the flag out, or --device=cpu")
     pixels.choose("precision", precision, ("auto", "float32", "bfloat16"))
     config["precision"] = precision if precision != "auto" else "bfloat16" if fast_bfloat16(config["device"]) else "float32"
+    config["root"] = flags["root"] and str(Path(flags["root"]).resolve())
     config["out"] = out or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
     pixels.choose("arch", config["arch"], ("small", *(a for a in torchvision.models.list_models(module=torchvision.models) if "resne" in a)))
     pixels.choose("stem", config["stem"], ("imagenet", "cifar"))
@@ -657,12 +663,13 @@ def fast_bfloat16(device):
 
 
 def save_views(found, method, config, path, count=12):
-    """Rows of the query and key views of a few pictures, each row named by what it shares with the query."""
+    """Rows of the query and key views of a few pictures, each named by its space and what it shares with the query."""
     images, aspect = found.images[:count].float() / 255, found.aspect[:count]
     query, keys, _ = augment_groups(images, config["groups"], method.share, generator("views", config["seed"], 0), always=config["always"],
                                     size=config["size"], aspect=aspect)
-    shared = [" + ".join(g for g, same in zip(method.groups, row) if same) for row in method.share.tolist()]
-    rows = ["query", *(f"key {i}, {'the same ' + s if s else 'nothing shared'}" for i, s in enumerate(shared))]
+    shared = [" + ".join(g for g, same in zip(method.groups, row) if same) or "nothing" for row in method.share.tolist()]
+    spaces = [", ".join(name for name, row in zip(method.spaces, method.role.tolist()) if row[v] == 1) for v in range(len(shared))]
+    rows = ["query", *(f"key of space {names}: shares {groups}" for names, groups in zip(spaces, shared))]
     pixels.picture_grid(torch.cat([query[None], keys]), rows, [""] * count, path, zoom=max(1, 64 // config["size"]))
 
 
