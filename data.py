@@ -75,7 +75,7 @@ def factors(split, size=32, count=None):
     """Pictures of one object each, drawn from known factors -> Data of `count` (FACTORS[split]) pictures (n 3 size size).
 
     Labels: object (12), hue (16 bins), texture (4 fills), species = object x hue (192). Nuisances: position, scale, tilt,
-    light, background, noise. Every object has details of its own (bent strokes, four marks), so that an image can be told
+    light, background, noise. Every object has details of its own (bent strokes, four gray marks), so that an image can be told
     from all others without its colour. Splits are disjoint draws.
     """
     n = count or FACTORS[split]
@@ -86,7 +86,7 @@ def factors(split, size=32, count=None):
     table = torch.tensor([(strokes * 4)[:4] for strokes in OBJECTS.values()])   # repeating a stroke draws nothing new
     look = dict(
         strokes=(table[obj] + normal(4, 6) * torch.tensor([.05, .1, .1, .1, .03, .03])) * torch.cat([torch.ones(n, 1, 4), rand(1, 1, low=.6, high=1.5).expand(n, 1, 2)], 2),
-        marks=torch.cat([rand(4, 2, low=-.8, high=.8), rand(4, 1, low=.15, high=.3)], -1), paint=torch.stack([rand(4), rand(4, low=.3), rand(4, low=.2)], -1),
+        marks=torch.cat([rand(4, 2, low=-.8, high=.8), rand(4, 1, low=.15, high=.3), rand(4, 1)], -1),
         fill=fill, fill_angle=rand(high=math.tau), fill_period=rand(low=.4, high=.9), fill_depth=rand(low=.2, high=.6), fill_shift=rand(2),
         hue=(hue + rand(low=.2, high=.8)) / HUES, saturation=rand(low=.4), value=rand(low=.5),
         centre=normal(2, std=.08), scale=rand(low=.75, high=1.), tilt=normal(std=.2), light=normal(std=.5), relief=rand(low=.2, high=.5),
@@ -122,14 +122,14 @@ def render(look, size, noise):
     fills = torch.stack([torch.zeros_like(w1), (3 * w1).tanh(), (5 * w1 * w2).tanh(), (6 * (w1 * w2).abs() - 3).tanh()], 1)
     fill = fills[torch.arange(len(fills)), look["fill"]]
 
-    mx, my, radius = p["marks"].unbind(2)                           # (n 4 1 1) each
+    mx, my, radius, gray = p["marks"].unbind(2)                     # (n 4 1 1) each
     spots = (.5 - (torch.hypot(u[:, None] - mx, v[:, None] - my) - radius) / pixel[:, None]).clamp(0, 1)
     height = (-outside / .3).clamp(-.1, 1)                          # a rounded relief, lit from above
     dy, dx = torch.gradient(height, spacing=2 / size, dim=(1, 2))
     facing = -(dx * p["light"].sin() - dy * p["light"].cos()) * p["scale"] * .3
     body = hsv(p["hue"], p["saturation"], p["value"] * (1 + p["fill_depth"] * fill))
-    for spot, paint in zip(spots.unbind(1), p["paint"].unbind(1)):
-        body = torch.lerp(body, hsv(*paint.unbind(1)), spot[:, None])
+    for spot, shade in zip(spots.unbind(1), gray.unbind(1)):
+        body = torch.lerp(body, shade[:, None], spot[:, None])
     body = body * (1 + p["relief"] * facing)[:, None]
 
     far = ((y - p["horizon"]) * 8).sigmoid()                        # sky above a faint horizon

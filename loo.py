@@ -397,7 +397,7 @@ def ema(key, query, momentum):
 # Defaults of a data set; any of them is also a flag. `factors` also serves folders and small sets: minutes on a CPU.
 # `imagenet100` is the paper's section 4.
 RECIPES = {
-    "factors": dict(arch="small", stem="imagenet", size=32, epochs=16, batch=128, lr=.1, schedule="cosine", queue=128, tau=.1,
+    "factors": dict(arch="small", stem="imagenet", size=32, epochs=24, batch=128, lr=.1, schedule="cosine", queue=128, tau=.1,
                     momentum=.99, weight_decay=5e-4, hidden=512, dim=64, splits=8),
     "imagenet100": dict(arch="resnet50", stem="imagenet", size=224, epochs=500, batch=256, lr=.03, schedule="300,400", queue=16384,
                         tau=.2, momentum=.999, weight_decay=1e-4, hidden=2048, dim=128, splits=8),

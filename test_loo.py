@@ -388,7 +388,7 @@ def test_factors_objects_know_up_and_not_left():
     """Outlines, drawn plainly: a flip leaves each as it is, a quarter turn does not."""
     n = len(data.OBJECTS)
     one = lambda *values: torch.tensor(values).expand(n, *([len(values)] if len(values) > 1 else [1])).squeeze(-1)
-    look = dict(strokes=torch.tensor([(s * 4)[:4] for s in data.OBJECTS.values()]), marks=torch.zeros(n, 4, 3) - 9, paint=torch.zeros(n, 4, 3),
+    look = dict(strokes=torch.tensor([(s * 4)[:4] for s in data.OBJECTS.values()]), marks=torch.zeros(n, 4, 4) - 9,
                 fill=torch.zeros(n, dtype=torch.long), fill_angle=one(0.), fill_period=one(1.), fill_depth=one(0.), fill_shift=torch.zeros(n, 2),
                 hue=one(0.), saturation=one(1.), value=one(1.), centre=torch.zeros(n, 2), scale=one(.9), tilt=one(0.), light=one(0.), relief=one(0.),
                 ground=torch.zeros(n, 3), horizon=one(0.), haze=one(0.))
