@@ -212,6 +212,7 @@ def bench(run: str = "runs/latest", *, data: str = None, root: str = None, featu
     """
     if not Path(run).exists():
         raise UserError(f"--run={run}: no such run; train one with `python loo.py train`" + near_run(run))
+    choose("device", device.split(":")[0], ("auto", "cpu", "cuda"))
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     encoder, config = loo.load_encoder(run, device)
     pick(torch.zeros(1, encoder.features), torch.zeros(len(encoder.w1), 1, 1), config, feature)   # a wrong name ends it here

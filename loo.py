@@ -576,7 +576,7 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
         print(f"warning: --queue={config['queue']} is more than the {n} pictures: it holds keys of the query's own picture as negatives", file=sys.stderr)
 
     every, seconds, total, logged = max(1, steps // 200), time.perf_counter(), 0., state.step
-    save_every, first, begun = max(1, steps // 10), state.step, seconds
+    save_every, first, begun = 20 * every, state.step, seconds       # a multiple of `every`, so that a resumed run logs the same losses
     while state.step < steps:
         epoch, i = divmod(state.step, per_epoch)
         if i == 0 or state.step == first:
@@ -601,7 +601,7 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
             seconds, total, logged = now, 0., state.step
             with open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-            show(line, table.spaces or (config["label"],), steps, last=state.step == steps, plain=state.step % save_every < every)
+            show(line, table.spaces or (config["label"],), steps, last=state.step == steps, plain=state.step % save_every == 0)
         if state.step % save_every == 0 or state.step == steps:
             save(state, config, out)
     export(state.query, out)
@@ -622,6 +622,7 @@ def settings(*, method, groups, data, recipe, out, always, label, device, precis
     recipe = pixels.choose("recipe", recipe or (data if data in RECIPES else "factors"), tuple(RECIPES))
     config = dict(method=method, groups=list(groups), data=data, recipe=recipe, always=[a for a in always if a not in groups], label=label,
                   **{k: RECIPES[recipe].get(k) if v is None else list(v) if isinstance(v, tuple) else v for k, v in flags.items()})
+    pixels.choose("device", device.split(":")[0], ("auto", "cpu", "cuda"))
     config["device"] = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(config["device"]).type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device={device}: this machine shows no CUDA device; leave the flag out, or --device=cpu")

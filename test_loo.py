@@ -568,7 +568,7 @@ SMALL = "--batch=64 --queue=64 --hidden=32 --dim=16"
     ("train --root=.", "folder"), ("train --method=loco", "looc"), ("train --batch=100", "--splits=8"), ("train --lr=-1", "more than 0"),
     ("train --arch=resnet19", "resnet18"), ("train --schedule=cosinus", "cosine"), ("train --groups=color,color", "twice"), ("trian", "train"),
     ("train --fresh=maybe", "true or false"), ("train epochs=3", "--epochs"), ("train --method=looc --groups=", "at least one"),
-    ("train --momentum=9", "0 to 1"), ("train --device=cuda:7" if not torch.cuda.is_available() else "train --device=tpu", "device"),
+    ("train --momentum=9", "0 to 1"), ("train --device=gpu", "cuda"),
     ("train --method=supervised --label=hues", "hue"), ("train --batch=100000 --splits=1", "smaller")])
 def test_bad_flags_are_one_clear_line_and_nothing_is_written(line, right, here, capsys):
     with pytest.raises(SystemExit) as stop:
