@@ -20,7 +20,7 @@ import fire
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 
@@ -396,7 +396,7 @@ def picture_grid(images, row_names, column_names, path, zoom=1):
     rows, cols, _, h, w = images.shape
     images = images if images.dtype == torch.uint8 else (images * 255).round().byte()
     images = images.cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
-    left, top, gap = 8 + 7 * max(map(len, row_names)), 20, 3
+    left, top, gap = 12 + int(max(map(ImageFont.load_default().getlength, row_names))), 20, 3
     sheet = Image.new("RGB", (left + cols * (w * zoom + gap), top + rows * (h * zoom + gap)), "white")
     pen = ImageDraw.Draw(sheet)
     for j, name in enumerate(column_names):
