@@ -10,7 +10,9 @@ import difflib
 import functools
 import hashlib
 import inspect
+import io
 import math
+import os
 import random
 import sys
 from pathlib import Path
@@ -186,8 +188,19 @@ def kept(name):
 def splits(name, root=None):
     """The splits a data set has, in order; the last one is what evaluations test on."""
     if name == "folder":
-        return ("train", *(s for s in ("val", "test") if (Path(root) / s).is_dir())) if (Path(root) / "train").is_dir() else ("train", "val")
+        if not (folder_of(root) / "train").is_dir():
+            return ("train", "val")
+        others = tuple(s for s in ("val", "test") if (Path(root) / s).is_dir())
+        if not others:
+            raise UserError(f"{root} has a train folder, so evaluations need a val or test folder beside it")
+        return ("train", *others)
     return tuple(FACTORS) if name == "factors" else tuple(s for s in TORCHVISION[name][1] if s != "pretrain")
+
+
+def folder_of(root):
+    if not root or not Path(root).is_dir():
+        raise UserError(f"--root={root or ''}: no such folder; --data=folder needs --root=DIR with one sub-folder of pictures for each class")
+    return Path(root)
 
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
@@ -196,22 +209,24 @@ PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 def folder(name, split, *, root, seed=0, **_):
     """An ImageFolder tree: root/train and root/val, or one tree of which a seeded hash of each file's relative path keeps 80%
     for train. -> fetch(i) PIL picture, labels, class names."""
-    if not root or not Path(root).is_dir():
-        raise UserError(f"--root={root or ''}: no such folder; --data=folder needs --root=DIR with one sub-folder of pictures for each class")
-    split = "train" if split == "pretrain" else split
-    root, whole = Path(root), not (Path(root) / "train").is_dir()
+    split, root = "train" if split == "pretrain" else split, folder_of(root)
+    whole = not (root / "train").is_dir()
     top = root if whole else root / split
     if not top.is_dir():
         raise UserError(f"{top}: no such folder; {root} has a train folder, so it needs {split} beside it")
-    classes = sorted(p.name for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = {c: sorted(p for p in (top / c).rglob("*") if p.suffix.lower() in PICTURES) for c in classes}
+    named = lambda where: sorted(p.name for p in where.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes, here = named(root if whole else root / "train"), named(top)   # a class has the same number in every split
+    for c in here:
+        if c not in classes:
+            raise UserError(f"{top / c}: a class that {root / 'train'} does not have")
+    files = {c: sorted(p for p in (top / c).rglob("*") if p.suffix.lower() in PICTURES) for c in here}
     if not classes:                              # pictures without labels, enough to train on
         classes, files = ["."], {".": sorted(p for p in top.iterdir() if p.suffix.lower() in PICTURES)}
     for c, found in files.items():
         if not found:
             raise UserError(f"{top / c}: no pictures in this folder (expected {', '.join(sorted(PICTURES))})")
     share = lambda path: int(hashlib.sha1(f"{seed}/{path.relative_to(root).as_posix()}".encode()).hexdigest()[:8], 16) / 2 ** 32
-    chosen = [(p, i) for i, c in enumerate(classes) for p in files[c] if not whole or (share(p) < .8) == (split == "train")]
+    chosen = [(p, i) for i, c in enumerate(classes) for p in files.get(c, ()) if not whole or (share(p) < .8) == (split == "train")]
     if not chosen:
         raise UserError(f"{root}: too few pictures to split into train and val")
     paths, labels = zip(*chosen)
@@ -222,7 +237,7 @@ def from_torchvision(name, split, *, root=None, download=False, **_):
     """A data set of torchvision's -> fetch(i) PIL picture, labels, class names."""
     kind, arguments = TORCHVISION[name]
     root = root or "downloads"
-    arguments = arguments.get(split) or arguments["train"]
+    arguments = arguments["train"] if split == "pretrain" and split not in arguments else arguments[choose("split", split, tuple(arguments))]
     try:
         found = getattr(torchvision.datasets, kind)(root, download=download, **arguments)
     except ModuleNotFoundError as error:
@@ -243,7 +258,7 @@ def read_picture(paths, i):
     try:
         with Image.open(paths[i]) as picture:
             return upright(picture)
-    except Exception as error:                   # Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
+    except Exception as error:
         raise UserError(f"{paths[i]}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
 
 
@@ -270,7 +285,7 @@ class Canvases(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             picture = self.fetch(i)
-        except UserError as error:
+        except Exception as error:               # whatever the reader raises: Pillow alone has OSError, SyntaxError, struct.error, ...
             return torch.zeros(3, self.side, self.side, dtype=torch.uint8), 1., str(error)
         canvas = picture.resize((self.side, self.side), Image.Resampling.BICUBIC, reducing_gap=3)
         return pil_to_tensor(canvas), picture.width / picture.height, ""
@@ -388,6 +403,27 @@ def bound(function):
     return fire.decorators.SetParseFns(**{name: parser(name, p.annotation) for name, p in inspect.signature(function).parameters.items()})(bind)
 
 
+def device_of(flag):
+    """"auto", "cpu", "cuda" or "cuda:1" -> the device's name; UserError where this machine has none."""
+    kind, _, index = flag.partition(":")
+    choose("device", kind, ("auto", "cpu", "cuda"))
+    count = torch.cuda.device_count()
+    if kind == "cuda" and (not index.isdigit() and index or int(index or 0) >= count):
+        raise UserError(f"--device={flag}: this machine shows {count} CUDA devices; leave the flag out, or --device=cpu")
+    return flag if kind != "auto" else "cuda" if count else "cpu"
+
+
+def write(path, content):
+    """Whole or not at all: bytes to a temporary file beside it, flushed, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    with open(aside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
 # ---------------------------------------------------------------- pictures for people
 
 
@@ -406,8 +442,9 @@ def picture_grid(images, row_names, column_names, path, zoom=1):
         pen.text((4, y + h * zoom // 2 - 6), name, fill="black")
         for j in range(cols):
             sheet.paste(to_pil_image(images[i, j]), (left + j * (w * zoom + gap), y))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write(Path(path), buffer.getvalue())
 
 
 def sheet(data: str = "factors", root: str = None, out: str = "docs/factors.png", size: int = 48, columns: int = 16, download: bool = False):
@@ -419,8 +456,9 @@ def sheet(data: str = "factors", root: str = None, out: str = "docs/factors.png"
         columns, heads = HUES, found.classes["hue"]
         rows = [[((found.labels["object"] == o) & (found.labels["hue"] == h)).nonzero()[0, 0] for h in range(HUES)] for o in range(len(OBJECTS))]
     else:
-        rows = [(found.labels[label] == c).nonzero()[:, 0] for c in range(len(names))]
-        rows, heads = [r.repeat(columns)[:columns].tolist() for r in rows], [""] * columns
+        rows = {name: (found.labels[label] == c).nonzero()[:, 0] for c, name in enumerate(names)}
+        names = [name for name, r in rows.items() if len(r)]
+        rows, heads = [rows[name].repeat(columns)[:columns].tolist() for name in names], [""] * columns
     picture_grid(found.images[torch.tensor(rows)], names, heads, out)
     print(f"wrote {out}")
 

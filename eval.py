@@ -110,6 +110,7 @@ def paper_probe(encoder, found, label, config, seed, feature, epochs=200, lr=30.
     device = next(encoder.parameters()).device
     encoder.eval()
     y, k, n = found.labels[label], len(found.classes[label]), len(found.images)
+    always = ("crop",) if label == "rotation" else ("crop", "flip")   # a flip would turn 90 degrees into 270
     if n < batch:
         raise UserError(f"--protocol=paper takes batches of {batch}, the training split has {n} pictures: use the default protocol")
     layer = torch.nn.LazyLinear(k, device=device)
@@ -118,13 +119,13 @@ def paper_probe(encoder, found, label, config, seed, feature, epochs=200, lr=30.
         for i, rows in enumerate(pixels.batches(n, batch, seed, epoch)):
             with torch.no_grad():
                 images, _, _ = loo.augment_groups(found.images[rows].to(device).float() / 255, (), torch.zeros(0, 0, dtype=torch.bool),
-                                                  pixels.generator("probe", seed, epoch, i), always=("crop", "flip"),
+                                                  pixels.generator("probe", seed, epoch, i), always=always,
                                                   size=config["size"], aspect=found.aspect[rows].to(device))
                 x = pick(*loo.encode(encoder, images), config, feature).float()
             logits = layer(x)
             if optimizer is None:
-                torch.nn.init.normal_(layer.weight, std=.01, generator=pixels.generator("probe", seed))
-                torch.nn.init.zeros_(layer.bias)
+                layer.weight.data.copy_(torch.randn(layer.weight.shape, generator=pixels.generator("probe", seed)) * .01)
+                layer.bias.data.zero_()
                 logits, optimizer = layer(x), torch.optim.SGD(layer.parameters(), lr, momentum=.9)
             optimizer.param_groups[0]["lr"] = lr * .1 ** ((epoch >= .6 * epochs) + (epoch >= .8 * epochs))
             loo.descend(optimizer, F.cross_entropy(logits, y[rows].to(device)))
@@ -212,8 +213,7 @@ def bench(run: str = "runs/latest", *, data: str = None, root: str = None, featu
     """
     if not Path(run).exists():
         raise UserError(f"--run={run}: no such run; train one with `python loo.py train`" + near_run(run))
-    choose("device", device.split(":")[0], ("auto", "cpu", "cuda"))
-    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = pixels.device_of(device)
     encoder, config = loo.load_encoder(run, device)
     pick(torch.zeros(1, encoder.features), torch.zeros(len(encoder.w1), 1, 1), config, feature)   # a wrong name ends it here
     name = choose("data", data or config["data"], pixels.NAMES)
@@ -233,7 +233,7 @@ def near_run(run):
 
 def frozen(b, split, found):
     """The split's features, (n d), computed once for a run, data set and split."""
-    name = hashlib.sha1(repr((b.key, split, len(found.images))).encode()).hexdigest()[:16]
+    name = hashlib.sha1(repr((b.key, split, hashlib.sha1(found.images.numpy()).digest())).encode()).hexdigest()[:16]
     path = b.run / "features" / f"{b.data}-{split}-{name}.pt"
     if not path.exists():
         loo.write_tensors(path, features(b.encoder, found.images, found.aspect, b.config["size"], pixels.kept(b.data)))
@@ -285,6 +285,8 @@ def result(logits, y, label, n_train, **more):
 def probe(b, train, test, names, suffix, protocol, epochs):
     """A linear classifier for each label in names, by either protocol -> results."""
     choose("protocol", protocol, ("fast", "paper"))
+    if epochs < 1:
+        raise UserError(f"--epochs={epochs}: expected 1 or more")
     x, y = standardise(frozen(b, "train" + suffix, train), frozen(b, "test" + suffix, test))
     for label in names:
         k = len(train.classes[label])
@@ -330,6 +332,8 @@ def knn(b, label: tuple = (), neighbours: int = 20):
         label: labels with commas between; every label if none is named
         neighbours: how many vote
     """
+    if neighbours < 1:
+        raise UserError(f"--neighbours={neighbours}: expected 1 or more")
     train, test = b.split["train"], b.split["test"]
     x, y = frozen(b, "train", train), frozen(b, "test", test)
     for name in labels_of(b, label):
@@ -351,7 +355,7 @@ def fewshot(b, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
     x, test = torch.cat([frozen(b, s, b.split[s]) for s in ("train", "val") if s in b.split]), b.split["test"]
     x, y_x = standardise(x, frozen(b, "test", test))
     for name in labels_of(b, label):
-        y, k = torch.cat([p.labels[name] for p in pool]), len(test.classes[name])
+        y, k = torch.cat([p.labels[name] for p in pool]), len(pool[0].classes[name])
         for n in map(int, shots):
             rows = shots_of(y, k, n, trials, b.seed)
             w, bias = few_shot(x[rows], y[rows], k)
@@ -364,29 +368,32 @@ def fewshot(b, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
 def table(runs: tuple = ("runs/*",)):
     """One Markdown table from the results of many runs: a row for each method, a column for each task and label.
 
-    Runs that differ in nothing but seed share a row: mean +- half of the 95% interval over runs.
+    Runs that differ in nothing but seed share a row: mean +- half of the 95% interval over runs. What else differs is named.
 
     Args:
         runs: run folders or patterns, with commas between
     """
-    cells, seen = defaultdict(dict), set()
-    for path in sorted(p for pattern in runs for p in glob.glob(f"{pattern}/results.jsonl")):
-        if Path(path).parent.resolve() in seen:                # runs/latest is one of the others
-            continue
-        seen.add(Path(path).parent.resolve())
-        for line in loo.read_lines(Path(path)):
-            row = (line["method"], ", ".join(line["groups"]), line["feature"])
+    cells, found = defaultdict(dict), {Path(p).resolve() for pattern in runs for p in glob.glob(f"{pattern}/results.jsonl")}   # runs/latest once
+    configs = {p: json_.loads((p.parent / "config.json").read_text()) for p in found}
+    differs = [k for k in sorted({k for c in configs.values() for k in c} - NAMED) if len({repr(c.get(k)) for c in configs.values()}) > 1]
+    for path in sorted(found, key=lambda p: p.stat().st_mtime):
+        for line in loo.read_lines(path):
+            setting = ", ".join(f"{k} {configs[path].get(k)}" for k in differs)
+            row = (line["method"], ", ".join(line["groups"]), line["feature"], setting)
             column = (line["data"], line["task"], line["label"], line["shots"] or 0, line["protocol"])
-            cells[row, column][path] = line["top1"]            # the last one counts
+            cells[row, column][configs[path]["seed"]] = line["top1"]   # the last one counts
     if not cells:
         raise UserError(f"--runs={','.join(runs)}: no results there; `python eval.py linear --run=DIR` writes some")
     rows, columns = sorted({r for r, _ in cells}), sorted({c for _, c in cells})
     head = [f"{t} {l}" + (f", {s} shots" if s else "") + (f" ({p})" if p == "paper" else "") + (f" on {d}" if len({c[0] for c in columns}) > 1 else "")
             for d, t, l, s, p in columns]
-    print("| method | groups | feature | runs | " + " | ".join(head) + " |\n" + "|---" * (4 + len(head)) + "|")
+    print("| method | groups | feature | differs in | seeds | " + " | ".join(head) + " |\n" + "|---" * (5 + len(head)) + "|")
     for row in rows:
         values = [list(cells[row, c].values()) for c in columns]
         print(f"| {' | '.join(row)} | {max(map(len, values))} | " + " | ".join(mean_cell(v) for v in values) + " |")
+
+
+NAMED = {"seed", "out", "device", "precision", "workers", "root", "download", "method", "groups", "always"}   # not told apart by `table`, or in a column
 
 
 def mean_cell(values):

@@ -26,7 +26,7 @@ from einops import einsum, rearrange, repeat
 from torch import nn
 
 import data as pixels
-from data import UserError, generator
+from data import UserError, generator, write
 
 # ---------------------------------------------------------------- methods: a method of the paper is a small table
 
@@ -397,7 +397,7 @@ def ema(key, query, momentum):
 # Defaults of a data set; any of them is also a flag. `factors` also serves folders and small sets: minutes on a CPU.
 # `imagenet100` is the paper's section 4.
 RECIPES = {
-    "factors": dict(arch="small", stem="imagenet", size=32, epochs=24, batch=128, lr=.1, schedule="cosine", queue=128, tau=.1,
+    "factors": dict(arch="small", stem="imagenet", size=32, epochs=18, batch=128, lr=.1, schedule="cosine", queue=128, tau=.1,
                     momentum=.99, weight_decay=5e-4, hidden=512, dim=64, splits=8),
     "imagenet100": dict(arch="resnet50", stem="imagenet", size=224, epochs=500, batch=256, lr=.03, schedule="300,400", queue=16384,
                         tau=.2, momentum=.999, weight_decay=1e-4, hidden=2048, dim=128, splits=8),
@@ -405,7 +405,7 @@ RECIPES = {
 
 
 class State(NamedTuple):
-    """All that decides what comes next, beside the configuration. "supervised" has no key encoder, the others no classifier."""
+    """All that decides what comes next, beside the configuration. "supervised" leaves the key encoder idle, the others the classifier."""
     query: Encoder
     key: Encoder
     classifier: nn.Linear
@@ -451,7 +451,7 @@ def contrastive(query, key, images, aspect, method, config, step):
         k = encode(key, rearrange(k_images[:, order], "v b c h w -> (v b) c h w"))[1]
         k = rearrange(k, "s (v b) c -> s v b c", b=len(images))[:, :, order.argsort()]
     role = method.role.to(q.device)
-    return q, k, drop_equal(role, draws, method) if config["drop_equal"] else role
+    return q, k, drop_equal(role, draws, method) if config["drop_equal"] and (role < 0).any() else role
 
 
 def drop_equal(role, draws, method):
@@ -617,15 +617,14 @@ def settings(*, method, groups, data, recipe, out, always, label, device, precis
         pixels.choose("groups" if name in groups else "always" if name in always else "same", name, tuple(GROUPS))
     if len(set(groups)) < len(groups):
         raise UserError(f"--groups={','.join(groups)} names a group twice")
+    if method == "moco_same" and not set(flags["same"]) & set(groups):
+        raise UserError(f"--same={','.join(flags['same'])}: none of --groups={','.join(groups)}, so there is nothing for query and key to share")
     if not groups and method in ("looc", "looc++"):
         raise UserError(f"--method={method} leaves one group out: name at least one, as in --groups=color,rotation")
     recipe = pixels.choose("recipe", recipe or (data if data in RECIPES else "factors"), tuple(RECIPES))
     config = dict(method=method, groups=list(groups), data=data, recipe=recipe, always=[a for a in always if a not in groups], label=label,
                   **{k: RECIPES[recipe].get(k) if v is None else list(v) if isinstance(v, tuple) else v for k, v in flags.items()})
-    pixels.choose("device", device.split(":")[0], ("auto", "cpu", "cuda"))
-    config["device"] = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(config["device"]).type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device={device}: this machine shows no CUDA device; leave the flag out, or --device=cpu")
+    config["device"] = pixels.device_of(device)
     pixels.choose("precision", precision, ("auto", "float32", "bfloat16"))
     config["precision"] = precision if precision != "auto" else "bfloat16" if fast_bfloat16(config["device"]) else "float32"
     config["root"] = flags["root"] and str(Path(flags["root"]).resolve())
@@ -635,6 +634,13 @@ def settings(*, method, groups, data, recipe, out, always, label, device, precis
     for flag in ("size", "epochs", "batch", "lr", "queue", "tau", "hidden", "dim", "splits"):
         if not config[flag] > 0:
             raise UserError(f"--{flag}={config[flag]}: expected more than 0")
+    if config["canvas"] is not None and config["canvas"] <= 0:
+        raise UserError(f"--canvas={config['canvas']}: expected more than 0")
+    for flag in ("weight_decay", "workers"):
+        if config[flag] < 0:
+            raise UserError(f"--{flag}={config[flag]}: expected 0 or more")
+    if Path(config["out"]).is_file():
+        raise UserError(f"--out={config['out']} is a file; name a folder")
     if not 0 <= config["momentum"] <= 1:
         raise UserError(f"--momentum={config['momentum']}: expected 0 to 1; it is the key encoder's, not SGD's")
     if config["batch"] % config["splits"] or config["batch"] == config["splits"]:
@@ -689,17 +695,6 @@ def show(line, spaces, steps, last, plain):
 # ---------------------------------------------------------------- the run folder
 
 
-def write(path, content):
-    """Whole or not at all: bytes to a temporary file beside it, flushed, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
 def write_tensors(path, content):
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -719,11 +714,11 @@ def resume(state, config, out):
     """The state saved in the run folder, or the one given where there is none. A run with other settings is a UserError."""
     path = out / "checkpoint.pt"
     if not path.exists():
-        if (out / "config.json").exists() or not out.exists() or not any(out.iterdir()):
+        if (out / "config.json").exists() or not out.exists() or all(p.suffix == ".canvases" for p in out.iterdir()):
             return state
         raise UserError(f"--out={out} is not empty and holds no run: name another folder")
     saved = torch.load(path, map_location=config["device"], weights_only=True)
-    free = {"device", "precision", "workers", "root", "download", "out"}     # may change without changing what is trained
+    free = {"device", "precision", "workers", "download", "out"}     # may change without changing what is trained
     other = [f"--{k}={v} (the run has {saved['config'].get(k)})" for k, v in config.items() if k not in free and saved["config"].get(k) != v]
     if other:
         raise UserError(f"{out} holds a run with other settings: {', '.join(other)}; name another --out, or start over with --fresh")

@@ -291,6 +291,11 @@ def small_step(**changed):
     return config, images, state, loo.step(state, images, torch.ones(16), loo.methods(config["groups"])[config["method"]], config)
 
 
+def test_drop_equal_is_an_option_of_every_method():
+    for method in ("looc", "moco", "moco_same"):
+        assert len(small_step(method=method, drop_equal=True)[3][1][0]) == (3 if method == "looc" else 1)
+
+
 @pytest.mark.parametrize("method", ["looc", "looc++", "moco", "moco++"])
 def test_keys_get_no_gradient_and_fill_the_queue(method):
     config, images, before, (after, (loss, q, k, queue, role)) = small_step(method=method)
@@ -451,6 +456,15 @@ def test_folder_with_train_and_val(tmp_path):
     assert len(val.images) == 15 and val.labels["class"].tolist() == [0] * 5 + [1] * 5 + [2] * 5
 
 
+def test_a_class_has_the_same_number_in_every_split(tmp_path):
+    photo_tree(tmp_path / "train"), photo_tree(tmp_path / "val", each=5)
+    (tmp_path / "val" / "class1").rename(tmp_path / "aside")
+    assert data.load("folder", "val", root=tmp_path, size=28).labels["class"].tolist() == [0] * 5 + [2] * 5
+    (tmp_path / "aside").rename(tmp_path / "val" / "other")
+    with pytest.raises(data.UserError, match="other"):
+        data.load("folder", "val", root=tmp_path, size=28)
+
+
 def test_pictures_without_classes_can_be_trained_on(tmp_path):
     photo_tree(tmp_path, classes=1)
     found = data.load("folder", "train", root=tmp_path / "class0", size=28)
@@ -568,7 +582,8 @@ SMALL = "--batch=64 --queue=64 --hidden=32 --dim=16"
     ("train --root=.", "folder"), ("train --method=loco", "looc"), ("train --batch=100", "--splits=8"), ("train --lr=-1", "more than 0"),
     ("train --arch=resnet19", "resnet18"), ("train --schedule=cosinus", "cosine"), ("train --groups=color,color", "twice"), ("trian", "train"),
     ("train --fresh=maybe", "true or false"), ("train epochs=3", "--epochs"), ("train --method=looc --groups=", "at least one"),
-    ("train --momentum=9", "0 to 1"), ("train --device=gpu", "cuda"),
+    ("train --momentum=9", "0 to 1"), ("train --device=gpu", "cuda"), ("train --device=cuda:99", "CUDA devices"),
+    ("train --method=moco_same --groups=color", "--same=rotation"), ("train --weight_decay=-1", "0 or more"),
     ("train --method=supervised --label=hues", "hue"), ("train --batch=100000 --splits=1", "smaller")])
 def test_bad_flags_are_one_clear_line_and_nothing_is_written(line, right, here, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -611,21 +626,21 @@ def test_train_then_judge(method, here, capsys):
 
 
 def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
-    """Stopped after its second checkpoint and resumed equals uninterrupted, bit for bit; other settings are refused, --fresh keeps the old run."""
-    run(loo, f"train --epochs=2 --out=whole {SMALL}")
+    """Stopped after its first checkpoint and resumed equals uninterrupted, bit for bit; other settings are refused, --fresh keeps the old run."""
+    run(loo, f"train --epochs=6 --out=whole {SMALL}")
     save = loo.save
 
     def save_and_stop(state, *rest):
         save(state, *rest)
-        if state.step == 2:
+        if state.step == 20:
             raise KeyboardInterrupt
     monkeypatch.setattr(loo, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
-        run(loo, f"train --epochs=2 --out=parts {SMALL}")
+        run(loo, f"train --epochs=6 --out=parts {SMALL}")
     monkeypatch.setattr(loo, "save", save)
     capsys.readouterr()
-    run(loo, f"train --epochs=2 --out=parts {SMALL}")
-    assert "resuming parts at step 2" in capsys.readouterr().out
+    run(loo, f"train --epochs=6 --out=parts {SMALL}")
+    assert "resuming parts at step 20" in capsys.readouterr().out
     a, b = (torch.load(here / r / "checkpoint.pt", weights_only=True) for r in ("whole", "parts"))
     for part in ("query", "key"):
         assert all(torch.equal(x, b[part][k]) for k, x in a[part].items())
@@ -633,7 +648,7 @@ def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     losses = lambda r: [json.loads(line)["loss"] for line in (here / r / "log.jsonl").read_text().splitlines()]
     assert losses("whole") == losses("parts")
     with pytest.raises(SystemExit):
-        run(loo, f"train --epochs=2 --out=parts --tau=.3 {SMALL}")
+        run(loo, f"train --epochs=6 --out=parts --tau=.3 {SMALL}")
     assert "--tau=0.3" in capsys.readouterr().err
     run(loo, f"train --epochs=1 --out=parts --fresh {SMALL}")
     assert (here / "parts.1" / "backbone.pt").exists()
@@ -663,6 +678,7 @@ def test_your_own_pictures_ruined(ruin, right, here, capsys):
 
 def test_papers_protocol(here, capsys):
     run(loo, f"train --epochs=1 --out=run {SMALL}")
+    run(judge, "rotation --protocol=paper --epochs=1 --json")
     run(judge, "linear --label=hue --protocol=paper --epochs=2 --json")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["protocol"] == "paper"
 
