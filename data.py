@@ -310,12 +310,12 @@ def canvases(fetch, labels, side, workers, cache):
         images[rows], aspect[rows] = some, shapes.float()
         good[rows] = torch.tensor([not e for e in errors])
         wrong += filter(None, errors)
-    if wrong:
-        print(*(f"warning: skipped {e}" for e in wrong[:5]), sep="\n", file=sys.stderr)
-        if len(wrong) > 5:
-            print(f"warning: skipped {len(wrong) - 5} more pictures that cannot be read", file=sys.stderr)
     if not good.any():
         raise UserError(f"none of the {n} pictures can be read; the first: {wrong[0]}")
+    for error in wrong[:5]:
+        print(f"warning: skipped {error}", file=sys.stderr)
+    if len(wrong) > 5:
+        print(f"warning: skipped {len(wrong) - 5} more pictures that cannot be read", file=sys.stderr)
     return (images, aspect, labels) if not wrong else (images[good], aspect[good], labels[good])
 
 
@@ -325,7 +325,7 @@ def canvases(fetch, labels, side, workers, cache):
 def choose(flag, word, words):
     """word if it is one of words, else UserError with the nearest."""
     if word not in words:
-        near = difflib.get_close_matches(str(word), words, 1, .5)
+        near = difflib.get_close_matches(str(word), words, 1, .6)
         raise UserError(f"--{flag}={word}: " + (f"did you mean {near[0]}? " if near else "") + f"expected one of {', '.join(words)}")
     return word
 
@@ -352,7 +352,7 @@ def command_line(commands, argv=None):
     argv = ["--help" if word == "-h" else word for word in (sys.argv[1:] if argv is None else argv)]
     try:
         if argv and not argv[0].startswith("-") and argv[0] not in commands:
-            near = difflib.get_close_matches(argv[0], commands, 1, .5)
+            near = difflib.get_close_matches(argv[0], commands, 1, .6)
             raise UserError(f"{argv[0]}: no such command; " + (f"did you mean {near[0]}? " if near else "") + f"there are {', '.join(commands)}")
         if argv and argv[0] in commands and "--help" not in argv:
             check_flags(argv[0], inspect.signature(commands[argv[0]]).parameters, argv[1:])
@@ -372,7 +372,7 @@ def check_flags(command, parameters, argv):
             continue
         flag = word[2:].partition("=")[0].replace("-", "_")
         if flag not in parameters and not (flag.startswith("no") and flag[2:] in parameters):
-            near = difflib.get_close_matches(flag, parameters, 1, .5)
+            near = difflib.get_close_matches(flag, parameters, 1, .6)
             raise UserError(f"--{flag}: {command} has no such flag; " +
                             (f"did you mean --{near[0]}?" if near else f"it has {', '.join('--' + p for p in parameters)}"))
 

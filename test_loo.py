@@ -673,7 +673,8 @@ def test_your_own_pictures_ruined(ruin, right, here, capsys):
             path.write_bytes(b"broken")
     with pytest.raises(SystemExit) as stop:
         run(loo, f"train --data=folder --root={root} --batch=8 --splits=1")
-    assert stop.value.code == 2 and right in capsys.readouterr().err.splitlines()[-1] and not (here / "runs").exists()
+    err = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(err) == 1 and right in err[0] and not (here / "runs").exists()
 
 
 def test_papers_protocol(here, capsys):
