@@ -259,7 +259,7 @@ def read_picture(paths, i):
         with Image.open(paths[i]) as picture:
             return upright(picture)
     except Exception as error:
-        raise UserError(f"{paths[i]}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        raise UserError(f"{paths[i]}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
 
 
 def upright(picture):
@@ -286,7 +286,7 @@ class Canvases(torch.utils.data.Dataset):
         try:
             picture = self.fetch(i)
         except Exception as error:               # whatever the reader raises: Pillow alone has OSError, SyntaxError, struct.error, ...
-            return torch.zeros(3, self.side, self.side, dtype=torch.uint8), 1., str(error)
+            return torch.zeros(3, self.side, self.side, dtype=torch.uint8), 1., str(error) or type(error).__name__
         canvas = picture.resize((self.side, self.side), Image.Resampling.BICUBIC, reducing_gap=3)
         return pil_to_tensor(canvas), picture.width / picture.height, ""
 
@@ -322,11 +322,15 @@ def canvases(fetch, labels, side, workers, cache):
 # ---------------------------------------------------------------- the command line, for all three modules
 
 
+def nearest(word, words):
+    """ "did you mean ...? " with the nearest of words, or nothing where none is near."""
+    return "".join(f"did you mean {near}? " for near in difflib.get_close_matches(str(word), words, 1, .6))
+
+
 def choose(flag, word, words):
     """word if it is one of words, else UserError with the nearest."""
     if word not in words:
-        near = difflib.get_close_matches(str(word), words, 1, .6)
-        raise UserError(f"--{flag}={word}: " + (f"did you mean {near[0]}? " if near else "") + f"expected one of {', '.join(words)}")
+        raise UserError(f"--{flag}={word}: {nearest(word, words)}expected one of {', '.join(words)}")
     return word
 
 
@@ -352,8 +356,7 @@ def command_line(commands, argv=None):
     argv = ["--help" if word == "-h" else word for word in (sys.argv[1:] if argv is None else argv)]
     try:
         if argv and not argv[0].startswith("-") and argv[0] not in commands:
-            near = difflib.get_close_matches(argv[0], commands, 1, .6)
-            raise UserError(f"{argv[0]}: no such command; " + (f"did you mean {near[0]}? " if near else "") + f"there are {', '.join(commands)}")
+            raise UserError(f"{argv[0]}: no such command; {nearest(argv[0], commands)}there are {', '.join(commands)}")
         if argv and argv[0] in commands and "--help" not in argv:
             check_flags(argv[0], inspect.signature(commands[argv[0]]).parameters, argv[1:])
         command = fire.Fire({name: bound(f) for name, f in commands.items()}, argv, name=Path(sys.argv[0]).name, serialize=lambda _: None)
@@ -372,9 +375,8 @@ def check_flags(command, parameters, argv):
             continue
         flag = word[2:].partition("=")[0].replace("-", "_")
         if flag not in parameters and not (flag.startswith("no") and flag[2:] in parameters):
-            near = difflib.get_close_matches(flag, parameters, 1, .6)
-            raise UserError(f"--{flag}: {command} has no such flag; " +
-                            (f"did you mean --{near[0]}?" if near else f"it has {', '.join('--' + p for p in parameters)}"))
+            flags = ["--" + p for p in parameters]
+            raise UserError(f"--{flag}: {command} has no such flag; " + (nearest("--" + flag, flags).strip() or f"it has {', '.join(flags)}"))
 
 
 class Bound(NamedTuple):

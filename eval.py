@@ -63,7 +63,7 @@ def turned(found):
 def pick(v, z, config, feature):
     """v (n d), z (s n c) -> (n ...): "v" the backbone feature, "z" all spaces side by side, or one space by its name: its Conv5
     where it has one (LooC++), else its embedding."""
-    method = loo.methods(config["groups"], config["same"])[config["method"]]
+    method = loo.method_of(config)
     choose("feature", feature, ("v", *(["z"] if method.spaces else []), *method.spaces))
     if feature in ("v", "z"):
         return v if feature == "v" else rearrange(z, "s n c -> n (s c)")
@@ -113,8 +113,11 @@ def paper_probe(encoder, found, label, config, seed, feature, epochs=200, lr=30.
     always = ("crop",) if label == "rotation" else ("crop", "flip")   # a flip would turn 90 degrees into 270
     if n < batch:
         raise UserError(f"--protocol=paper takes batches of {batch}, the training split has {n} pictures: use the default protocol")
-    layer = torch.nn.LazyLinear(k, device=device)
-    optimizer = None
+    d = pick(torch.zeros(1, encoder.features), torch.zeros(len(encoder.w1), 1, encoder.w2.shape[1]), config, feature).shape[1]
+    layer = torch.nn.Linear(d, k, device=device)
+    layer.weight.data.copy_(torch.randn(k, d, generator=pixels.generator("probe", seed)) * .01)
+    layer.bias.data.zero_()
+    optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=.9)
     for epoch in range(epochs):
         for i, rows in enumerate(pixels.batches(n, batch, seed, epoch)):
             with torch.no_grad():
@@ -122,13 +125,8 @@ def paper_probe(encoder, found, label, config, seed, feature, epochs=200, lr=30.
                                                   pixels.generator("probe", seed, epoch, i), always=always,
                                                   size=config["size"], aspect=found.aspect[rows].to(device))
                 x = pick(*loo.encode(encoder, images), config, feature).float()
-            logits = layer(x)
-            if optimizer is None:
-                layer.weight.data.copy_(torch.randn(layer.weight.shape, generator=pixels.generator("probe", seed)) * .01)
-                layer.bias.data.zero_()
-                logits, optimizer = layer(x), torch.optim.SGD(layer.parameters(), lr, momentum=.9)
             optimizer.param_groups[0]["lr"] = lr * .1 ** ((epoch >= .6 * epochs) + (epoch >= .8 * epochs))
-            loo.descend(optimizer, F.cross_entropy(logits, y[rows].to(device)))
+            loo.descend(optimizer, F.cross_entropy(layer(x), y[rows].to(device)))
     return layer.weight.detach().T.cpu(), layer.bias.detach().cpu()
 
 

@@ -58,6 +58,11 @@ def methods(groups, same=()):
     }
 
 
+def method_of(config):
+    """The Method that a configuration names."""
+    return methods(config["groups"], config["same"])[config["method"]]
+
+
 # ---------------------------------------------------------------- augmentations: draw first, apply later
 
 
@@ -119,12 +124,10 @@ def crop_box(draw, aspect):
     width, height = (draw["area"] * draw["ratio"] / aspect).sqrt(), (draw["area"] / draw["ratio"] * aspect).sqrt()
     fallback = torch.cat([(4 / 3 / aspect).clamp(max=1), (aspect * 4 / 3).clamp(max=1)], 1)
     fits = (width <= 1) & (height <= 1)
-    first = fits.int().argmax(1, keepdim=True)
+    first, none = fits.int().argmax(1, keepdim=True), ~fits.any(1, keepdim=True)
     box = torch.cat([width.gather(1, first), height.gather(1, first)], 1)
-    width, height = torch.where(fits.any(1, keepdim=True), box, fallback).unbind(1)
-    top, left = draw["place"].unbind(1)
-    middle = ~fits.any(1)
-    top, left = torch.where(middle, .5, top), torch.where(middle, .5, left)
+    width, height = torch.where(none, fallback, box).unbind(1)
+    top, left = torch.where(none, .5, draw["place"]).unbind(1)
     return top * (1 - height), left * (1 - width), height, width
 
 
@@ -361,8 +364,9 @@ def multi_space_loss(q, k, queue, role, tau):
 
 
 def positive_view(role):
-    """role (s v) or (s v b) -> (s,) the one key view that is each space's positive and fills its queue."""
-    return (role == 1).int().flatten(2).amax(-1).argmax(1) if role.ndim == 3 else (role == 1).int().argmax(1)
+    """role (s v) or (s v b) -> (s,) the one key view that is each space's positive, for every image, and fills its queue."""
+    view = (role == 1).int().argmax(1)
+    return view if role.ndim == 2 else view[:, 0]
 
 
 def queue_update(queue, pointer, keys):
@@ -417,7 +421,7 @@ class State(NamedTuple):
 
 def build(config, splits=1):
     """The encoder a configuration names, as it starts."""
-    method = methods(config["groups"], config["same"])[config["method"]]
+    method = method_of(config)
     return Encoder(config["arch"], config["stem"], len(method.spaces), method.heads, config["hidden"], config["dim"], splits)
 
 
@@ -427,7 +431,7 @@ def start(config, classes=0):
         torch.manual_seed(config["seed"])
         query = build(config, config["splits"])
         classifier = nn.Linear(query.features, classes) if classes else nn.Identity()
-    method = methods(config["groups"], config["same"])[config["method"]]
+    method = method_of(config)
     key = build(config, config["splits"] * max(len(method.share), 1)).requires_grad_(False)   # statistics per (view, split)
     key.load_state_dict(query.state_dict())
     place = partial(nn.Module.to, device=config["device"], memory_format=torch.channels_last)
@@ -549,7 +553,7 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
         fresh: start over; a run already in the folder is moved aside
     """
     config = settings(**locals())
-    out, table = Path(config["out"]), methods(config["groups"], config["same"])[method]
+    out, table = Path(config["out"]), method_of(config)
     found = pixels.load(data, "train" if method == "supervised" else "pretrain", root=root, size=config["size"], canvas=canvas,
                         download=download, workers=workers, seed=seed, cache=out)
     labels, classes = supervision(found, config)
