@@ -64,6 +64,7 @@ def method_of(config):
 
 
 # ---------------------------------------------------------------- augmentations: draw first, apply later
+# draw_x(b, generator) -> {parameter: (b ...)} on the CPU; x(images (b 3 h w), draw) -> (b 3 h w), nothing random
 
 
 def uniform(low, high, *shape, generator):
@@ -150,10 +151,12 @@ def grayscale(images):
 
 
 def blend(images, other, factor):
+    """images, other (b 3 h w), factor (b,): 0 is other, 1 is images, beyond is more than images -> (b 3 h w) in [0, 1]."""
     return torch.lerp(other, images, factor[:, None, None, None]).clamp_(0, 1)
 
 
 def brightness(images, factor):
+    """(b 3 h w), factor (b,) -> (b 3 h w); as contrast and saturation, torchvision's adjust_*."""
     return (images * factor[:, None, None, None]).clamp_(0, 1)
 
 
