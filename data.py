@@ -2,6 +2,7 @@
 
     python data.py sheet                       # docs/factors.png, a labelled sheet of the pictures drawn by code
     python data.py sheet --data=folder --root=DIR --out=sheet.png
+    python data.py check --data=cub200 --root=DIR   # is a downloaded set whole?
 
 Axes, one legend for the whole project: b image, v key view, g group, s space, d feature, c embedding (or colour channel),
 n queue slot or sample, t trial, h w pixel.
@@ -11,10 +12,13 @@ import functools
 import hashlib
 import inspect
 import io
+import json
 import math
 import os
 import random
+import struct
 import sys
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +38,9 @@ class UserError(ValueError):
 
 
 class Data(NamedTuple):
-    images: torch.Tensor   # (n 3 h w) uint8 canvases, h == w; a picture that is not square is squashed into its canvas
-    aspect: torch.Tensor   # (n,) float, width / height of the picture before it was squashed
+    images: torch.Tensor   # (n 3 h w) uint8 canvases, h == w; a picture that is not square is squashed into its canvas.
+                           # Or Canvases, which decode them when asked: see `stream` and `decoded`
+    aspect: torch.Tensor   # (n,) float, width / height of the picture before it was squashed; 1 until it is decoded
     labels: dict           # {label: (n,) int64}
     classes: dict          # {label: names of its classes}
 
@@ -156,33 +161,44 @@ TORCHVISION = {
     "cifar10": ("CIFAR10", {"train": dict(train=True), "test": dict(train=False)}),
     "cifar100": ("CIFAR100", {"train": dict(train=True), "test": dict(train=False)}),
     "stl10": ("STL10", {"pretrain": dict(split="train+unlabeled"), "train": dict(split="train"), "test": dict(split="test")}),
-    "flowers102": ("Flowers102", {s: dict(split=s) for s in ("train", "val", "test")}),
     "dtd": ("DTD", {s: dict(split=s) for s in ("train", "val", "test")}),
     "pets": ("OxfordIIITPet", {"train": dict(split="trainval"), "test": dict(split="test")}),
     "food101": ("Food101", {"train": dict(split="train"), "test": dict(split="test")}),
 }
-NAMES = ("factors", "folder", *TORCHVISION)
 
 
-def load(name, split, *, root=None, size=32, canvas=None, download=False, workers=2, seed=0, cache=None):
-    """The `split` ("pretrain", "train", "val" or "test") of a data set -> Data.
+def find(name, split, *, root=None, size=32, canvas=None, download=False, seed=0, whole=True):
+    """The `split` ("pretrain", "train", "val" or "test") of a data set -> Data, not decoded yet (`factors`: drawn).
 
-    canvas: side of the canvases (default `size`, or 8/7 of it where evaluations take the central 7/8); seed: of the
-    folder's own split; cache: a folder for the memory map of a set over 4 GiB. Raises UserError when the data is not there.
+    canvas: side of the canvases (default `size`, or 8/7 of it where evaluations take the central 7/8); seed: of the folder's
+    own split; whole=False takes a published set with pictures missing. Raises UserError when the data is not there.
     """
     choose("data", name, NAMES)
     if name == "factors":
         if root:
             raise UserError(f"--root={root}: factors is drawn by code and reads no folder; use --data=folder for pictures of your own")
         return factors("train" if split == "pretrain" else split, size)
-    fetch, labels, names = (folder if name == "folder" else from_torchvision)(name, split, root=root, download=download, seed=seed)
-    images, aspect, labels = canvases(fetch, labels, canvas or round(size / kept(name)), workers, cache and Path(cache) / f"{name}-{split}.canvases")
-    return Data(images, aspect, {"class": labels}, {"class": names})
+    if name in TORCHVISION:
+        fetch, labels, classes = from_torchvision(name, split, root, download)
+    else:
+        if download:
+            root = fetch_archives(name, root or "downloads")
+        paths, labels, classes = (folder if name == "folder" else published)(name, "train" if split == "pretrain" else split, folder_of(root, name), seed)
+        if whole and name in PUBLISHED:
+            be_whole(name, split, paths, labels)
+        fetch = functools.partial(read_picture, paths, 2 if name == "objectnet13" else 0)   # ObjectNet has a red border, to be cut off
+    images = Canvases(fetch, len(labels), canvas or round(size / kept(name)))
+    return Data(images, torch.ones(len(labels)), {"class": torch.as_tensor(labels).long()}, {"class": list(classes)})
+
+
+def load(name, split, *, workers=2, cache=None, **where):
+    """The same, decoded: what training reads. cache: a folder for the memory map of a set over 4 GiB."""
+    return decoded(find(name, split, **where), workers, cache and Path(cache) / f"{name}-{split}.canvases")
 
 
 def kept(name):
-    """The share of a picture's short side that evaluations look at: all of the sets that are small and centred already."""
-    return 1 if name in ("factors", "cifar10", "cifar100") else .875
+    """The share of a picture's short side that evaluations look at: all of the sets that are small or centred already."""
+    return 1 if name in ("factors", "cifar10", "cifar100", "imagenetc100") else .875
 
 
 def splits(name, root=None):
@@ -194,22 +210,27 @@ def splits(name, root=None):
         if not others:
             raise UserError(f"{root} has a train folder, so evaluations need a val or test folder beside it")
         return ("train", *others)
-    return tuple(FACTORS) if name == "factors" else tuple(s for s in TORCHVISION[name][1] if s != "pretrain")
+    return tuple(FACTORS if name == "factors" else PUBLISHED[name][0] if name in PUBLISHED else (s for s in TORCHVISION[name][1] if s != "pretrain"))
 
 
-def folder_of(root):
+def folder_of(root, name="folder"):
     if not root or not Path(root).is_dir():
-        raise UserError(f"--root={root or ''}: no such folder; --data=folder needs --root=DIR with one sub-folder of pictures for each class")
+        raise UserError(f"--root={root or ''}: no such folder; --data={name} needs --root=DIR" + (
+            f" with what {PUBLISHED[name][1]} gives" if name in PUBLISHED else " with one sub-folder of pictures for each class"))
     return Path(root)
 
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
 
-def folder(name, split, *, root, seed=0, **_):
+def pictures(folder):
+    """The pictures in a folder and below, sorted."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+
+
+def folder(name, split, root, seed=0):
     """An ImageFolder tree: root/train and root/val, or one tree of which a seeded hash of each file's relative path keeps 80%
-    for train. -> fetch(i) PIL picture, labels, class names."""
-    split, root = "train" if split == "pretrain" else split, folder_of(root)
+    for train. -> paths, labels, class names."""
     whole = not (root / "train").is_dir()
     top = root if whole else root / split
     if not top.is_dir():
@@ -219,7 +240,7 @@ def folder(name, split, *, root, seed=0, **_):
     for c in here:
         if c not in classes:
             raise UserError(f"{top / c}: a class that {root / 'train'} does not have")
-    files = {c: sorted(p for p in (top / c).rglob("*") if p.suffix.lower() in PICTURES) for c in here}
+    files = {c: pictures(top / c) for c in here}
     if not classes:                              # pictures without labels, enough to train on
         classes, files = ["."], {".": sorted(p for p in top.iterdir() if p.suffix.lower() in PICTURES)}
     for c, found in files.items():
@@ -229,35 +250,34 @@ def folder(name, split, *, root, seed=0, **_):
     chosen = [(p, i) for i, c in enumerate(classes) for p in files.get(c, ()) if not whole or (share(p) < .8) == (split == "train")]
     if not chosen:
         raise UserError(f"{root}: too few pictures to split into train and val")
-    paths, labels = zip(*chosen)
-    return functools.partial(read_picture, paths), torch.tensor(labels), classes
+    return *zip(*chosen), classes
 
 
-def from_torchvision(name, split, *, root=None, download=False, **_):
+def from_torchvision(name, split, root, download):
     """A data set of torchvision's -> fetch(i) PIL picture, labels, class names."""
     kind, arguments = TORCHVISION[name]
     root = root or "downloads"
     arguments = arguments["train"] if split == "pretrain" and split not in arguments else arguments[choose("split", split, tuple(arguments))]
     try:
         found = getattr(torchvision.datasets, kind)(root, download=download, **arguments)
-    except ModuleNotFoundError as error:
-        raise UserError(f"--data={name}: torchvision needs `pip install {error.name}` to read its labels") from None
     except (RuntimeError, OSError) as error:
         raise UserError(f"--data={name}: not found under {root}; name its folder with --root=DIR or fetch it with --download "
                         f"({str(error).splitlines()[0]})") from None
     labels = next(getattr(found, a) for a in ("targets", "labels", "_labels") if hasattr(found, a))
     labels = torch.as_tensor(labels).long()
-    return functools.partial(read_item, found), labels, list(getattr(found, "classes", range(int(labels.max()) + 1)))
+    return functools.partial(read_item, found), labels, getattr(found, "classes", range(int(labels.max()) + 1))
 
 
 def read_item(found, i):
     return upright(found[i][0])
 
 
-def read_picture(paths, i):
+def read_picture(paths, border, i):
+    """Picture i without `border` pixels at each side; UserError names the file."""
     try:
         with Image.open(paths[i]) as picture:
-            return upright(picture)
+            picture = upright(picture)
+            return picture.crop((border, border, picture.width - border, picture.height - border)) if border else picture
     except Exception as error:
         raise UserError(f"{paths[i]}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
 
@@ -291,32 +311,278 @@ class Canvases(torch.utils.data.Dataset):
         return pil_to_tensor(canvas), picture.width / picture.height, ""
 
 
-def canvases(fetch, labels, side, workers, cache):
-    """Decode every picture once, in `workers` processes -> images (n 3 side side) uint8, aspect (n,), labels (n,).
+def stream(found, workers=2, batch=256):
+    """The pictures of a Data in order, decoded in `workers` processes a few batches ahead and never kept: yields rows (b,),
+    images (b 3 h w) uint8, aspect (b,).
 
     A picture that cannot be read is named in a warning and left out; when none can, UserError.
     """
-    n, shape = len(labels), (len(labels), 3, side, side)
-    if cache and math.prod(shape) > 4 << 30:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        images = torch.from_file(str(cache), shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
-    else:
-        images = torch.empty(shape, dtype=torch.uint8)
-    aspect, good = torch.ones(n), torch.ones(n, dtype=torch.bool)
-    loader = torch.utils.data.DataLoader(Canvases(fetch, n, side), 64, num_workers=workers if n > 256 else 0)
+    n = len(found.images)
+    if torch.is_tensor(found.images):
+        yield from zip(torch.arange(n).split(batch), found.images.split(batch), found.aspect.split(batch))
+        return
     at, wrong = 0, []
-    for some, shapes, errors in loader:
-        rows = slice(at, at := at + len(some))
-        images[rows], aspect[rows] = some, shapes.float()
-        good[rows] = torch.tensor([not e for e in errors])
+    for images, aspect, errors in torch.utils.data.DataLoader(found.images, batch, num_workers=workers if n > 256 else 0):
+        good = torch.tensor([not error for error in errors])
+        rows = torch.arange(at, at := at + len(images))[good]
         wrong += filter(None, errors)
-    if not good.any():
+        if len(rows):
+            yield rows, images[good], aspect[good].float()
+    if len(wrong) == n:
         raise UserError(f"none of the {n} pictures can be read; the first: {wrong[0]}")
     for error in wrong[:5]:
         print(f"warning: skipped {error}", file=sys.stderr)
     if len(wrong) > 5:
         print(f"warning: skipped {len(wrong) - 5} more pictures that cannot be read", file=sys.stderr)
-    return (images, aspect, labels) if not wrong else (images[good], aspect[good], labels[good])
+
+
+def decoded(found, workers=2, cache=None):
+    """Data whose pictures are all decoded, once: images (n 3 side side) uint8, in a memory map at `cache` if over 4 GiB."""
+    if torch.is_tensor(found.images):
+        return found
+    shape = (len(found.images), 3, found.images.side, found.images.side)
+    if cache and math.prod(shape) > 4 << 30:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        images = torch.from_file(str(cache), shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
+    else:
+        images = torch.empty(shape, dtype=torch.uint8)
+    aspect, kept_rows, at = torch.ones(len(images)), [], 0
+    for rows, some, shapes in stream(found, workers, 64):      # what cannot be read leaves no gap
+        images[at:at + len(rows)], aspect[at:at + len(rows)] = some, shapes
+        kept_rows.append(rows)
+        at += len(rows)
+    rows = torch.cat(kept_rows)
+    return Data(images[:at], aspect[:at], {k: y[rows] for k, y in found.labels.items()}, found.classes)
+
+
+def fingerprint(found):
+    """What a cache of these pictures depends on: their pixels, or the names, sizes and times of their files."""
+    if torch.is_tensor(found.images):
+        return hashlib.sha1(found.images.numpy()).hexdigest()
+    source = found.images.fetch.args[0]                        # paths, or a data set of torchvision's
+    files = [(str(p), (stat := p.stat()).st_size, stat.st_mtime_ns) for p in source] if isinstance(source, (tuple, list)) else repr(source)
+    return hashlib.sha1(repr((files, found.images.side)).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- the paper's data sets, each as it is downloaded
+
+# IN-100, the classes of CMC. A picture's label is its class's place in the sorted list, so that all derived sets agree.
+IMAGENET100 = sorted("""
+n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455 n01980166 n01983481 n02009229 n02018207 n02085620
+n02086240 n02086910 n02087046 n02089867 n02089973 n02090622 n02091831 n02093428 n02099849 n02100583 n02104029 n02105505 n02106550 n02107142
+n02108089 n02109047 n02113799 n02113978 n02114855 n02116738 n02119022 n02123045 n02138441 n02172182 n02231487 n02259212 n02326432 n02396427
+n02483362 n02488291 n02701002 n02788148 n02804414 n02859443 n02869837 n02877765 n02974003 n03017168 n03032252 n03062245 n03085013 n03259280
+n03379051 n03424325 n03492542 n03494278 n03530642 n03584829 n03594734 n03637318 n03642806 n03764736 n03775546 n03777754 n03785016 n03787032
+n03794056 n03837869 n03891251 n03903868 n03930630 n03947888 n04026417 n04067472 n04099969 n04111531 n04127249 n04136333 n04229816 n04238763
+n04336792 n04418357 n04429376 n04435653 n04485082 n04493381 n04517823 n04589890 n04592741 n07714571 n07715103 n07753275 n07831146 n07836838
+n13037406 n13040303
+""".split())
+OBJECTNET13 = {"bench": "n03891251", "bottle_cap": "n02877765", "chair": "n04099969", "helmet": "n03379051", "iron_for_clothes": "n03584829",
+               "jeans": "n03594734", "keyboard": "n03085013", "lampshade": "n03637318", "laptop_open": "n03642806",
+               "mixing_salad_bowl": "n03775546", "safety_pin": "n04127249", "vacuum_cleaner": "n04517823", "wheel": "n02974003"}
+CORRUPTIONS = {"noise": ("gaussian_noise", "shot_noise", "impulse_noise"), "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+               "weather": ("snow", "frost", "fog", "brightness"), "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression")}
+
+# name: ({split: (classes, pictures)}, where to get it); None where no count is published for these classes
+PUBLISHED = {
+    "imagenet100": ({"train": (100, 126_689), "val": (100, 5_000)}, "https://image-net.org/challenges/LSVRC/2012 (train, val and the devkit)"),
+    "inat2019": ({"train": (1010, 265_213), "val": (1010, 3_030)}, "https://github.com/visipedia/inat_comp/tree/master/2019"),
+    "cub200": ({"train": (200, 5_994), "test": (200, 5_794)}, "https://www.vision.caltech.edu/datasets/cub_200_2011"),
+    "flowers102": ({"train": (102, 1_020), "val": (102, 1_020), "test": (102, 6_149)}, "https://www.robots.ox.ac.uk/~vgg/data/flowers/102 (or --download)"),
+    "objectnet13": ({"test": (13, None)}, "https://objectnet.dev"),
+    "imagenetc100": ({f"{corruption}/{severity}": (100, 5_000) for names in CORRUPTIONS.values() for corruption in names for severity in range(1, 6)},
+                     "https://zenodo.org/records/2235448"),
+}
+NAMES = ("factors", "folder", *PUBLISHED, *TORCHVISION)
+
+
+def published(name, split, root, seed=0):
+    """One of the paper's data sets in the layout it is downloaded in -> paths, labels, class names; the paths need not exist."""
+    chosen, classes = READERS[name](choose("split", split, splits(name)), root)
+    if not chosen:
+        raise UserError(f"{root}: no pictures of {name} here; get it at {PUBLISHED[name][1]}")
+    return *zip(*sorted(chosen, key=lambda one: one[0])), classes
+
+
+def imagenet100(split, root):
+    """The 100 classes out of a tree of them or of all ImageNet, train/WNID/*.JPEG and val/WNID/*.JPEG. val may also lie flat, as in
+    its archive: then the devkit (or Kaggle's LOC_val_solution.csv) beside it says what is what."""
+    top = first_of("imagenet100", root, split, f"ILSVRC/Data/CLS-LOC/{split}", f"Data/CLS-LOC/{split}", f"ILSVRC2012_img_{split}")
+    label = {wnid: i for i, wnid in enumerate(IMAGENET100)}
+    if split == "train" or any(p.is_dir() for p in top.iterdir()):
+        return [(p, i) for wnid, i in label.items() if (top / wnid).is_dir() for p in pictures(top / wnid)], IMAGENET100
+    truth = first_of("imagenet100", root, "LOC_val_solution.csv", "ILSVRC2012_devkit_t12/data", "data")
+    if truth.is_dir():
+        ground = map(int, (truth / "ILSVRC2012_validation_ground_truth.txt").read_text().split())
+        wnid = {int(one["ILSVRC2012_ID"][0]): one["WNID"] for one in read_mat(truth / "meta.mat")["synsets"]}
+        named = {f"ILSVRC2012_val_{i:08d}": wnid[c] for i, c in enumerate(ground, 1)}
+    else:
+        named = {line.split(",")[0]: line.split(",")[1].split()[0] for line in truth.read_text().splitlines()[1:]}
+    return [(top / f"{stem}.JPEG", label[c]) for stem, c in named.items() if c in label], IMAGENET100
+
+
+def inat2019(split, root):
+    """train2019.json and val2019.json, as COCO: pictures, species and what belongs together, joined by id."""
+    table = json.loads(first_of("inat2019", root, f"{split}2019.json").read_text())
+    species = sorted((c["id"], c["name"]) for c in table["categories"])
+    label, category = {c: i for i, (c, _) in enumerate(species)}, {a["image_id"]: a["category_id"] for a in table["annotations"]}
+    return [(root / one["file_name"], label[category[one["id"]]]) for one in table["images"]], [name for _, name in species]
+
+
+def cub200(split, root):
+    """CUB-200-2011's tables, joined by picture id; its classes count from 1."""
+    top = first_of("cub200", root, "images.txt", "CUB_200_2011/images.txt").parent
+    table = lambda name: dict(line.split(maxsplit=1) for line in first_of("cub200", top, name).read_text().splitlines())
+    train, species = table("train_test_split.txt"), table("image_class_labels.txt")
+    return ([(top / "images" / file, int(species[i]) - 1) for i, file in table("images.txt").items() if (train[i] == "1") == (split == "train")],
+            [name for _, name in sorted(table("classes.txt").items(), key=lambda one: int(one[0]))])
+
+
+def flowers102(split, root):
+    """Flowers-102: setid.mat numbers the pictures of a split, imagelabels.mat their classes, both from 1."""
+    top = first_of("flowers102", root, "setid.mat", "flowers-102/setid.mat").parent
+    ids = read_mat(top / "setid.mat")[{"train": "trnid", "val": "valid", "test": "tstid"}[split]]
+    labels = read_mat(first_of("flowers102", top, "imagelabels.mat"))["labels"]
+    return [(top / "jpg" / f"image_{int(i):05d}.jpg", int(labels[int(i) - 1]) - 1) for i in ids], torchvision.datasets.Flowers102.classes
+
+
+def objectnet13(split, root):
+    """The 13 folders of ObjectNet whose classes are in IN-100, with IN-100's labels."""
+    top = first_of("objectnet13", root, "images/bench", "objectnet-1.0/images/bench", "bench").parent
+    return [(p, IMAGENET100.index(wnid)) for name, wnid in OBJECTNET13.items() for p in pictures(top / name)], IMAGENET100
+
+
+def imagenetc100(split, root):
+    """The 100 classes out of ImageNet-C; split names a corruption and its severity. Some archives have a folder a category above."""
+    category = next(c for c, names in CORRUPTIONS.items() if split.split("/")[0] in names)
+    top = first_of("imagenetc100", root, split, f"{category}/{split}")
+    return [(p, i) for i, wnid in enumerate(IMAGENET100) if (top / wnid).is_dir() for p in pictures(top / wnid)], IMAGENET100
+
+
+READERS = {f.__name__: f for f in (imagenet100, inat2019, cub200, flowers102, objectnet13, imagenetc100)}
+
+
+def first_of(name, root, *places):
+    """The first of root/place that exists, else UserError."""
+    found = next((root / place for place in places if (root / place).exists()), None)
+    if not found:
+        raise UserError(f"{root}: expected {' or '.join(places)} in it, as --data={name} has it from {PUBLISHED[name][1]}")
+    return found
+
+
+def absent(paths):
+    """The paths that do not exist, found by one listing a folder."""
+    listing = functools.lru_cache(None)(lambda folder: set(os.listdir(folder)) if folder.is_dir() else set())
+    return [p for p in paths if p.name not in listing(p.parent)]
+
+
+def be_whole(name, split, paths, labels):
+    """UserError unless all pictures of the published set are there: half a set gives a number that means nothing."""
+    classes, count = PUBLISHED[name][0]["train" if split == "pretrain" else split]
+    if missing := absent(paths):
+        raise UserError(f"{name} {split}: {len(missing)} of {len(paths)} pictures are missing, the first is {missing[0]}; get them at {PUBLISHED[name][1]}")
+    if len(set(labels)) != classes or count and len(paths) != count:
+        raise UserError(f"{name} {split}: found {len(paths)} pictures of {len(set(labels))} classes under {paths[0].parent.parent}, published are "
+                        f"{count or 'pictures'} of {classes}; `python data.py check --data={name} --root=DIR` says more")
+
+
+def fetch_archives(name, root):
+    """--download of the published sets: Flowers-102 through torchvision, the others have conditions to agree to, or a form. -> root"""
+    if name != "flowers102":
+        raise UserError(f"--download: --data={name} cannot be fetched by itself; get it at {PUBLISHED[name][1]}" if name in PUBLISHED else
+                        f"--download: --data={name} is yours to provide")
+    Path(root).mkdir(parents=True, exist_ok=True)
+    try:
+        torchvision.datasets.Flowers102(root, download=True)
+    except ModuleNotFoundError:                  # all is fetched when it looks for scipy
+        pass
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"--download: {str(error).splitlines()[0]}; get it at {PUBLISHED[name][1]}") from None
+    return root
+
+
+MAT_NUMBERS = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q"}
+
+
+def read_mat(path):
+    """A MATLAB 5 file -> {name: value}: numbers as a flat list, text as str, a struct array as a list of dicts. (For it alone scipy
+    would be one package more.)"""
+
+    def elements(data):
+        at = 0
+        while at + 8 <= len(data):
+            kind, size = struct.unpack_from("<II", data, at)
+            if kind >> 16:                       # small: type and size share four bytes, the value has the other four
+                yield kind & 0xffff, data[at + 4:at + 4 + (kind >> 16)]
+                at += 8
+            else:
+                yield kind, data[at + 8:at + 8 + size]
+                at += 8 + size + (-size % 8 if kind != 15 else 0)
+
+    def numbers(kind, data):
+        if kind in (16, 17):
+            return data.decode("utf-8" if kind == 16 else "utf-16-le")
+        return [x for x, in struct.iter_unpack("<" + MAT_NUMBERS[kind], data)]
+
+    def array(data):
+        (_, flags), (_, shape), (_, name), *rest = elements(data)
+        kind = flags[0]
+        if kind == 2:                            # struct: the fields of one after another
+            (_, width), (_, fields), *values = rest
+            width, = struct.unpack("<I", width)
+            fields = [fields[i:i + width].rstrip(b"\0").decode() for i in range(0, len(fields), width)]
+            values = [array(value)[1] for _, value in values]
+            value = [dict(zip(fields, values[i:i + len(fields)])) for i in range(0, len(values), len(fields))]
+        elif kind == 1:                          # cells
+            value = [array(cell)[1] for _, cell in rest]
+        else:
+            value = numbers(*rest[0]) if rest else []
+            value = "".join(map(chr, value)) if kind == 4 and not isinstance(value, str) else value
+        return name.decode(), value
+
+    try:
+        content = Path(path).read_bytes()[128:]
+        inner = [next(elements(zlib.decompress(data))) if kind == 15 else (kind, data) for kind, data in elements(content)]
+        return dict(array(data) for kind, data in inner if kind == 14)
+    except (OSError, struct.error, zlib.error, ValueError, KeyError, IndexError, StopIteration) as error:
+        raise UserError(f"{path}: cannot be read as a MATLAB 5 file ({type(error).__name__}); download it again") from None
+
+
+def check(data: str, root: str = None, sample: int = 64, download: bool = False):
+    """Is a data set whole? Counts classes and pictures of each split against the published numbers and opens a sample of the files.
+
+    Args:
+        data: imagenet100, inat2019, cub200, flowers102, objectnet13, imagenetc100, folder or a torchvision set
+        root: where it is
+        sample: files of each split to open
+        download: let torchvision fetch the data
+    """
+    wrong = []
+    print("| split | classes | published | pictures | published | missing | opened |\n" + "|---" * 7 + "|")
+    for split in splits(choose("data", data, NAMES), root):
+        classes, count = PUBLISHED[data][0][split] if data in PUBLISHED else (None, None)
+        try:
+            found = find(data, split, root=root, download=download, whole=False)
+        except UserError as error:
+            wrong.append(str(error))
+            print(f"| {split} | 0 | {classes or '-'} | 0 | {count or '-'} | all | - |")
+            continue
+        n, seen = len(found.images), len(found.labels[next(iter(found.labels))].unique())
+        missing = absent(found.images.fetch.args[0]) if data in PUBLISHED else []
+        opened = range(0, 0 if torch.is_tensor(found.images) else n, max(1, n // sample))
+        errors = [error for i in opened if (error := found.images[i][2])]
+        print(f"| {split} | {seen} | {classes or '-'} | {n - len(missing)} | {count or '-'} | {len(missing)} | {len(opened) - len(errors)} of {len(opened)} |", flush=True)
+        if missing:
+            wrong.append(f"{split}: {len(missing)} pictures are missing, the first is {missing[0]}")
+        if classes not in (None, seen):
+            wrong.append(f"{split}: {seen} classes, published are {classes}")
+        if count not in (None, n):
+            wrong.append(f"{split}: {n} pictures, published are {count}")
+        wrong += errors
+    if wrong:
+        raise UserError(f"{data} is not whole: {wrong[0]}" + f" (and {len(wrong) - 1} more findings)" * (len(wrong) > 1)
+                        + (f"; get it at {PUBLISHED[data][1]}" if data in PUBLISHED else ""))
+    print(f"{data} is whole")
 
 
 # ---------------------------------------------------------------- the command line, for all three modules
@@ -451,19 +717,18 @@ def picture_grid(images, row_names, column_names, path, zoom=1):
 
 def sheet(data: str = "factors", root: str = None, out: str = "docs/factors.png", size: int = 48, columns: int = 16, download: bool = False):
     """A labelled sheet of a data set: a row for each of its first classes, a few of its pictures in each."""
-    found = load(data, "train", root=root, size=size, download=download)
+    found = find(data, splits(data, root)[0], root=root, size=size, download=download)
     label = next(iter(found.labels))
-    names = found.classes[label][:20]
     if data == "factors":
-        columns, heads = HUES, found.classes["hue"]
-        rows = [[((found.labels["object"] == o) & (found.labels["hue"] == h)).nonzero()[0, 0] for h in range(HUES)] for o in range(len(OBJECTS))]
+        names, heads = found.classes[label], found.classes["hue"]
+        rows = [[((found.labels["object"] == o) & (found.labels["hue"] == h)).nonzero()[0, 0].item() for h in range(HUES)] for o in range(len(OBJECTS))]
     else:
-        rows = {name: (found.labels[label] == c).nonzero()[:, 0] for c, name in enumerate(names)}
-        names = [name for name, r in rows.items() if len(r)]
+        rows = {name: (found.labels[label] == c).nonzero()[:, 0] for c, name in enumerate(found.classes[label])}
+        names = [str(name) for name, r in rows.items() if len(r)][:20]
         rows, heads = [rows[name].repeat(columns)[:columns].tolist() for name in names], [""] * columns
-    picture_grid(found.images[torch.tensor(rows)], names, heads, out)
+    picture_grid(torch.stack([torch.stack([found.images[i] if torch.is_tensor(found.images) else found.images[i][0] for i in row]) for row in rows]), names, heads, out)
     print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    command_line({"sheet": sheet})
+    command_line({"sheet": sheet, "check": check})

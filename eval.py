@@ -2,16 +2,19 @@
 
     python eval.py fewshot                               # of the last run, on the data it was trained on
     python eval.py linear --run=runs/NAME --label=hue
-    python eval.py rotation | knn
-    python eval.py table --runs='runs/*'                 # all results so far as one Markdown table
+    python eval.py rotation | knn | robust | spaces
+    python eval.py retrieve --against=runs/OTHER         # a picture of nearest neighbours, two runs side by side
+    python eval.py table --runs='runs/*'                 # all results so far as one Markdown table; --paper: as the paper's tables
 
 Each task prints a Markdown row for each result and appends a JSON line to RUN/results.jsonl.
-Axes: b image, s space, d feature, n sample, t trial, k class, h w pixel.
+Axes: b image, s space, d feature, n sample, r quarter turns, t trial, k class, h w pixel.
 """
 import functools
 import glob
 import hashlib
 import inspect
+import io
+import itertools
 import json as json_
 import math
 import time
@@ -22,28 +25,37 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import data as pixels
 import loo
-from data import Data, UserError, choose
+from data import UserError, choose
 
 # ---------------------------------------------------------------- features
 
 
 @torch.no_grad()
-def features(encoder, images, aspect, size, share=.875, batch=512):
-    """images (n 3 h w) uint8 canvases, aspect (n,) -> v (n d), z (s n c) on the CPU: the frozen encoder on central crops.
+def features(encoder, found, size, share=.875, turns=(0,), workers=2, batch=256):
+    """The frozen encoder on central crops of a Data, decoded batch by batch -> v ((r n) d), z (s (r n) c) on the CPU, and the rows
+    (n,) of the pictures that could be read.
 
-    share: of the picture's short side that the crop keeps; 1 for small pictures.
+    share: of the picture's short side that the crop keeps; turns: every picture is seen once for each, in quarter turns.
     """
-    device = next(encoder.parameters()).device
     encoder.eval()
     out = []
-    for some, shape in zip(images.split(batch), aspect.split(batch)):
-        v, z = loo.encode(encoder, centre(some.to(device).float() / 255, shape.to(device), size, share))
-        out.append((v.float().cpu(), z.float().cpu()))
-    v, z = zip(*out)
-    return torch.cat(v), torch.cat(z, 1)
+    for rows, crops in centred(encoder, found, size, share, workers, batch):
+        v, z = loo.encode(encoder, torch.cat([crops.rot90(turn, (2, 3)) for turn in turns]))
+        out.append((rearrange(v.float().cpu(), "(r b) d -> r b d", r=len(turns)), rearrange(z.float().cpu(), "s (r b) c -> s r b c", r=len(turns)), rows))
+    v, z, rows = zip(*out)
+    return rearrange(torch.cat(v, 1), "r n d -> (r n) d"), rearrange(torch.cat(z, 2), "s r n c -> s (r n) c"), torch.cat(rows)
+
+
+def centred(encoder, found, size, share, workers=2, batch=256):
+    """The central crops of a Data, on the encoder's device: yields rows (b,), images (b 3 size size) in [0, 1]."""
+    device = next(encoder.parameters()).device
+    for rows, images, aspect in pixels.stream(found, workers, batch):
+        yield rows, centre(images.to(device, non_blocking=True).float() / 255, aspect.to(device), size, share)
 
 
 def centre(images, aspect, size, share):
@@ -51,13 +63,6 @@ def centre(images, aspect, size, share):
     side = share * aspect.clamp(max=1)
     return loo.resample(images, {"area": (side ** 2 / aspect)[:, None], "ratio": torch.ones_like(side)[:, None],
                                  "place": torch.full((len(side), 2), .5, device=side.device)}, size, aspect)
-
-
-def turned(found):
-    """Every picture by 0, 1, 2 and 3 quarter turns -> Data of 4n with the label rotation."""
-    images = torch.cat([found.images.rot90(k, (2, 3)) for k in range(4)])
-    aspect = torch.cat([found.aspect, 1 / found.aspect] * 2)
-    return Data(images, aspect, {"rotation": torch.arange(4).repeat_interleave(len(found.images))}, {"rotation": ["0", "90", "180", "270"]})
 
 
 def pick(v, z, config, feature):
@@ -69,6 +74,15 @@ def pick(v, z, config, feature):
         return v if feature == "v" else rearrange(z, "s n c -> n (s c)")
     space = method.spaces.index(feature)
     return rearrange(v, "n (s d) -> s n d", s=len(method.spaces))[space] if method.heads == "conv5" else z[space]
+
+
+def of_spaces(encoder, v, z, config, layer):
+    """What `spaces` compares, {space: (n ...)}: LooC++'s Conv5, or of LooC's heads the "hidden" layer or the "output"."""
+    names, conv5 = loo.method_of(config).spaces, loo.method_of(config).heads == "conv5"
+    if conv5 or layer == "output":
+        return {name: pick(v, z, config, name) for name in names}
+    w, b = encoder.w1.detach().cpu(), encoder.b1.detach().cpu()
+    return {name: F.relu(F.linear(v, w[s], b[s])) for s, name in enumerate(names)}
 
 
 # ---------------------------------------------------------------- probes
@@ -105,12 +119,12 @@ def fast_probe(x, y, k, seed, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
 
 
 def paper_probe(encoder, found, label, config, seed, feature, epochs=200, lr=30., batch=256):
-    """The paper's protocol: SGD on crops and flips through the frozen encoder, lr 30, x0.1 at 60% and 80%, no weight decay
-    -> w (d k), b (k,)."""
+    """The paper's protocol: SGD on crops and flips through the frozen encoder, lr x0.1 at 60% and 80%, no weight decay
+    -> w (d k), b (k,). label "rotation": every picture is given a random quarter turn, and not flipped (that would turn 90 degrees into 270)."""
     device = next(encoder.parameters()).device
     encoder.eval()
-    y, k, n = found.labels[label], len(found.classes[label]), len(found.images)
-    always = ("crop",) if label == "rotation" else ("crop", "flip")   # a flip would turn 90 degrees into 270
+    turn, n = label == "rotation", len(found.images)
+    k = 4 if turn else len(found.classes[label])
     if n < batch:
         raise UserError(f"--protocol=paper takes batches of {batch}, the training split has {n} pictures: use the default protocol")
     d = pick(torch.zeros(1, encoder.features), torch.zeros(len(encoder.w1), 1, encoder.w2.shape[1]), config, feature).shape[1]
@@ -120,13 +134,14 @@ def paper_probe(encoder, found, label, config, seed, feature, epochs=200, lr=30.
     optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=.9)
     for epoch in range(epochs):
         for i, rows in enumerate(pixels.batches(n, batch, seed, epoch)):
+            g = pixels.generator("probe", seed, epoch, i)
             with torch.no_grad():
-                images, _, _ = loo.augment_groups(found.images[rows].to(device).float() / 255, (), torch.zeros(0, 0, dtype=torch.bool),
-                                                  pixels.generator("probe", seed, epoch, i), always=always,
-                                                  size=config["size"], aspect=found.aspect[rows].to(device))
-                x = pick(*loo.encode(encoder, images), config, feature).float()
+                images, _, _ = loo.augment_groups(found.images[rows].to(device).float() / 255, (), torch.zeros(0, 0, dtype=torch.bool), g,
+                                                  always=("crop",) if turn else ("crop", "flip"), size=config["size"], aspect=found.aspect[rows].to(device))
+                y = (torch.randint(4, (batch,), generator=g) if turn else found.labels[label][rows]).to(device)
+                x = pick(*loo.encode(encoder, loo.resample(images, {"turns": y}) if turn else images), config, feature).float()
             optimizer.param_groups[0]["lr"] = lr * .1 ** ((epoch >= .6 * epochs) + (epoch >= .8 * epochs))
-            loo.descend(optimizer, F.cross_entropy(layer(x), y[rows].to(device)))
+            loo.descend(optimizer, F.cross_entropy(layer(x), y))
     return layer.weight.detach().T.cpu(), layer.bias.detach().cpu()
 
 
@@ -162,7 +177,12 @@ def nearest(x, y, k, test, neighbours=20, tau=.07):
 
 def accuracy(logits, y, top=1):
     """logits (n k), y (n,) -> percent whose class is among the `top` largest."""
-    return (logits.topk(top, dim=1).indices == y[:, None]).any(1).double().mean().item() * 100
+    return hits(logits, y, top).mean().item() * 100
+
+
+def hits(logits, y, top=1):
+    """logits (n k), y (n,) -> (n,) 1 where the class is among the `top` largest, else 0."""
+    return (logits.topk(min(top, logits.shape[1]), dim=1).indices == y[:, None]).any(1).double()
 
 
 def standardise(train, test):
@@ -181,6 +201,246 @@ def interval(values):
     return at[int((half < .475).sum())].item() * torch.tensor(values, dtype=torch.float64).std().item() / math.sqrt(n)
 
 
+# ---------------------------------------------------------------- corruptions: the 15 of ImageNet-C, in batches, on any device
+
+# Hendrycks and Dietterich, ICLR 2019. The constants are the published ones, for pictures of 224 x 224: every length among them (radius,
+# sigma, distance) is scaled by side / 224 for others. Each picture has its own draws, made on the CPU. The published pictures were also
+# saved as JPEG at quality 85; ours are not. Axes beside the project's: k kernel, t point along a motion. Pictures are square.
+SIDE = 224   # of the pictures that the constants are for
+
+
+def corrupt(images, name, severity, generator):
+    """images (b 3 h w) in [0, 1], a name of CORRUPTIONS, severity 1 to 5, a CPU generator -> (b 3 h w) in [0, 1], in steps of 1 / 255."""
+    function, constants = CORRUPTIONS[name]
+    return function(images, generator, *constants[severity - 1]).clamp(0, 1).mul(255).round() / 255
+
+
+def scale(images):
+    """How many pixels of these images one pixel of the constants is."""
+    return images.shape[-1] / SIDE
+
+
+def gaussian_noise(images, generator, std):
+    return images + std * torch.randn(images.shape, generator=generator).to(images)
+
+
+def shot_noise(images, generator, photons):
+    """Each value becomes a count of photons, `photons` of them are 1 on average."""
+    return torch.poisson(images.cpu() * photons, generator).to(images) / photons
+
+
+def impulse_noise(images, generator, share):
+    """This share of all values becomes 0 or 1, half and half."""
+    u = torch.rand(images.shape, generator=generator).to(images)
+    return images.masked_fill(u < share / 2, 0).masked_fill(u >= 1 - share / 2, 1)
+
+
+def hat(points, reach):
+    """points (... t), in pixels -> (... k t): how much each point gives to each of the pixels -reach .. reach (k = 2 reach + 1), as in bilinear
+    interpolation. It keeps a shape of any fractional size a kernel without stairs, and one much smaller than a pixel still a blur."""
+    pixel = torch.arange(-reach, reach + 1, device=points.device)
+    return (1 - (pixel[:, None] - points[..., None, :]).abs()).clamp(min=0)
+
+
+def convolve(images, kernels, border):
+    """images (b c h w), kernels (b k k), or (1 k k) for all -> (b c h w). By FFT: kernels are up to 83 x 83."""
+    k = kernels.shape[-1]
+    padded = F.pad(images, (k // 2,) * 4, border)
+    size = padded.shape[-2:]
+    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(kernels / kernels.sum((1, 2), keepdim=True), s=size)[:, None]
+    return torch.fft.irfft2(spectrum, s=size)[..., k - 1:, k - 1:]       # what comes before mixes opposite borders
+
+
+def gaussian(images, sigma):
+    """Gaussian blur, mirrored at the border -> (b c h w): a matrix product a side, so sigma may be larger than the picture."""
+    n = images.shape[-1]
+    reach = math.ceil(4 * sigma)
+    pixel = torch.arange(n, device=images.device)
+    at = torch.arange(-reach, n + reach, device=images.device)
+    weight = torch.softmax(-((at - pixel[:, None]) / sigma) ** 2 / 2, 1)
+    folded = torch.minimum(at % (2 * n), -(at + 1) % (2 * n))            # mirrored again and again, where it takes more than once
+    matrix = torch.zeros_like(weight[:, :n]).index_add_(1, folded, weight)
+    return matrix @ images @ matrix.T
+
+
+def defocus_blur(images, generator, radius):
+    """The average over a disk. Its edge is smooth by half a pixel: the same as the published blurring of the kernel."""
+    radius = radius * scale(images)
+    points = (torch.linspace(-1, 1, 257, device=images.device)[:-1] + 1 / 256) * radius
+    weights = hat(points, math.ceil(radius))
+    disk = (points[:, None] ** 2 + points ** 2 <= radius ** 2).float()
+    return convolve(images, (weights @ disk @ weights.T)[None], "reflect")
+
+
+def glass_blur(images, generator, sigma, distance, times):
+    """Gaussian blur, then `times` over all pixels from the last to the first: each takes the colour that a pixel at most `distance`
+    away has by now; then the same blur again. As published: the code means to swap the two colours, but numpy only copies one.
+
+    A distance with a fraction is rounded up for that share of the pixels.
+    """
+    b, c, h, w = images.shape
+    whole, fraction = divmod(distance * scale(images), 1)
+    edge = whole + (fraction > 0)                                        # so wide a border keeps its colours
+    sigma = sigma * scale(images)
+    images = gaussian(images, sigma).flatten(2)
+    own = torch.arange(h * w).view(h, w)
+    y, x = own // w, own % w
+    inside = (y > edge) & (y <= h - edge) & (x > edge) & (x <= w - edge)
+    for _ in range(times):
+        far = whole + (torch.rand(b, 2, h, w, generator=generator) < fraction)
+        dy, dx = (loo.uniform(-1, 1, b, 2, h, w, generator=generator) * far).floor().long().unbind(1)
+        source = torch.where(inside, own + dy * w + dx, own).flatten(1).to(images.device)
+        # a source further on has already taken its colour from elsewhere: six times doubled, the jump goes 64 sources back
+        back = torch.maximum(source, own.flatten().to(source))
+        for _ in range(6):
+            back = back.gather(1, back)
+        source = source.gather(1, back)
+        images = images.gather(2, source[:, None].expand(b, c, h * w))
+    return gaussian(images.view(b, c, h, w), sigma)
+
+
+def smear(images, angle, radius, sigma, border="replicate"):
+    """Each image along its angle (b,), in degrees: to one side, by half a Gaussian of `sigma`, cut at 2 radius -> (b c h w)."""
+    length = 2 * radius * scale(images)
+    far = torch.linspace(0, 1, 2 * radius * math.ceil(scale(images)) + 1, device=images.device)
+    weight = (-(far * 2 * radius / sigma) ** 2 / 2).exp()
+    angle = angle.to(images).deg2rad()[:, None]
+    rows, columns = (hat(far * length * along, math.ceil(length)) for along in (angle.sin(), angle.cos()))
+    return convolve(images, rows * weight @ columns.mT, border)
+
+
+def motion_blur(images, generator, radius, sigma):
+    return smear(images, loo.uniform(-45, 45, len(images), generator=generator), radius, sigma)
+
+
+def zoom_blur(images, generator, step, count):
+    """The average of the image and of `count` zooms into its middle: by 1, 1 + step, 1 + 2 step ..."""
+    total = images
+    for i in range(count):
+        theta = torch.eye(2, 3, device=images.device) / (1 + i * step)
+        total = total + F.grid_sample(images, F.affine_grid(theta.expand(len(images), 2, 3), images.shape, align_corners=False),
+                                      padding_mode="border", align_corners=False)
+    return total / (count + 1)
+
+
+def resize(images, size):
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+def snow(images, generator, mean, std, zoom, threshold, radius, sigma, keep):
+    """Flakes are what exceeds `threshold` in coarse noise, smeared, and once more turned by 180 degrees; below them the image is bleached."""
+    cells = torch.randn(len(images), 1, *[math.ceil(SIDE / zoom)] * 2, generator=generator).to(images) * std + mean
+    flakes = F.interpolate(cells, (SIDE, SIDE), mode="bilinear", align_corners=True)
+    flakes = F.threshold(flakes, threshold, 0).clamp(0, 1)
+    flakes = smear(resize(flakes, images.shape[-1]), loo.uniform(-135, -45, len(images), generator=generator), radius, sigma)
+    bleached = torch.maximum(images, loo.grayscale(images) * 1.5 + .5)
+    return keep * images + (1 - keep) * bleached + flakes + flakes.rot90(2, (2, 3))
+
+
+def plasma(b, side, decay, generator):
+    """Clouds by the diamond-square algorithm -> (b 1 side side), the published cut of 224 from a field of 256, which spans [0, 1].
+
+    Every pass doubles a grid that goes round on both axes: first the middles of its cells, then those of their sides, are the mean of
+    their four neighbours plus noise, which is `decay` ** 2 smaller each time.
+    """
+    grid, noise = torch.zeros(b, 1, 1), 1.
+    full = 1 << (side * 8 // 7 - 1).bit_length()
+    while grid.shape[-1] < full:
+        around = lambda cross: cross / 4 + noise * loo.uniform(-1, 1, *grid.shape, generator=generator)
+        below, right = grid.roll(-1, 1), grid.roll(-1, 2)
+        middle = around(grid + below + right + below.roll(-1, 2))
+        top, left = around(grid + right + middle + middle.roll(1, 1)), around(grid + below + middle + middle.roll(1, 2))
+        grid = rearrange(torch.stack([grid, top, left, middle]), "(y x) b h w -> b (h y) (w x)", y=2)
+        noise /= decay ** 2
+    low, high = grid.amin((1, 2), keepdim=True), grid.amax((1, 2), keepdim=True)
+    return resize(((grid - low) / (high - low))[:, None, :full * 7 // 8, :full * 7 // 8], side)
+
+
+def fog(images, generator, amount, decay):
+    clouds = plasma(len(images), images.shape[-1], decay, generator).to(images)
+    lightest = images.amax((1, 2, 3), keepdim=True)
+    return (images + amount * clouds) * lightest / (lightest + amount)
+
+
+def frost(images, generator, keep, amount):
+    """Adds ice. The published photographs of it are replaced by drawn ones, with their range of lightness and color and their contrast:
+    blades (dots smeared along an angle, then slightly across) of four angles over clouds, from dark and blue to white."""
+    b, side = len(images), images.shape[-1]
+    dots = torch.rand(4 * b, 1, side, side, generator=generator) * (torch.rand(4 * b, 1, side, side, generator=generator) < .006 / scale(images) ** 2)
+    angle = loo.uniform(0, 360, 4 * b, generator=generator)
+    blades = smear(smear(dots.to(images), angle, 15, 10, "circular"), angle + 30, 6, 4, "circular")
+    blades = rearrange(blades, "(b n) 1 h w -> b n h w", n=4).amax(1, keepdim=True)
+    relief = F.instance_norm(blades) * .9 + F.instance_norm(plasma(b, side, 1.5, generator).to(images)) * .45
+    dark, light = torch.tensor([[.34, .49, .55], [.81, .82, .86]]).to(images)[:, None, :, None, None]
+    whiteness = torch.rand(b, 1, 1, 1, generator=generator).to(images)
+    return keep * images + amount * (torch.lerp(dark, light, whiteness) + (.13 - .06 * whiteness) * relief)
+
+
+def brightness(images, generator, amount):
+    """Adds to HSV's value, which scales a colour as a whole; black has none and becomes gray."""
+    value = images.amax(1, keepdim=True)
+    lighter = (value + amount).clamp(max=1)
+    return torch.where(value > 0, images * lighter / value, lighter)
+
+
+def contrast(images, generator, factor):
+    return torch.lerp(images.mean((2, 3), keepdim=True), images, factor)
+
+
+def elastic_transform(images, generator, alpha, sigma, shift):
+    """An affine map that moves three points by up to `shift` each way, then noise of +-alpha, blurred by sigma, moves every pixel by itself.
+
+    alpha scales with the area: what is left of noise after a blur goes down with sigma, so the displacements scale as every length.
+    """
+    b, s = len(images), scale(images)
+    third = torch.tensor([[1., 1.], [1., -1.], [-1., -1.]]) * 2 / 3      # of the way from the middle to the corners
+    moved = F.pad(third + loo.uniform(-shift, shift, b, 3, 2, generator=generator) * 2 / SIDE, (0, 1), value=1)
+    theta = torch.linalg.solve(moved, third.expand(b, 3, 2)).mT.to(images)
+    noise = loo.uniform(-1, 1, b, 2, *images.shape[2:], generator=generator).to(images)
+    local = rearrange(gaussian(noise, sigma * s) * alpha * s * 2 / SIDE, "b xy h w -> b h w xy")
+    for grid in (F.affine_grid(theta, images.shape, align_corners=False),
+                 F.affine_grid(torch.eye(2, 3).expand(b, 2, 3).to(images), images.shape, align_corners=False) + local):
+        images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    return images
+
+
+def pixelate(images, generator, share):
+    """`share` of the pixels each way: every block, as wide as they need be, becomes its mean."""
+    n = images.shape[-1]
+    block = ((torch.arange(n, device=images.device) + .5) * int(n * share) / n).long()
+    same = (block[:, None] == block).float()
+    mean = same / same.sum(1)
+    return mean @ images @ mean.T
+
+
+def jpeg_compression(images, generator, quality):
+    def coded(image):
+        file = io.BytesIO()
+        to_pil_image(image).save(file, "JPEG", quality=quality)
+        return pil_to_tensor(Image.open(file))
+    return torch.stack([coded(image) for image in (images * 255).round().byte().cpu()]).to(images) / 255
+
+
+CORRUPTIONS = {   # name: (function, its constants at severity 1 to 5)
+    "gaussian_noise": (gaussian_noise, [(.08,), (.12,), (.18,), (.26,), (.38,)]),
+    "shot_noise": (shot_noise, [(60,), (25,), (12,), (5,), (3,)]),
+    "impulse_noise": (impulse_noise, [(.03,), (.06,), (.09,), (.17,), (.27,)]),
+    "defocus_blur": (defocus_blur, [(3,), (4,), (6,), (8,), (10,)]),
+    "glass_blur": (glass_blur, [(.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)]),
+    "motion_blur": (motion_blur, [(10, 3), (15, 5), (15, 8), (15, 12), (20, 15)]),
+    "zoom_blur": (zoom_blur, [(.01, 12), (.01, 16), (.02, 11), (.02, 13), (.03, 11)]),
+    "snow": (snow, [(.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7),
+                               (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55)]),
+    "frost": (frost, [(1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)]),
+    "fog": (fog, [(1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)]),
+    "brightness": (brightness, [(.1,), (.2,), (.3,), (.4,), (.5,)]),
+    "contrast": (contrast, [(.4,), (.3,), (.2,), (.1,), (.05,)]),
+    "elastic_transform": (elastic_transform, [(488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)]),
+    "pixelate": (pixelate, [(.6,), (.5,), (.4,), (.3,), (.25,)]),
+    "jpeg_compression": (jpeg_compression, [(25,), (18,), (15,), (10,), (7,)]),
+}
+
+
 # ---------------------------------------------------------------- tasks
 
 
@@ -190,9 +450,10 @@ class Bench(NamedTuple):
     encoder: loo.Encoder
     config: dict
     data: str
-    split: dict       # {"train", "test", and "val" where there is one: Data}
+    split: dict       # {"train", "test", and "val" where there is one: Data}, not decoded
     feature: str
     seed: int
+    workers: int
     key: tuple        # what the cached features depend on, beside the split
 
 
@@ -200,7 +461,7 @@ def bench(run: str = "runs/latest", *, data: str = None, root: str = None, featu
           device: str = "auto", seed: int = 0):
     """
         run: folder of a finished run; runs/latest is the last one
-        data: factors, folder, or a torchvision set; by default what the run was trained on
+        data: factors, folder, one of the paper's sets (python data.py check) or of torchvision's; by default what the run was trained on
         root: where that data is
         feature: v (the backbone's), z (all spaces) or the name of one space
         download: let torchvision fetch the data
@@ -217,11 +478,12 @@ def bench(run: str = "runs/latest", *, data: str = None, root: str = None, featu
     name = choose("data", data or config["data"], pixels.NAMES)
     root = root or (config["root"] if name == config["data"] else None)
     splits = pixels.splits(name, root)
-    split = {s: pixels.load(name, s, root=root, size=config["size"], canvas=config["canvas"], download=download, workers=workers,
-                            seed=config["seed"], cache=run) for s in splits}
+    if "train" not in splits:
+        raise UserError(f"--data={name} has nothing to train a classifier on; it is what `python eval.py robust --data=imagenet100` tests on")
+    split = {s: pixels.find(name, s, root=root, size=config["size"], canvas=config["canvas"], download=download, seed=config["seed"]) for s in splits}
     split["test"] = split.pop("test", None) or split.pop(splits[-1])
     weights = hashlib.sha1(b"".join((Path(run) / f).read_bytes() for f in ("backbone.pt", "heads.pt"))).hexdigest()
-    return Bench(Path(run).resolve(), encoder, config, name, split, feature, seed, (name, root, weights))
+    return Bench(Path(run).resolve(), encoder, config, name, split, feature, seed, workers, (name, root, weights))
 
 
 def near_run(run):
@@ -229,13 +491,31 @@ def near_run(run):
     return f"; there are {', '.join(found)}" if found else ""
 
 
-def frozen(b, split, found):
-    """The split's features, (n d), computed once for a run, data set and split."""
-    name = hashlib.sha1(repr((b.key, split, hashlib.sha1(found.images.numpy()).digest())).encode()).hexdigest()[:16]
+def frozen(b, split, turns=(0,)):
+    """The split's v ((r n) d), z (s (r n) c) and labels {name: ((r n),)} of the pictures that could be read; also "rotation", the turns,
+    and "picture", which of the split it is. Computed once for a run, data set, split and turns."""
+    found = b.split[split]
+    name = hashlib.sha1(repr((b.key, split, turns, pixels.fingerprint(found))).encode()).hexdigest()[:16]
     path = b.run / "features" / f"{b.data}-{split}-{name}.pt"
     if not path.exists():
-        loo.write_tensors(path, features(b.encoder, found.images, found.aspect, b.config["size"], pixels.kept(b.data)))
-    return pick(*torch.load(path, weights_only=True), b.config, b.feature)
+        loo.write_tensors(path, features(b.encoder, found, b.config["size"], pixels.kept(b.data), turns, b.workers))
+    v, z, rows = torch.load(path, weights_only=True)
+    own = {"rotation": torch.tensor(turns).repeat_interleave(len(rows)), "picture": rows.repeat(len(turns))}
+    return v, z, {k: y[rows].repeat(len(turns)) for k, y in found.labels.items()} | own
+
+
+def known(b, split, turns=(0,)):
+    """The chosen feature of a split, (n d), and its labels."""
+    v, z, y = frozen(b, split, turns)
+    return pick(v, z, b.config, b.feature), y
+
+
+def names_of(b, label):
+    """The classes of a label; UserError where there is nothing to tell apart."""
+    names = ["0", "90", "180", "270"] if label == "rotation" else b.split["train"].classes[label]
+    if len(names) < 2:
+        raise UserError(f"--label={label}: the pictures of {b.data} are all of one class, there is nothing to tell apart")
+    return names
 
 
 def task(function):
@@ -248,16 +528,19 @@ def task(function):
         begun = time.perf_counter()
         b = bench(*args, **{k: v for k, v in flags.items() if k in names})
         if not json:
-            print("| run | data | task | label | feature | protocol | shots | top-1 | top-5 | +- 95% | train | test | seconds |\n" + "|---" * 13 + "|")
+            print("| run | data | task | label | on | feature | protocol | shots | top-1 | top-5 | +- 95% | train | test | seconds |\n" + "|---" * 14 + "|")
         for result in function(b, **{k: v for k, v in flags.items() if k not in names}):
-            line = dict(run=b.run.name, task=function.__name__, data=b.data, label=None, feature=b.feature, method=b.config["method"],
+            say = result.pop("say", None)
+            line = dict(run=b.run.name, task=function.__name__, data=b.data, label=None, on=None, feature=b.feature, method=b.config["method"],
                         groups=b.config["groups"], protocol="fast", shots=None, top1=None, top5=None, ci95=None, n_train=None, n_test=None,
                         seed=b.seed, seconds=round(time.perf_counter() - begun, 1)) | result
             begun = time.perf_counter()
             with open(b.run / "results.jsonl", "a") as file:
                 file.write(json_.dumps(line) + "\n")
-            keys = ("run", "data", "task", "label", "feature", "protocol", "shots", "top1", "top5", "ci95", "n_train", "n_test", "seconds")
+            keys = ("run", "data", "task", "label", "on", "feature", "protocol", "shots", "top1", "top5", "ci95", "n_train", "n_test", "seconds")
             print(json_.dumps(line) if json else "| " + " | ".join(cell(line[k]) for k in keys) + " |", flush=True)
+            if say and not json:
+                print(f"\n{say}\n", flush=True)
 
     json_flag = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
     command.__signature__ = inspect.Signature([common[0], *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own[1:]), *common[1:], json_flag])
@@ -273,53 +556,60 @@ def labels_of(b, label):
     return [choose("label", one, tuple(b.split["train"].labels)) for one in label] or list(b.split["train"].labels)
 
 
+def binomial(percent, n):
+    """Half of the 95% interval of a share of n."""
+    return 196 * math.sqrt(percent / 100 * (1 - percent / 100) / n)
+
+
 def result(logits, y, label, n_train, **more):
     """logits (m k), y (m,) -> a result with its binomial interval."""
     top1 = accuracy(logits, y)
     return dict(label=label, top1=top1, top5=accuracy(logits, y, 5) if logits.shape[1] > 5 else None, n_train=n_train, n_test=len(y),
-                ci95=196 * math.sqrt(top1 / 100 * (1 - top1 / 100) / len(y)), **more)
+                ci95=binomial(top1, len(y)), **more)
 
 
-def probe(b, train, test, names, suffix, protocol, epochs):
-    """A linear classifier for each label in names, by either protocol -> results."""
+def probe(b, labels, turns, protocol, epochs, lr):
+    """A linear classifier for each label, by either protocol -> results."""
     choose("protocol", protocol, ("fast", "paper"))
-    if epochs < 1:
-        raise UserError(f"--epochs={epochs}: expected 1 or more")
-    x, y = standardise(frozen(b, "train" + suffix, train), frozen(b, "test" + suffix, test))
-    for label in names:
-        k = len(train.classes[label])
-        if k < 2:
-            raise UserError(f"--label={label}: the pictures of {b.data} are all of one class, there is nothing to tell apart")
-        if protocol == "fast":
-            w, bias = fast_probe(x, train.labels[label], k, b.seed)
-            logits = y @ w + bias
-        else:
-            w, bias = paper_probe(b.encoder, train, label, b.config, b.seed, b.feature, epochs)
-            logits = frozen(b, "test" + suffix, test) @ w + bias
-        yield result(logits, test.labels[label], label, len(x), protocol=protocol)
+    epochs = epochs or (100 if b.data == "inat2019" else 200)
+    if epochs < 1 or lr <= 0:
+        raise UserError(f"--epochs={epochs} --lr={lr}: expected 1 or more, and more than 0")
+    test, y_test = known(b, "test", turns)
+    if protocol == "fast":
+        train, y = known(b, "train", turns)
+        train, test = standardise(train, test)
+    else:
+        train = pixels.decoded(b.split["train"], b.workers, b.run / "features" / f"{b.data}-train.canvases")
+    for label in labels:
+        k = len(names_of(b, label))
+        w, bias = (fast_probe(train, y[label], k, b.seed) if protocol == "fast" else
+                   paper_probe(b.encoder, train, label, b.config, b.seed, b.feature, epochs, lr))
+        yield result(test @ w + bias, y_test[label], label, len(train if protocol == "fast" else train.images), protocol=protocol)
 
 
 @task
-def linear(b, label: tuple = (), protocol: str = "fast", epochs: int = 200):
+def linear(b, label: tuple = (), protocol: str = "fast", epochs: int = None, lr: float = 30.):
     """A linear classifier on frozen features (section 4); every label of the data set if none is named.
 
     Args:
         label: labels with commas between
         protocol: fast (L-BFGS on cached features, L2 chosen on a held-out fifth) or paper (SGD on augmented pictures)
-        epochs: of the paper's protocol
+        epochs: of the paper's protocol: 200, or 100 on inat2019
+        lr: of the paper's protocol
     """
-    yield from probe(b, b.split["train"], b.split["test"], labels_of(b, label), "", protocol, epochs)
+    yield from probe(b, labels_of(b, label), (0,), protocol, epochs, lr)
 
 
 @task
-def rotation(b, protocol: str = "fast", epochs: int = 200):
+def rotation(b, protocol: str = "fast", epochs: int = None, lr: float = 30.):
     """Which of four quarter turns a picture was given (section 4): every picture is shown in all four.
 
     Args:
         protocol: fast or paper, as in linear
         epochs: of the paper's protocol
+        lr: of the paper's protocol
     """
-    yield from probe(b, turned(b.split["train"]), turned(b.split["test"]), ["rotation"], "-turned", protocol, epochs)
+    yield from probe(b, ["rotation"], (0, 1, 2, 3), protocol, epochs, lr)
 
 
 @task
@@ -332,10 +622,9 @@ def knn(b, label: tuple = (), neighbours: int = 20):
     """
     if neighbours < 1:
         raise UserError(f"--neighbours={neighbours}: expected 1 or more")
-    train, test = b.split["train"], b.split["test"]
-    x, y = frozen(b, "train", train), frozen(b, "test", test)
+    (x, y), (test, y_test) = known(b, "train"), known(b, "test")
     for name in labels_of(b, label):
-        yield result(nearest(x, train.labels[name], len(train.classes[name]), y, neighbours), test.labels[name], name, len(x), protocol="knn")
+        yield result(nearest(x, y[name], len(names_of(b, name)), test, neighbours), y_test[name], name, len(x), protocol="knn")
 
 
 @task
@@ -349,46 +638,279 @@ def fewshot(b, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
     """
     if not all(str(n).isdigit() and int(n) for n in shots) or trials < 2:
         raise UserError(f"--shots={','.join(map(str, shots))} --trials={trials}: expected numbers of pictures, as 5,10, and two trials or more")
-    pool = [b.split[s] for s in ("train", "val") if s in b.split]
-    x, test = torch.cat([frozen(b, s, b.split[s]) for s in ("train", "val") if s in b.split]), b.split["test"]
-    x, y_x = standardise(x, frozen(b, "test", test))
+    pool = [known(b, s) for s in ("train", "val") if s in b.split]
+    test, y_test = known(b, "test")
+    x, test = standardise(torch.cat([x for x, _ in pool]), test)
     for name in labels_of(b, label):
-        y, k = torch.cat([p.labels[name] for p in pool]), len(pool[0].classes[name])
+        y, k = torch.cat([y[name] for _, y in pool]), len(names_of(b, name))
         for n in map(int, shots):
             rows = shots_of(y, k, n, trials, b.seed)
             w, bias = few_shot(x[rows], y[rows], k)
-            logits = [y_x @ one + c for one, c in zip(w, bias)]
-            top1, top5 = ([accuracy(one, test.labels[name], top) for one in logits] for top in (1, min(5, k)))
+            logits = [test @ one + c for one, c in zip(w, bias)]
+            top1, top5 = ([accuracy(one, y_test[name], top) for one in logits] for top in (1, 5))
             yield dict(label=name, shots=n, top1=sum(top1) / trials, top5=sum(top5) / trials if k > 5 else None, ci95=interval(top1),
-                       n_train=n * k, n_test=len(y_x), protocol="adam")
+                       n_train=n * k, n_test=len(test), protocol="adam")
 
 
-def table(runs: tuple = ("runs/*",)):
+CELLS = [(name, severity) for names in pixels.CORRUPTIONS.values() for name in names for severity in range(1, 6)]
+SUMMARIES = {**{name: lambda n, s, name=name: n == name for names in pixels.CORRUPTIONS.values() for name in names},
+             **{f"{c}{more}": lambda n, s, names=names, least=least: n in names and s >= least
+                for c, names in [*pixels.CORRUPTIONS.items(), ("all corruptions", [n for n, _ in CELLS])] for more, least in (("", 1), (", severity 3+", 3))}}
+
+
+def shifted(b, source, corrupted, count):
+    """Corrupted test pictures: yields the index of a cell of CELLS, rows (b,), features (b d).
+
+    "folder": published pictures, under `corrupted`; "generated": corrupted here, a batch at a time, from the test pictures.
+    """
+    share, size = pixels.kept(b.data), b.config["size"]
+    if source == "folder":
+        for cell, (name, severity) in enumerate(CELLS):
+            found = pixels.find("imagenetc100", f"{name}/{severity}", root=corrupted, size=size)
+            for rows, crops in centred(b.encoder, found, size, pixels.kept("imagenetc100"), b.workers):
+                yield cell, rows, crops
+    else:
+        for rows, crops in centred(b.encoder, first(b.split["test"], count), size, share, b.workers):
+            for cell, (name, severity) in enumerate(CELLS):
+                yield cell, rows, corrupt(crops, name, severity, pixels.generator("corrupt", name, severity, int(rows[0])))
+
+
+def first(found, count):
+    """The first `count` pictures of a Data, or all."""
+    if torch.is_tensor(found.images):
+        return found._replace(images=found.images[:count], aspect=found.aspect[:count])
+    return found._replace(images=pixels.Canvases(found.images.fetch, min(count or found.images.n, found.images.n), found.images.side))
+
+
+@task
+def robust(b, label: tuple = (), source: str = None, corrupted: str = None, objectnet: str = None, count: int = None):
+    """A linear classifier trained on clean pictures, tested on corrupted ones (ImageNet-C) and on ObjectNet (section 4).
+
+    The interval is that of the mean over pictures, each with all its corruptions.
+
+    Args:
+        label: labels with commas between; every label if none is named
+        source: generated (the 15 corruptions made here from the test pictures) or folder (the published ImageNet-C); folder on imagenet100
+        corrupted: source=folder: where ImageNet-C is
+        objectnet: where ObjectNet is, to test on its 13 classes too
+        count: source=generated: of the test pictures, all by default
+    """
+    source = choose("source", source or ("folder" if b.data == "imagenet100" else "generated"), ("folder", "generated"))
+    if source == "folder" and not corrupted:
+        raise UserError("--source=folder reads the published ImageNet-C: name it with --corrupted=DIR, or make the corruptions here with --source=generated")
+    if (source == "folder" or objectnet) and b.data != "imagenet100":
+        raise UserError(f"ImageNet-C and ObjectNet have the classes of imagenet100, not of {b.data}: use --data=imagenet100, or --source=generated")
+    if count is not None and count < 1:
+        raise UserError(f"--count={count}: expected 1 or more")
+    if source == "folder":                       # all there, before hours are spent on the first of them
+        for name, severity in CELLS:
+            pixels.find("imagenetc100", f"{name}/{severity}", root=corrupted)
+    labels, (train, y), (test, y_test) = labels_of(b, label), known(b, "train"), known(b, "test")
+    n = min(count or len(b.split["test"].images), len(b.split["test"].images)) if source == "generated" else 5000
+    head, right = {}, {one: torch.full((len(CELLS), n, 2), math.nan) for one in labels}
+    x, _ = standardise(train, test)
+    for one in labels:
+        w, bias = fast_probe(x, y[one], len(names_of(b, one)), b.seed)
+        head[one] = lambda x, w=w, bias=bias: standardise(train, x)[1] @ w + bias
+        yield result(head[one](test), y_test[one], one, len(train), on="clean")
+    if objectnet:
+        found = pixels.find("objectnet13", "test", root=objectnet, size=b.config["size"])
+        v, z, rows = features(b.encoder, found, b.config["size"], pixels.kept("objectnet13"), workers=b.workers)
+        logits, truth = head["class"](pick(v, z, b.config, b.feature)), found.labels["class"][rows]
+        yield result(logits, truth, "class", len(train), on="objectnet13")
+        thirteen = [pixels.IMAGENET100.index(wnid) for wnid in pixels.OBJECTNET13.values()]
+        only = torch.full_like(logits, -math.inf).index_copy(1, torch.tensor(thirteen), logits[:, thirteen])
+        yield result(only, truth, "class", len(train), on="objectnet13, of its 13")
+    for cell, rows, crops in shifted(b, source, corrupted, count):
+        with torch.no_grad():
+            v, z = (t.float().cpu() for t in loo.encode(b.encoder, crops))
+        for one in labels:
+            logits, truth = head[one](pick(v, z, b.config, b.feature)), b.split["test"].labels[one][rows]
+            right[one][cell, rows] = torch.stack([hits(logits, truth), hits(logits, truth, 5)], 1).float()
+    for one in labels:
+        for on, belongs in SUMMARIES.items():
+            mean = right[one][[belongs(*cell) for cell in CELLS]].nanmean(0)              # (n 2)
+            mean = mean[~mean[:, 0].isnan()].double() * 100
+            top1, top5 = mean.mean(0).tolist()
+            yield dict(label=one, on=on, protocol=source, top1=top1, top5=top5 if len(names_of(b, one)) > 5 else None, n_train=len(train), n_test=len(mean),
+                       ci95=1.96 * mean[:, 0].std().item() / math.sqrt(len(mean)))
+
+
+@task
+def spaces(b, label: tuple = (), layer: str = "hidden", margin: float = 1.):
+    """Which invariances a task wants (the paper's table on concatenating spaces): a linear classifier on Z_0 with any of the other
+    spaces beside it and on each space alone, every one against Z_0 alone, on the same pictures.
+
+    The verdict under each label compares spaces of one size: what a group's space, invariant to all but that group, knows more than Z_0,
+    invariant to that group too. It "wants" a group if the whole paired 95% interval is above zero, is "better without" it if below,
+    "does not care" if within the margin, else one "cannot tell".
+
+    Args:
+        label: labels with commas between, rotation is one; every label and rotation if none is named
+        layer: of LooC's heads: hidden or output (LooC++ has its Conv5)
+        margin: points of accuracy that do not matter
+    """
+    choose("layer", layer, ("hidden", "output"))
+    all_, *groups = loo.method_of(b.config).spaces or ("none",)
+    if all_ != "all" or not groups:
+        raise UserError(f"{b.run.name} was trained with {b.config['method']}, which has no space for each augmentation: use a looc or looc++ run")
+    for one in ["rotation" if one == "rotation" else labels_of(b, (one,))[0] for one in label] or [*labels_of(b, ()), "rotation"]:
+        turns = (0, 1, 2, 3) if one == "rotation" else (0,)
+        (v, z, y), (v_test, z_test, y_test) = frozen(b, "train", turns), frozen(b, "test", turns)
+        train, test = of_spaces(b.encoder, v, z, b.config, layer), of_spaces(b.encoder, v_test, z_test, b.config, layer)
+        subsets = [("all", *some) for r in range(len(groups) + 1) for some in itertools.combinations(groups, r)] + [(g,) for g in groups]
+        right, gain = {}, {}
+        for some in subsets:
+            x, x_test = standardise(*(torch.cat([part[name] for name in some], 1) for part in (train, test)))
+            w, bias = fast_probe(x, y[one], len(names_of(b, one)), b.seed)
+            right[some] = hits(x_test @ w + bias, y_test[one])
+            gain[some] = paired(right[some], right["all",])
+            line = result(x_test @ w + bias, y_test[one], one, len(x), feature="+".join(some), on=None if b.config["method"] == "looc++" else layer,
+                          gain=gain[some][0], gain95=gain[some][1])
+            say = f"{one} " + ", ".join(verdict(g, *gain[g,], margin) for g in groups) if some == subsets[-1] else None
+            yield line | dict(say=say)
+
+
+def paired(right, other):
+    """(n,) each, 1 where a classifier was right -> difference in points and half of its 95% interval, picture by picture."""
+    difference = (right - other) * 100
+    return difference.mean().item(), 1.96 * difference.std().item() / math.sqrt(len(difference))
+
+
+def verdict(group, gain, half, margin):
+    says = ("does not care about" if abs(gain) + half < margin else "wants" if gain > half else "is better without" if gain < -half else "cannot tell about")
+    return f"{says} {group} ({gain:+.1f} +- {half:.1f})"
+
+
+@task
+def retrieve(b, against: str = None, label: tuple = (), queries: int = 8, neighbours: int = 5, turn: bool = False, out: str = None):
+    """Nearest neighbours among the test pictures, by cosine similarity, as one picture: RUN/retrieve.png (section 4).
+
+    top-1 is the share of neighbours that have the query's label, over all test pictures.
+
+    Args:
+        against: another run, shown beside this one
+        label: labels to count; every label if none is named
+        queries: rows of the picture
+        neighbours: of each query
+        turn: give every picture a random quarter turn first, and count rotation too: does a neighbour stand as the query does?
+        out: where to write the picture
+    """
+    if min(queries, neighbours) < 1:
+        raise UserError(f"--queries={queries} --neighbours={neighbours}: expected 1 or more")
+    device = str(next(b.encoder.parameters()).device)
+    both = [b] + ([bench(against, data=b.data, root=b.key[1], feature=b.feature, workers=b.workers, device=device, seed=b.seed)] if against else [])
+    labels, path, heads, shown = [*labels_of(b, label), *["rotation"] * turn], Path(out or b.run / "retrieve.png"), ["query"], []
+    for one in both:
+        x, y = known(one, "test", (0, 1, 2, 3) if turn else (0,))
+        m = len(x) // (4 if turn else 1)
+        turns = torch.randint(4 if turn else 1, (m,), generator=pixels.generator("turns", b.seed))
+        x, y = F.normalize(x[turns * m + torch.arange(m)], dim=1), {k: v[turns * m + torch.arange(m)] for k, v in y.items()}   # each in its own turn
+        near = torch.cat([(some @ x.T).scatter(1, rows[:, None], -2).topk(neighbours).indices for some, rows in zip(x.split(1024), torch.arange(m).split(1024))])
+        rows = torch.randperm(m, generator=pixels.generator("queries", b.seed))[:queries]
+        shown += [near[rows]] if shown else [rows[:, None], near[rows]]
+        heads += [f"nearest in {one.run.name}", *[""] * (neighbours - 1)]
+        for name in labels:
+            same = (y[name][near] == y[name][:, None]).double().mean(1) * 100
+            last = one is both[-1] and name == labels[-1]
+            if last:
+                pictures = torch.stack([torch.stack([seen(b, int(y["picture"][i]), int(turns[i])) for i in row]) for row in torch.cat(shown, 1)])
+                titles = [", ".join(str(names_of(b, k)[y[k][i]]) for k in labels[:2]) for i in rows]
+                pixels.picture_grid(pictures, titles, heads, path, zoom=max(1, 64 // b.config["size"]))
+            yield dict(run=one.run.name, method=one.config["method"], groups=one.config["groups"], label=name, on="turned" if turn else None, protocol="cosine",
+                       top1=same.mean().item(), ci95=1.96 * same.std().item() / math.sqrt(m), n_test=m, say=f"wrote {path}" if last else None)
+
+
+def seen(b, i, turns):
+    """Test picture i as the encoder sees it, (3 h w) in [0, 1]."""
+    found = b.split["test"]
+    image, aspect = (found.images[i], found.aspect[i]) if torch.is_tensor(found.images) else found.images[i][:2]
+    return centre(image[None].float() / 255, torch.tensor([float(aspect)]), b.config["size"], pixels.kept(b.data))[0].rot90(turns, (1, 2))
+
+
+def table(runs: tuple = ("runs/*",), paper: bool = False):
     """One Markdown table from the results of many runs: a row for each method, a column for each task and label.
 
     Runs that differ in nothing but seed share a row: mean +- half of the 95% interval over runs. What else differs is named.
 
     Args:
         runs: run folders or patterns, with commas between
+        paper: the paper's tables instead, what it reports beside what these runs give
     """
-    cells, found = defaultdict(dict), {Path(p).resolve() for pattern in runs for p in glob.glob(f"{pattern}/results.jsonl")}   # runs/latest once
-    configs = {p: json_.loads((p.parent / "config.json").read_text()) for p in found}
-    differs = [k for k in sorted({k for c in configs.values() for k in c} - NAMED) if len({repr(c.get(k)) for c in configs.values()}) > 1]
-    for path in sorted(found, key=lambda p: p.stat().st_mtime):
-        for line in loo.read_lines(path):
-            setting = ", ".join(f"{k} {configs[path].get(k)}" for k in differs)
-            row = (line["method"], ", ".join(line["groups"]), line["feature"], setting)
-            column = (line["data"], line["task"], line["label"], line["shots"] or 0, line["protocol"])
-            cells[row, column][configs[path]["seed"]] = line["top1"]   # the last one counts
-    if not cells:
+    found = {Path(p).resolve() for pattern in runs for p in glob.glob(f"{pattern}/results.jsonl")}   # runs/latest once
+    if not found:
         raise UserError(f"--runs={','.join(runs)}: no results there; `python eval.py linear --run=DIR` writes some")
+    configs = {p: json_.loads((p.parent / "config.json").read_text()) for p in found}
+    lines = [(configs[p], line) for p in sorted(found, key=lambda p: p.stat().st_mtime) for line in loo.read_lines(p)]
+    if paper:
+        return papers_tables(lines)
+    cells, differs = defaultdict(dict), [k for k in sorted({k for c in configs.values() for k in c} - NAMED) if len({repr(c.get(k)) for c in configs.values()}) > 1]
+    for config, line in lines:
+        setting = ", ".join(f"{k} {config.get(k)}" for k in differs)
+        row = (line["method"], ", ".join(line["groups"]), line["feature"], setting)
+        column = (line["data"], line["task"], line["label"], line["shots"] or 0, line.get("on") or "", line["protocol"])
+        cells[row, column][config["seed"]] = line["top1"]   # the last one counts
     rows, columns = sorted({r for r, _ in cells}), sorted({c for _, c in cells})
-    head = [f"{t} {l}" + (f", {s} shots" if s else "") + (f" ({p})" if p == "paper" else "") + (f" on {d}" if len({c[0] for c in columns}) > 1 else "")
-            for d, t, l, s, p in columns]
+    head = [f"{t} {l}" + (f", {s} shots" if s else "") + f" {o}" * bool(o) + (f" ({p})" if p == "paper" else "") + (f" on {d}" if len({c[0] for c in columns}) > 1 else "")
+            for d, t, l, s, o, p in columns]
     print("| method | groups | feature | differs in | seeds | " + " | ".join(head) + " |\n" + "|---" * (5 + len(head)) + "|")
     for row in rows:
         values = [list(cells[row, c].values()) for c in columns]
         print(f"| {' | '.join(row)} | {max(map(len, values))} | " + " | ".join(mean_cell(v) for v in values) + " |")
+
+
+# Where the paper's columns are found in results.jsonl: task, data, label, shots, on, value.
+COLUMNS = {
+    "rotation": ("rotation", "imagenet100", "rotation", None, None, "top1"),
+    **{f"{short} top-{n}": ("linear", data, "class", None, None, f"top{n}")
+       for short, data in (("IN-100", "imagenet100"), ("iNat-1k", "inat2019"), ("CUB-200", "cub200")) for n in (1, 5)},
+    **{f"Flowers {n}-shot": ("fewshot", "flowers102", "class", n, None, "top1") for n in (5, 10)},
+    **{f"ON-13 top-{n}": ("robust", "imagenet100", "class", None, "objectnet13", f"top{n}") for n in (1, 5)},
+    **{f"IN-C {c}{more}": ("robust", "imagenet100", "class", None, c.replace("all", "all corruptions") + more, "top1")
+       for c in (*pixels.CORRUPTIONS, "all") for more in ("", ", severity 3+")}}
+ALL3 = ("color", "rotation", "texture")
+
+# Tables 1 to 5 of the paper: title, columns, {row: (method, groups, feature, reported figures)}. The figures are the paper's.
+TABLES = (
+    ("Table 1: rotation", ("rotation", "IN-100 top-1"), {
+        "MoCo": ("moco", ("color",), "v", 61.1, 81.0), "MoCo + rotation": ("moco", ("color", "rotation"), "v", 43.3, 79.4),
+        "MoCo + rotation, same for q and k": ("moco_same", ("color", "rotation"), "v", 45.5, 77.5), "LooC + rotation": ("looc", ("rotation",), "v", 65.2, 80.2)}),
+    ("Table 2: transfer", ("iNat-1k top-1", "CUB-200 top-1", "Flowers 5-shot", "Flowers 10-shot", "IN-100 top-1"), {
+        "MoCo (color)": ("moco", ("color",), "v", 36.2, 36.7, 67.9, 77.3, 81.0), "LooC (color)": ("looc", ("color",), "v", 41.2, 40.1, 68.2, 77.6, 81.1),
+        "LooC (rotation)": ("looc", ("rotation",), "v", 40.0, 38.8, 70.1, 79.3, 80.2),
+        "LooC (color, rotation)": ("looc", ("color", "rotation"), "v", 44.0, 39.6, 70.9, 80.8, 79.2),
+        "LooC++ (color, rotation)": ("looc++", ("color", "rotation"), "v", 46.1, 39.3, 68.1, 78.8, 81.2)}),
+    ("Table 3: robustness", ("ON-13 top-1", "ON-13 top-5", *(c for c in COLUMNS if c.startswith("IN-C"))), {
+        "supervised": ("supervised", None, "v"), "MoCo": ("moco", ("color",), "v"), "LooC (rotation)": ("looc", ("rotation",), "v"),
+        "LooC (texture)": ("looc", ("texture",), "v"), "LooC (rotation, texture)": ("looc", ("rotation", "texture"), "v"),
+        "LooC++ (rotation, texture)": ("looc++", ("rotation", "texture"), "v")}),
+    ("Table 4: all augmentations", ("IN-100 top-1", "iNat-1k top-1", "Flowers 5-shot", "Flowers 10-shot"), {
+        "MoCo (color)": ("moco", ("color",), "v"), "MoCo (color, rotation)": ("moco", ("color", "rotation"), "v"), "MoCo (all)": ("moco", ALL3, "v"),
+        "MoCo++ (color, rotation)": ("moco++", ("color", "rotation"), "v"), "LooC (color, rotation)": ("looc", ("color", "rotation"), "v"),
+        "LooC++ (color, rotation)": ("looc++", ("color", "rotation"), "v")}),
+    ("Table 5: spaces of LooC++", ("rotation", "IN-100 top-1", "iNat-1k top-1", "CUB-200 top-1"), {
+        "+".join(some): ("looc++", ALL3, "+".join(some)) for r in range(4) for some in (("all", *rest) for rest in itertools.combinations(ALL3, r))}))
+
+
+def papers_tables(lines):
+    """lines: (configuration, result) pairs. Prints TABLES: what the paper reports and what these runs give, each in its own column."""
+    def cell_of(method, groups, feature, column):
+        task, data, label, shots, on, value = COLUMNS[column]
+        task = "spaces" if "+" in feature or feature == "all" else task
+        by_protocol = defaultdict(dict)
+        for config, line in lines:
+            if (line["method"], line["feature"], line["task"], line["data"], line["label"], line["shots"]) == (method, feature, task, data, label, shots) \
+                    and groups in (None, tuple(line["groups"])) and (task == "spaces" or line.get("on") == on):
+                by_protocol[line["protocol"]][config["seed"]] = line[value]
+        protocol = next((p for p in ("paper", *by_protocol) if p in by_protocol), None)
+        return mean_cell(list(by_protocol[protocol].values())) + " (fast)" * (protocol == "fast") if protocol else "-"
+
+    for title, columns, rows in TABLES:
+        print(f"{title}\n\n| method | " + " | ".join(f"{c}, reported by the paper | {c}, these runs" for c in columns) + " |\n" + "|---" * (1 + 2 * len(columns)) + "|")
+        for name, (method, groups, feature, *reported) in rows.items():
+            values = itertools.zip_longest(columns, reported)
+            print(f"| {name} | " + " | ".join(f"{'-' if told is None else told} | {cell_of(method, groups, feature, c)}" for c, told in values) + " |")
+        print()
 
 
 NAMED = {"seed", "out", "device", "precision", "workers", "root", "download", "method", "groups", "always"}   # not told apart by `table`, or in a column
@@ -399,4 +921,4 @@ def mean_cell(values):
 
 
 if __name__ == "__main__":
-    pixels.command_line({"linear": linear, "rotation": rotation, "fewshot": fewshot, "knn": knn, "table": table})
+    pixels.command_line({f.__name__: f for f in (linear, rotation, fewshot, knn, robust, spaces, retrieve, table)})
