@@ -55,7 +55,9 @@ def centred(encoder, found, size, share, workers=2, batch=256):
     """The central crops of a Data, on the encoder's device: yields rows (b,), images (b 3 size size) in [0, 1]."""
     device = next(encoder.parameters()).device
     for rows, images, aspect in pixels.stream(found, workers, batch):
-        yield rows, centre(images.to(device, non_blocking=True).float() / 255, aspect.to(device), size, share)
+        as_is = share == 1 and images.shape[-1] == size and bool((aspect == 1).all())
+        images = images.to(device, non_blocking=True).float() / 255
+        yield rows, images if as_is else centre(images, aspect.to(device), size, share)
 
 
 def centre(images, aspect, size, share):
@@ -194,11 +196,15 @@ def standardise(train, test):
 def interval(values):
     """Half of Student's 95% interval of the mean of a list; None for one value."""
     n = len(values)
-    if n < 2:
-        return None
+    return student(n - 1) * torch.tensor(values, dtype=torch.float64).std().item() / math.sqrt(n) if n > 1 else None
+
+
+@functools.cache
+def student(freedom):
+    """The 97.5% quantile of Student's t."""
     at = torch.linspace(0, 100, 200_001, dtype=torch.float64)
-    half = torch.cumulative_trapezoid(torch.distributions.StudentT(torch.tensor(n - 1., dtype=torch.float64)).log_prob(at).exp(), at)
-    return at[int((half < .475).sum())].item() * torch.tensor(values, dtype=torch.float64).std().item() / math.sqrt(n)
+    half = torch.cumulative_trapezoid(torch.distributions.StudentT(torch.tensor(freedom, dtype=torch.float64)).log_prob(at).exp(), at)
+    return at[int((half < .475).sum())].item()
 
 
 # ---------------------------------------------------------------- corruptions: the 15 of ImageNet-C, in batches, on any device
@@ -527,18 +533,20 @@ def task(function):
     def command(*args, json=False, **flags):
         begun = time.perf_counter()
         b = bench(*args, **{k: v for k, v in flags.items() if k in names})
-        if not json:
-            print("| run | data | task | label | on | feature | protocol | shots | top-1 | top-5 | +- 95% | train | test | seconds |\n" + "|---" * 14 + "|")
-        for result in function(b, **{k: v for k, v in flags.items() if k not in names}):
-            say = result.pop("say", None)
+        columns = ()
+        for found in function(b, **{k: v for k, v in flags.items() if k not in names}):
+            say = found.pop("say", None)
             line = dict(run=b.run.name, task=function.__name__, data=b.data, label=None, on=None, feature=b.feature, method=b.config["method"],
                         groups=b.config["groups"], protocol="fast", shots=None, top1=None, top5=None, ci95=None, n_train=None, n_test=None,
-                        seed=b.seed, seconds=round(time.perf_counter() - begun, 1)) | result
+                        seed=b.seed, seconds=round(time.perf_counter() - begun, 1)) | found
             begun = time.perf_counter()
             with open(b.run / "results.jsonl", "a") as file:
                 file.write(json_.dumps(line) + "\n")
-            keys = ("run", "data", "task", "label", "on", "feature", "protocol", "shots", "top1", "top5", "ci95", "n_train", "n_test", "seconds")
-            print(json_.dumps(line) if json else "| " + " | ".join(cell(line[k]) for k in keys) + " |", flush=True)
+            if not columns:
+                columns = [k for k in PRINTED if k not in ("on", "shots", "gain", "gain95", "n_train") or line.get(k) is not None]
+                if not json:
+                    print(f"| {' | '.join(PRINTED[k] for k in columns)} |\n" + "|---" * len(columns) + "|")
+            print(json_.dumps(line) if json else "| " + " | ".join(cell(line[k]) for k in columns) + " |", flush=True)
             if say and not json:
                 print(f"\n{say}\n", flush=True)
 
@@ -546,6 +554,10 @@ def task(function):
     command.__signature__ = inspect.Signature([common[0], *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own[1:]), *common[1:], json_flag])
     command.__doc__ = f"{function.__doc__.rstrip()}\n{bench.__doc__}"
     return command
+
+
+PRINTED = dict(run="run", data="data", task="task", label="label", on="on", feature="feature", protocol="protocol", shots="shots", top1="top-1",
+               top5="top-5", ci95="+- 95%", gain="over Z_0 alone", gain95="+- 95%", n_train="train", n_test="test", seconds="seconds")   # a result's keys: the column's head
 
 
 def cell(x):
@@ -712,7 +724,8 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
     for one in labels:
         w, bias = fast_probe(x, y[one], len(names_of(b, one)), b.seed)
         head[one] = lambda x, w=w, bias=bias: standardise(train, x)[1] @ w + bias
-        yield result(head[one](test), y_test[one], one, len(train), on="clean")
+        say = f"the lengths in the corruptions' constants are scaled by {b.config['size']} / {SIDE}" if source == "generated" and one == labels[-1] else None
+        yield result(head[one](test), y_test[one], one, len(train), on="clean", say=say)
     if objectnet:
         found = pixels.find("objectnet13", "test", root=objectnet, size=b.config["size"])
         v, z, rows = features(b.encoder, found, b.config["size"], pixels.kept("objectnet13"), workers=b.workers)
