@@ -664,6 +664,11 @@ def fewshot(b, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
                        n_train=n * k, n_test=len(test), protocol="adam")
 
 
+def among(logits, classes):
+    """logits (n k) with only these classes to choose from."""
+    return torch.full_like(logits, -math.inf).index_copy(1, classes, logits[:, classes])
+
+
 CELLS = [(name, severity) for names in pixels.CORRUPTIONS.values() for name in names for severity in range(1, 6)]
 SUMMARIES = {**{name: lambda n, s, name=name: n == name for names in pixels.CORRUPTIONS.values() for name in names},
              **{f"{c}{more}": lambda n, s, names=names, least=least: n in names and s >= least
@@ -731,9 +736,7 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
         v, z, rows = features(b.encoder, found, b.config["size"], pixels.kept("objectnet13"), workers=b.workers)
         logits, truth = head["class"](pick(v, z, b.config, b.feature)), found.labels["class"][rows]
         yield result(logits, truth, "class", len(train), on="objectnet13")
-        thirteen = [pixels.IMAGENET100.index(wnid) for wnid in pixels.OBJECTNET13.values()]
-        only = torch.full_like(logits, -math.inf).index_copy(1, torch.tensor(thirteen), logits[:, thirteen])
-        yield result(only, truth, "class", len(train), on="objectnet13, of its 13")
+        yield result(among(logits, truth.unique()), truth, "class", len(train), on="objectnet13, of its 13")
     for cell, rows, crops in shifted(b, source, corrupted, count):
         with torch.no_grad():
             v, z = (t.float().cpu() for t in loo.encode(b.encoder, crops))

@@ -540,6 +540,7 @@ def few(monkeypatch):
               "flowers102": {"train": (3, 3), "val": (3, 3), "test": (3, 6)}, "objectnet13": {"test": (13, None)},
               "imagenetc100": {k: (15, 15) for k in data.PUBLISHED["imagenetc100"][0]}}
     monkeypatch.setattr(data, "IMAGENET100", wnids)
+    monkeypatch.setattr(torchvision.datasets.Flowers102, "classes", ["rose", "daisy", "pansy"])
     for name, splits in counts.items():
         monkeypatch.setitem(data.PUBLISHED, name, (splits, data.PUBLISHED[name][1]))
     return wnids
@@ -584,14 +585,14 @@ def test_imagenet100_layouts(layout, few, tmp_path):
 def test_inat2019_joins_by_id(few, tmp_path):
     """Ids of pictures, annotations and species in three orders; folders are named misleadingly."""
     for split, each in (("train", 2), ("val", 1)):
-        files = [(100 + i, f"train_val2019/Birds/{i % 3}/{split}{i}.jpg", (7, 3, 5)[(i + 1) % 3]) for i in range(3 * each)]
+        files = [(100 + i, f"train_val2019/Birds/{i % 3}/{split}{i}.jpg", (7, 3, 5)[i % 3]) for i in range(3 * each)]
         for _, file, _ in files:
             picture(tmp_path / file)
         (tmp_path / f"{split}2019.json").write_text(json.dumps({
             "images": [{"id": i, "file_name": file} for i, file, _ in files], "categories": [{"id": c, "name": f"species {c}"} for c in (5, 3, 7)],
             "annotations": [{"id": n, "image_id": i, "category_id": c} for n, (i, _, c) in enumerate(reversed(files))]}))
     val = labelled("inat2019", "val", tmp_path)
-    assert val == {"train_val2019/Birds/0/val0.jpg": 0, "train_val2019/Birds/1/val1.jpg": 1, "train_val2019/Birds/2/val2.jpg": 2}
+    assert val == {"train_val2019/Birds/0/val0.jpg": 2, "train_val2019/Birds/1/val1.jpg": 0, "train_val2019/Birds/2/val2.jpg": 1}
     assert data.find("inat2019", "train", root=tmp_path).classes["class"] == ["species 3", "species 5", "species 7"]
     (tmp_path / "train_val2019/Birds/1/val1.jpg").unlink()
     with pytest.raises(data.UserError, match="1 of 3 pictures are missing, the first is .*val1.jpg"):
@@ -617,16 +618,21 @@ def test_cub200_joins_by_id_and_counts_from_one(few, tmp_path):
     assert data.find("cub200", "test", root=tmp_path / "CUB_200_2011").classes["class"] == ["001.Bird", "002.Bird", "003.Bird"]
 
 
-def test_flowers102_needs_no_scipy(few, tmp_path):
+def flowers_tree(root):
     for i in range(1, 13):
-        picture(tmp_path / "flowers-102/jpg" / f"image_{i:05d}.jpg")
-    write_mat(tmp_path / "flowers-102/setid.mat", {"trnid": [1., 5., 9.], "valid": [2., 6., 10.], "tstid": [12., 3., 4., 7., 8., 11.]}, True)
-    write_mat(tmp_path / "flowers-102/imagelabels.mat", {"labels": [1. + (i - 1) // 4 for i in range(1, 13)]})
-    label = lambda split: {int(p[-9:-4]): y for p, y in labelled("flowers102", split, tmp_path).items()}
+        picture(root / "flowers-102/jpg" / f"image_{i:05d}.jpg", (0, 20 * i, 0))
+    write_mat(root / "flowers-102/setid.mat", {"trnid": [1., 5., 9.], "valid": [2., 6., 10.], "tstid": [12., 3., 4., 7., 8., 11.]}, True)
+    write_mat(root / "flowers-102/imagelabels.mat", {"labels": [1. + (i - 1) // 4 for i in range(1, 13)]})
+    return root
+
+
+def test_flowers102_needs_no_scipy(few, tmp_path):
+    root = flowers_tree(tmp_path)
+    label = lambda split: {int(p[-9:-4]): y for p, y in labelled("flowers102", split, root).items()}
     assert label("train") == {1: 0, 5: 1, 9: 2} and label("val") == {2: 0, 6: 1, 10: 2} and label("test") == {3: 0, 4: 0, 7: 1, 8: 1, 11: 2, 12: 2}
-    (tmp_path / "flowers-102/imagelabels.mat").unlink()
+    (root / "flowers-102/imagelabels.mat").unlink()
     with pytest.raises(data.UserError, match="imagelabels.mat"):
-        data.find("flowers102", "test", root=tmp_path)
+        data.find("flowers102", "test", root=root)
 
 
 @pytest.mark.parametrize("above", ["images", "objectnet-1.0/images", "."])
@@ -678,14 +684,13 @@ def test_imagenet100_is_the_papers_list():
 
 def test_a_stream_leaves_out_what_cannot_be_read(tmp_path, capsys):
     for i in range(7):
-        picture(tmp_path / f"{i}.png", (30 * i, 0, 0))
-    (tmp_path / "2.png").write_bytes(b"broken"), (tmp_path / "3.png").write_bytes(b"broken")
-    found = data.find("folder", "train", root=tmp_path, seed=3)
-    names = [int(p.stem) for p in found.images.fetch.args[0]]
-    rows, images, aspect = zip(*data.stream(found, batch=2))
-    assert [names[i] for i in torch.cat(rows)] == [i for i in names if i not in (2, 3)] and len(torch.cat(images)) == len(torch.cat(aspect)) == len(torch.cat(rows))
-    assert torch.equal(torch.cat(images)[:, 0, 9, 9], torch.tensor([30 * names[i] for i in torch.cat(rows)]))
-    assert torch.equal(data.decoded(found).images, torch.cat(images)) and capsys.readouterr().err.count("skipped") in (2, 4)
+        picture(tmp_path / "train" / "a" / f"{i}.png", (30 * i, 0, 0))
+    for i in (1, 4):
+        (tmp_path / "train" / "a" / f"{i}.png").write_bytes(b"broken")
+    found = data.find("folder", "train", root=tmp_path)
+    rows, images, aspect = (torch.cat(x) for x in zip(*data.stream(found, batch=3)))
+    assert rows.tolist() == [0, 2, 3, 5, 6] and len(aspect) == 5 and images[:, 0, 9, 9].tolist() == [0, 60, 90, 150, 180]
+    assert torch.equal(data.decoded(found).images, images) and capsys.readouterr().err.count("skipped") == 4
 
 
 # ---------------------------------------------------------------- probes
@@ -1150,6 +1155,20 @@ def test_every_task_runs_on_imagenet100(untrained, few, capsys):
     assert "| MoCo + rotation | 43.3 | - | 79.4 | - |" in table and table.count("Table") == 5
 
 
+def test_papers_transfer_tasks_run(untrained, few, capsys):
+    """Two shots of Flowers' classes are there only in train and val together."""
+    flowers_tree(untrained), cub_tree(untrained)
+    run(judge, "fewshot --data=flowers102 --root=. --shots=2 --trials=2 --json")
+    run(judge, "linear --data=cub200 --root=. --json")
+    few_shot, linear = results(untrained)
+    assert (few_shot["n_train"], few_shot["n_test"], few_shot["shots"]) == (6, 6, 2) and (linear["n_train"], linear["n_test"]) == (6, 3)
+
+
+def test_among_leaves_the_other_classes_out():
+    logits = torch.tensor([[1., 9., 3., 2.], [5., 0., 1., 2.]])
+    assert judge.among(logits, torch.tensor([2, 3])).argmax(1).tolist() == [2, 3]
+
+
 def test_robust_summarises_by_severity_and_category(untrained, capsys):
     run(judge, "robust --label=object --count=32 --json")
     found = {x["on"]: x for x in results(untrained)}
@@ -1215,6 +1234,7 @@ def test_retrieve_counts_neighbours_and_draws_them(untrained, capsys):
     similar = (x @ x.T).fill_diagonal_(-2)
     same = (test.labels["object"][similar.topk(4).indices] == test.labels["object"][:, None]).float().mean().item() * 100
     assert found[0]["top1"] == pytest.approx(same, abs=.5)
+    assert found[4]["top1"] == pytest.approx((turns[similar.topk(4).indices] == turns[:, None]).float().mean().item() * 100, abs=.5)
 
 
 def test_methods_prints_the_table(here, capsys):
