@@ -167,11 +167,12 @@ TORCHVISION = {
 }
 
 
-def find(name, split, *, root=None, size=32, canvas=None, download=False, seed=0, whole=True):
+def find(name, split, *, root=None, size=32, canvas=None, central=False, download=False, seed=0, whole=True):
     """The `split` ("pretrain", "train", "val" or "test") of a data set -> Data, not decoded yet (`factors`: drawn).
 
-    canvas: side of the canvases (default `size`, or 8/7 of it where evaluations take the central 7/8); seed: of the folder's
-    own split; whole=False takes a published set with pictures missing. Raises UserError when the data is not there.
+    Each picture whole on a canvas (of side `canvas`, by default so large that its central crop has `size`), for training; or, central=True,
+    that crop alone, (3 size size), for evaluation. seed: of the folder's own split; whole=False takes a published set with pictures missing.
+    Raises UserError when the data is not there.
     """
     choose("data", name, NAMES)
     if name == "factors":
@@ -187,7 +188,7 @@ def find(name, split, *, root=None, size=32, canvas=None, download=False, seed=0
         if whole and name in PUBLISHED:
             be_whole(name, split, paths, labels)
         fetch = functools.partial(read_picture, paths, 2 if name == "objectnet13" else 0)   # ObjectNet has a red border, to be cut off
-    images = Canvases(fetch, len(labels), canvas or round(size / kept(name)))
+    images = Canvases(fetch, len(labels), *((size, kept(name)) if central else (canvas or round(size / kept(name)), None)), strict=name in PUBLISHED)
     return Data(images, torch.ones(len(labels)), {"class": torch.as_tensor(labels).long()}, {"class": list(classes)})
 
 
@@ -294,10 +295,13 @@ def upright(picture):
 
 
 class Canvases(torch.utils.data.Dataset):
-    """fetch(i) -> PIL picture, as (canvas (3 h w) uint8, aspect, what was wrong with it or "")."""
+    """fetch(i) -> PIL picture, as (canvas (3 side side) uint8, aspect, what was wrong with it or "").
 
-    def __init__(self, fetch, n, side):
-        self.fetch, self.n, self.side = fetch, n, side
+    The whole picture, squashed; or its central square, `share` of the short side, as it is. strict: one that cannot be read is an error.
+    """
+
+    def __init__(self, fetch, n, side, share=None, strict=False):
+        self.fetch, self.n, self.side, self.share, self.strict = fetch, n, side, share, strict
 
     def __len__(self):
         return self.n
@@ -307,15 +311,17 @@ class Canvases(torch.utils.data.Dataset):
             picture = self.fetch(i)
         except Exception as error:               # whatever the reader raises: Pillow alone has OSError, SyntaxError, struct.error, ...
             return torch.zeros(3, self.side, self.side, dtype=torch.uint8), 1., str(error) or type(error).__name__
-        canvas = picture.resize((self.side, self.side), Image.Resampling.BICUBIC, reducing_gap=3)
-        return pil_to_tensor(canvas), picture.width / picture.height, ""
+        (w, h), half = picture.size, min(picture.size) * (self.share or 0) / 2
+        box = (w / 2 - half, h / 2 - half, w / 2 + half, h / 2 + half) if half else None
+        canvas = picture.resize((self.side, self.side), Image.Resampling.BICUBIC, box, reducing_gap=3)
+        return pil_to_tensor(canvas), 1. if half else w / h, ""
 
 
 def stream(found, workers=2, batch=256):
     """The pictures of a Data in order, decoded in `workers` processes a few batches ahead and never kept: yields rows (b,),
     images (b 3 h w) uint8, aspect (b,).
 
-    A picture that cannot be read is named in a warning and left out; when none can, UserError.
+    A picture that cannot be read is named in a warning and left out; in a published set, or when none can, UserError.
     """
     n = len(found.images)
     if torch.is_tensor(found.images):
@@ -326,6 +332,8 @@ def stream(found, workers=2, batch=256):
         good = torch.tensor([not error for error in errors])
         rows = torch.arange(at, at := at + len(images))[good]
         wrong += filter(None, errors)
+        if wrong and found.images.strict:
+            raise UserError(f"{wrong[0]}; download it again, a part of a published set gives a number that means nothing")
         if len(rows):
             yield rows, images[good], aspect[good].float()
     if len(wrong) == n:
@@ -361,7 +369,7 @@ def fingerprint(found):
         return hashlib.sha1(found.images.numpy()).hexdigest()
     source = found.images.fetch.args[0]                        # paths, or a data set of torchvision's
     files = [(str(p), (stat := p.stat()).st_size, stat.st_mtime_ns) for p in source] if isinstance(source, (tuple, list)) else repr(source)
-    return hashlib.sha1(repr((files, found.images.side)).encode()).hexdigest()
+    return hashlib.sha1(repr((files, found.images.side, found.images.share)).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- the paper's data sets, each as it is downloaded
@@ -380,7 +388,7 @@ n13037406 n13040303
 OBJECTNET13 = {"bench": "n03891251", "bottle_cap": "n02877765", "chair": "n04099969", "helmet": "n03379051", "iron_for_clothes": "n03584829",
                "jeans": "n03594734", "keyboard": "n03085013", "lampshade": "n03637318", "laptop_open": "n03642806",
                "mixing_salad_bowl": "n03775546", "safety_pin": "n04127249", "vacuum_cleaner": "n04517823", "wheel": "n02974003"}
-CORRUPTIONS = {"noise": ("gaussian_noise", "shot_noise", "impulse_noise"), "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+IMAGENETC = {"noise": ("gaussian_noise", "shot_noise", "impulse_noise"), "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
                "weather": ("snow", "frost", "fog", "brightness"), "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression")}
 
 # name: ({split: (classes, pictures)}, where to get it); None where no count is published for these classes
@@ -390,7 +398,7 @@ PUBLISHED = {
     "cub200": ({"train": (200, 5_994), "test": (200, 5_794)}, "https://www.vision.caltech.edu/datasets/cub_200_2011"),
     "flowers102": ({"train": (102, 1_020), "val": (102, 1_020), "test": (102, 6_149)}, "https://www.robots.ox.ac.uk/~vgg/data/flowers/102 (or --download)"),
     "objectnet13": ({"test": (13, None)}, "https://objectnet.dev"),
-    "imagenetc100": ({f"{corruption}/{severity}": (100, 5_000) for names in CORRUPTIONS.values() for corruption in names for severity in range(1, 6)},
+    "imagenetc100": ({f"{corruption}/{severity}": (100, 5_000) for names in IMAGENETC.values() for corruption in names for severity in range(1, 6)},
                      "https://zenodo.org/records/2235448"),
 }
 NAMES = ("factors", "folder", *PUBLISHED, *TORCHVISION)
@@ -398,7 +406,12 @@ NAMES = ("factors", "folder", *PUBLISHED, *TORCHVISION)
 
 def published(name, split, root, seed=0):
     """One of the paper's data sets in the layout it is downloaded in -> paths, labels, class names; the paths need not exist."""
-    chosen, classes = READERS[name](choose("split", split, splits(name)), root)
+    try:
+        chosen, classes = READERS[name](choose("split", split, splits(name)), root)
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{root}: its tables cannot be read as those of {name} ({type(error).__name__}: {error}); get them at {PUBLISHED[name][1]}") from None
     if not chosen:
         raise UserError(f"{root}: no pictures of {name} here; get it at {PUBLISHED[name][1]}")
     return *zip(*sorted(chosen, key=lambda one: one[0])), classes
@@ -408,9 +421,9 @@ def imagenet100(split, root):
     """The 100 classes out of a tree of them or of all ImageNet, train/WNID/*.JPEG and val/WNID/*.JPEG. val may also lie flat, as in
     its archive: then the devkit (or Kaggle's LOC_val_solution.csv) beside it says what is what."""
     top = first_of("imagenet100", root, split, f"ILSVRC/Data/CLS-LOC/{split}", f"Data/CLS-LOC/{split}", f"ILSVRC2012_img_{split}")
+    if split == "train" or any((top / wnid).is_dir() for wnid in IMAGENET100):
+        return by_wnid(top), IMAGENET100
     label = {wnid: i for i, wnid in enumerate(IMAGENET100)}
-    if split == "train" or any(p.is_dir() for p in top.iterdir()):
-        return [(p, i) for wnid, i in label.items() if (top / wnid).is_dir() for p in pictures(top / wnid)], IMAGENET100
     truth = first_of("imagenet100", root, "LOC_val_solution.csv", "ILSVRC2012_devkit_t12/data", "data")
     if truth.is_dir():
         ground = map(int, (truth / "ILSVRC2012_validation_ground_truth.txt").read_text().split())
@@ -454,9 +467,14 @@ def objectnet13(split, root):
 
 def imagenetc100(split, root):
     """The 100 classes out of ImageNet-C; split names a corruption and its severity. Some archives have a folder a category above."""
-    category = next(c for c, names in CORRUPTIONS.items() if split.split("/")[0] in names)
+    category = next(c for c, names in IMAGENETC.items() if split.split("/")[0] in names)
     top = first_of("imagenetc100", root, split, f"{category}/{split}")
-    return [(p, i) for i, wnid in enumerate(IMAGENET100) if (top / wnid).is_dir() for p in pictures(top / wnid)], IMAGENET100
+    return by_wnid(top), IMAGENET100
+
+
+def by_wnid(top):
+    """top/WNID/* of the 100 classes -> (path, label) pairs."""
+    return [(p, i) for i, wnid in enumerate(IMAGENET100) if (top / wnid).is_dir() for p in pictures(top / wnid)]
 
 
 READERS = {f.__name__: f for f in (imagenet100, inat2019, cub200, flowers102, objectnet13, imagenetc100)}
@@ -557,6 +575,8 @@ def check(data: str, root: str = None, sample: int = 64, download: bool = False)
         sample: files of each split to open
         download: let torchvision fetch the data
     """
+    if sample < 1:
+        raise UserError(f"--sample={sample}: expected 1 or more")
     wrong, all_splits = [], splits(choose("data", data, NAMES), root)
     if data in PUBLISHED and not download:
         folder_of(root, data)
@@ -630,7 +650,7 @@ def command_line(commands, argv=None):
         command = fire.Fire({name: bound(f) for name, f in commands.items()}, argv, name=Path(sys.argv[0]).name, serialize=lambda _: None)
         if isinstance(command, Bound):
             command.call()
-    except UserError as error:
+    except (UserError, OSError) as error:        # OSError: a full disk, a folder that may not be written to
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -684,11 +704,11 @@ def device_of(flag):
 
 
 def write(path, content):
-    """Whole or not at all: bytes to a temporary file beside it, flushed, renamed."""
+    """Whole or not at all: bytes, or what content(file) writes, to a temporary file beside it, flushed, renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
     with open(aside, "wb") as file:
-        file.write(content)
+        content(file) if callable(content) else file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
@@ -719,6 +739,8 @@ def picture_grid(images, row_names, column_names, path, zoom=1):
 
 def sheet(data: str = "factors", root: str = None, out: str = "docs/factors.png", size: int = 48, columns: int = 16, download: bool = False):
     """A labelled sheet of a data set: a row for each of its first classes, a few of its pictures in each."""
+    if columns < 1 or size < 8:
+        raise UserError(f"--columns={columns} --size={size}: expected 1 or more, and 8 or more")
     found = find(data, splits(data, root)[0], root=root, size=size, download=download)
     label = next(iter(found.labels))
     if data == "factors":

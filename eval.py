@@ -36,35 +36,26 @@ from data import UserError, choose
 
 
 @torch.no_grad()
-def features(encoder, found, size, share=.875, turns=(0,), workers=2, batch=256):
-    """The frozen encoder on central crops of a Data, decoded batch by batch -> v ((r n) d), z (s (r n) c) on the CPU, and the rows
-    (n,) of the pictures that could be read.
-
-    share: of the picture's short side that the crop keeps; turns: every picture is seen once for each, in quarter turns.
-    """
+def features(encoder, found, turns=(0,), workers=2, batch=256):
+    """The frozen encoder on a Data of central crops, decoded batch by batch -> v ((r n) d), z (s (r n) c) on the CPU, and the rows (n,)
+    of the pictures that could be read. turns: every picture is seen once for each, in quarter turns."""
     encoder.eval()
     out = []
-    for rows, crops in centred(encoder, found, size, share, workers, batch):
-        v, z = loo.encode(encoder, torch.cat([crops.rot90(turn, (2, 3)) for turn in turns]))
-        out.append((rearrange(v.float().cpu(), "(r b) d -> r b d", r=len(turns)), rearrange(z.float().cpu(), "s (r b) c -> s r b c", r=len(turns)), rows))
+    for rows, crops in on_device(encoder, found, workers, batch):
+        v, z = zip(*(loo.encode(encoder, crops.rot90(turn, (2, 3))) for turn in turns))
+        out.append((torch.stack(v).float().cpu(), torch.stack(z, 1).float().cpu(), rows))
     v, z, rows = zip(*out)
     return rearrange(torch.cat(v, 1), "r n d -> (r n) d"), rearrange(torch.cat(z, 2), "s r n c -> s (r n) c"), torch.cat(rows)
 
 
-def centred(encoder, found, size, share, workers=2, batch=256):
-    """The central crops of a Data, on the encoder's device: yields rows (b,), images (b 3 size size) in [0, 1]."""
-    device = next(encoder.parameters()).device
-    for rows, images, aspect in pixels.stream(found, workers, batch):
-        as_is = share == 1 and images.shape[-1] == size and bool((aspect == 1).all())
-        images = images.to(device, non_blocking=True).float() / 255
-        yield rows, images if as_is else centre(images, aspect.to(device), size, share)
+def on_device(encoder, found, workers=2, batch=256):
+    """The pictures of a Data on the encoder's device: yields rows (b,), images (b 3 h w) in [0, 1]."""
+    for rows, images, _ in pixels.stream(found, workers, batch):
+        yield rows, images.to(device_of(encoder), non_blocking=True).float() / 255
 
 
-def centre(images, aspect, size, share):
-    """The central square, `share` of the short side -> (b 3 size size)."""
-    side = share * aspect.clamp(max=1)
-    return loo.resample(images, {"area": (side ** 2 / aspect)[:, None], "ratio": torch.ones_like(side)[:, None],
-                                 "place": torch.full((len(side), 2), .5, device=side.device)}, size, aspect)
+def device_of(encoder):
+    return next(encoder.parameters()).device
 
 
 def pick(v, z, config, feature):
@@ -123,7 +114,7 @@ def fast_probe(x, y, k, seed, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
 def paper_probe(encoder, found, label, config, seed, feature, epochs=200, lr=30., batch=256):
     """The paper's protocol: SGD on crops and flips through the frozen encoder, lr x0.1 at 60% and 80%, no weight decay
     -> w (d k), b (k,). label "rotation": every picture is given a random quarter turn, and not flipped (that would turn 90 degrees into 270)."""
-    device = next(encoder.parameters()).device
+    device = device_of(encoder)
     encoder.eval()
     turn, n = label == "rotation", len(found.images)
     k = 4 if turn else len(found.classes[label])
@@ -144,7 +135,7 @@ def paper_probe(encoder, found, label, config, seed, feature, epochs=200, lr=30.
                 x = pick(*loo.encode(encoder, loo.resample(images, {"turns": y}) if turn else images), config, feature).float()
             optimizer.param_groups[0]["lr"] = lr * .1 ** ((epoch >= .6 * epochs) + (epoch >= .8 * epochs))
             loo.descend(optimizer, F.cross_entropy(layer(x), y))
-    return layer.weight.detach().T.cpu(), layer.bias.detach().cpu()
+    return layer.weight.detach().T, layer.bias.detach()
 
 
 def few_shot(x, y, k, iterations=250, lr=.03):
@@ -173,7 +164,7 @@ def nearest(x, y, k, test, neighbours=20, tau=.07):
     x, votes = F.normalize(x, dim=1), []
     for some in F.normalize(test, dim=1).split(1024):
         similar, rows = (some @ x.T).topk(min(neighbours, len(x)), dim=1)
-        votes.append(torch.zeros(len(some), k).scatter_add_(1, y[rows], ((similar - 1) / tau).exp()))
+        votes.append(x.new_zeros(len(some), k).scatter_add_(1, y[rows], ((similar - 1) / tau).exp()))
     return torch.cat(votes)
 
 
@@ -187,10 +178,15 @@ def hits(logits, y, top=1):
     return (logits.topk(min(top, logits.shape[1]), dim=1).indices == y[:, None]).any(1).double()
 
 
-def standardise(train, test):
-    """Both by the training samples' mean and deviation, (n d) each."""
+def standardise(train, *others):
+    """All by the training samples' mean and deviation, (n d) each."""
     mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
-    return (train - mean) / deviation, (test - mean) / deviation
+    return [(x - mean) / deviation for x in (train, *others)]
+
+
+def spread(values):
+    """Half of the 95% interval of the mean of many values, (n,)."""
+    return 1.96 * values.std().item() / math.sqrt(len(values))
 
 
 def interval(values):
@@ -456,11 +452,12 @@ class Bench(NamedTuple):
     encoder: loo.Encoder
     config: dict
     data: str
-    split: dict       # {"train", "test", and "val" where there is one: Data}, not decoded
+    split: dict       # {"train", "test", and "val" where there is one: Data of central crops}, not decoded
     feature: str
     seed: int
     workers: int
     key: tuple        # what the cached features depend on, beside the split
+    find: functools.partial   # data.find of this data set
 
 
 def bench(run: str = "runs/latest", *, data: str = None, root: str = None, feature: str = "v", download: bool = False, workers: int = 2,
@@ -478,6 +475,8 @@ def bench(run: str = "runs/latest", *, data: str = None, root: str = None, featu
     """
     if not Path(run).exists():
         raise UserError(f"--run={run}: no such run; train one with `python loo.py train`" + near_run(run))
+    if workers < 0:
+        raise UserError(f"--workers={workers}: expected 0 or more")
     device = pixels.device_of(device)
     encoder, config = loo.load_encoder(run, device)
     pick(torch.zeros(1, encoder.features), torch.zeros(len(encoder.w1), 1, 1), config, feature)   # a wrong name ends it here
@@ -486,10 +485,11 @@ def bench(run: str = "runs/latest", *, data: str = None, root: str = None, featu
     splits = pixels.splits(name, root)
     if "train" not in splits:
         raise UserError(f"--data={name} has nothing to train a classifier on; it is what `python eval.py robust --data=imagenet100` tests on")
-    split = {s: pixels.find(name, s, root=root, size=config["size"], canvas=config["canvas"], download=download, seed=config["seed"]) for s in splits}
+    find = functools.partial(pixels.find, name, root=root, size=config["size"], canvas=config["canvas"], download=download, seed=config["seed"])
+    split = {s: find(s, central=True) for s in splits}
     split["test"] = split.pop("test", None) or split.pop(splits[-1])
     weights = hashlib.sha1(b"".join((Path(run) / f).read_bytes() for f in ("backbone.pt", "heads.pt"))).hexdigest()
-    return Bench(Path(run).resolve(), encoder, config, name, split, feature, seed, workers, (name, root, weights))
+    return Bench(Path(run).resolve(), encoder, config, name, split, feature, seed, workers, (name, root, weights), find)
 
 
 def near_run(run):
@@ -504,16 +504,17 @@ def frozen(b, split, turns=(0,)):
     name = hashlib.sha1(repr((b.key, split, turns, pixels.fingerprint(found))).encode()).hexdigest()[:16]
     path = b.run / "features" / f"{b.data}-{split}-{name}.pt"
     if not path.exists():
-        loo.write_tensors(path, features(b.encoder, found, b.config["size"], pixels.kept(b.data), turns, b.workers))
+        loo.write_tensors(path, features(b.encoder, found, turns, b.workers))
     v, z, rows = torch.load(path, weights_only=True)
     own = {"rotation": torch.tensor(turns).repeat_interleave(len(rows)), "picture": rows.repeat(len(turns))}
     return v, z, {k: y[rows].repeat(len(turns)) for k, y in found.labels.items()} | own
 
 
 def known(b, split, turns=(0,)):
-    """The chosen feature of a split, (n d), and its labels."""
+    """The chosen feature of a split, (n d), and its labels, on the encoder's device."""
     v, z, y = frozen(b, split, turns)
-    return pick(v, z, b.config, b.feature), y
+    device = device_of(b.encoder)
+    return pick(v, z, b.config, b.feature).to(device), {k: labels.to(device) for k, labels in y.items()}
 
 
 def names_of(b, label):
@@ -535,12 +536,12 @@ def task(function):
         b = bench(*args, **{k: v for k, v in flags.items() if k in names})
         columns = ()
         for found in function(b, **{k: v for k, v in flags.items() if k not in names}):
-            say = found.pop("say", None)
+            say, into = found.pop("say", None), found.pop("into", b.run)
             line = dict(run=b.run.name, task=function.__name__, data=b.data, label=None, on=None, feature=b.feature, method=b.config["method"],
                         groups=b.config["groups"], protocol="fast", shots=None, top1=None, top5=None, ci95=None, n_train=None, n_test=None,
                         seed=b.seed, seconds=round(time.perf_counter() - begun, 1)) | found
             begun = time.perf_counter()
-            with open(b.run / "results.jsonl", "a") as file:
+            with open(into / "results.jsonl", "a") as file:
                 file.write(json_.dumps(line) + "\n")
             if not columns:
                 columns = [k for k in PRINTED if k not in ("on", "shots", "gain", "gain95", "n_train") or line.get(k) is not None]
@@ -568,22 +569,17 @@ def labels_of(b, label):
     return [choose("label", one, tuple(b.split["train"].labels)) for one in label] or list(b.split["train"].labels)
 
 
-def binomial(percent, n):
-    """Half of the 95% interval of a share of n."""
-    return 196 * math.sqrt(percent / 100 * (1 - percent / 100) / n)
-
-
-def result(logits, y, label, n_train, **more):
-    """logits (m k), y (m,) -> a result with its binomial interval."""
-    top1 = accuracy(logits, y)
-    return dict(label=label, top1=top1, top5=accuracy(logits, y, 5) if logits.shape[1] > 5 else None, n_train=n_train, n_test=len(y),
-                ci95=binomial(top1, len(y)), **more)
+def result(logits, y, label, n_train, turns=1, **more):
+    """logits ((r n) k), y ((r n),) -> a result with the interval of the mean over pictures, each with all its turns."""
+    right = hits(logits, y).view(turns, -1).mean(0) * 100
+    return dict(label=label, top1=right.mean().item(), top5=accuracy(logits, y, 5) if logits.shape[1] > 5 else None, n_train=n_train, n_test=len(y),
+                ci95=spread(right), **more)
 
 
 def probe(b, labels, turns, protocol, epochs, lr):
     """A linear classifier for each label, by either protocol -> results."""
     choose("protocol", protocol, ("fast", "paper"))
-    epochs = epochs or (100 if b.data == "inat2019" else 200)
+    epochs = (100 if b.data == "inat2019" else 200) if epochs is None else epochs
     if epochs < 1 or lr <= 0:
         raise UserError(f"--epochs={epochs} --lr={lr}: expected 1 or more, and more than 0")
     test, y_test = known(b, "test", turns)
@@ -591,12 +587,12 @@ def probe(b, labels, turns, protocol, epochs, lr):
         train, y = known(b, "train", turns)
         train, test = standardise(train, test)
     else:
-        train = pixels.decoded(b.split["train"], b.workers, b.run / "features" / f"{b.data}-train.canvases")
+        train = pixels.decoded(b.find("train"), b.workers, b.run / "features" / f"{b.data}-train.canvases")
     for label in labels:
         k = len(names_of(b, label))
         w, bias = (fast_probe(train, y[label], k, b.seed) if protocol == "fast" else
                    paper_probe(b.encoder, train, label, b.config, b.seed, b.feature, epochs, lr))
-        yield result(test @ w + bias, y_test[label], label, len(train if protocol == "fast" else train.images), protocol=protocol)
+        yield result(test @ w + bias, y_test[label], label, len(train if protocol == "fast" else train.images), len(turns), protocol=protocol)
 
 
 @task
@@ -648,11 +644,11 @@ def fewshot(b, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
         shots: pictures of each class
         trials: independent draws
     """
-    if not all(str(n).isdigit() and int(n) for n in shots) or trials < 2:
+    if not shots or not all(n.isdecimal() and int(n) for n in map(str, shots)) or trials < 2:
         raise UserError(f"--shots={','.join(map(str, shots))} --trials={trials}: expected numbers of pictures, as 5,10, and two trials or more")
     pool = [known(b, s) for s in ("train", "val") if s in b.split]
     test, y_test = known(b, "test")
-    x, test = standardise(torch.cat([x for x, _ in pool]), test)
+    x, test = standardise(torch.cat([x for x, _ in pool]), test)     # by all of the pool, labels unseen
     for name in labels_of(b, label):
         y, k = torch.cat([y[name] for _, y in pool]), len(names_of(b, name))
         for n in map(int, shots):
@@ -669,38 +665,29 @@ def among(logits, classes):
     return torch.full_like(logits, -math.inf).index_copy(1, classes, logits[:, classes])
 
 
-CELLS = [(name, severity) for names in pixels.CORRUPTIONS.values() for name in names for severity in range(1, 6)]
-SUMMARIES = {**{name: lambda n, s, name=name: n == name for names in pixels.CORRUPTIONS.values() for name in names},
+CELLS = [(name, severity) for names in pixels.IMAGENETC.values() for name in names for severity in range(1, 6)]
+SUMMARIES = {**{name: lambda n, s, name=name: n == name for names in pixels.IMAGENETC.values() for name in names},
              **{f"{c}{more}": lambda n, s, names=names, least=least: n in names and s >= least
-                for c, names in [*pixels.CORRUPTIONS.items(), ("all corruptions", [n for n, _ in CELLS])] for more, least in (("", 1), (", severity 3+", 3))}}
+                for c, names in [*pixels.IMAGENETC.items(), ("all corruptions", [n for n, _ in CELLS])] for more, least in (("", 1), (", severity 3+", 3))}}
 
 
-def shifted(b, source, corrupted, count):
-    """Corrupted test pictures: yields the index of a cell of CELLS, rows (b,), features (b d).
+def corrupted_pictures(b, published):
+    """Yields the index of a cell of CELLS, rows (b,), images (b 3 h w) in [0, 1] and labels {name: (b,)}.
 
-    "folder": published pictures, under `corrupted`; "generated": corrupted here, a batch at a time, from the test pictures.
+    published: a Data for each cell; where there are none, the test pictures are corrupted here, a batch at a time.
     """
-    share, size = pixels.kept(b.data), b.config["size"]
-    if source == "folder":
-        for cell, (name, severity) in enumerate(CELLS):
-            found = pixels.find("imagenetc100", f"{name}/{severity}", root=corrupted, size=size)
-            for rows, crops in centred(b.encoder, found, size, pixels.kept("imagenetc100"), b.workers):
-                yield cell, rows, crops
-    else:
-        for rows, crops in centred(b.encoder, first(b.split["test"], count), size, share, b.workers):
+    for cell, found in enumerate(published):
+        for rows, crops in on_device(b.encoder, found, b.workers):
+            yield cell, rows, crops, {k: y[rows] for k, y in found.labels.items()}
+    if not published:
+        for rows, crops in on_device(b.encoder, b.split["test"], b.workers):
+            labels = {k: y[rows] for k, y in b.split["test"].labels.items()}
             for cell, (name, severity) in enumerate(CELLS):
-                yield cell, rows, corrupt(crops, name, severity, pixels.generator("corrupt", name, severity, int(rows[0])))
-
-
-def first(found, count):
-    """The first `count` pictures of a Data, or all."""
-    if torch.is_tensor(found.images):
-        return found._replace(images=found.images[:count], aspect=found.aspect[:count])
-    return found._replace(images=pixels.Canvases(found.images.fetch, min(count or found.images.n, found.images.n), found.images.side))
+                yield cell, rows, corrupt(crops, name, severity, pixels.generator("corrupt", name, severity, int(rows[0]))), labels
 
 
 @task
-def robust(b, label: tuple = (), source: str = None, corrupted: str = None, objectnet: str = None, count: int = None):
+def robust(b, label: tuple = (), source: str = None, corrupted: str = None, objectnet: str = None):
     """A linear classifier trained on clean pictures, tested on corrupted ones (ImageNet-C) and on ObjectNet (section 4).
 
     The interval is that of the mean over pictures, each with all its corruptions.
@@ -710,56 +697,53 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
         source: generated (the 15 corruptions made here from the test pictures) or folder (the published ImageNet-C); folder on imagenet100
         corrupted: source=folder: where ImageNet-C is
         objectnet: where ObjectNet is, to test on its 13 classes too
-        count: source=generated: of the test pictures, all by default
     """
     source = choose("source", source or ("folder" if b.data == "imagenet100" else "generated"), ("folder", "generated"))
-    if source == "folder" and not corrupted:
+    if (source == "folder") != bool(corrupted):
         raise UserError("--source=folder reads the published ImageNet-C: name it with --corrupted=DIR, or make the corruptions here with --source=generated")
-    if (source == "folder" or objectnet) and b.data != "imagenet100":
+    if (corrupted or objectnet) and b.data != "imagenet100":
         raise UserError(f"ImageNet-C and ObjectNet have the classes of imagenet100, not of {b.data}: use --data=imagenet100, or --source=generated")
-    if count is not None and count < 1:
-        raise UserError(f"--count={count}: expected 1 or more")
-    if source == "folder":                       # all there, before hours are spent on the first of them
-        for name, severity in CELLS:
-            pixels.find("imagenetc100", f"{name}/{severity}", root=corrupted)
+    where = dict(size=b.config["size"], central=True)           # all is found before hours are spent on the first of it
+    published = [pixels.find("imagenetc100", f"{name}/{severity}", root=corrupted, **where) for name, severity in CELLS] if corrupted else []
+    thirteen = pixels.find("objectnet13", "test", root=objectnet, **where) if objectnet else None
     labels, (train, y), (test, y_test) = labels_of(b, label), known(b, "train"), known(b, "test")
-    n = min(count or len(b.split["test"].images), len(b.split["test"].images)) if source == "generated" else 5000
-    head, right = {}, {one: torch.full((len(CELLS), n, 2), math.nan) for one in labels}
-    x, _ = standardise(train, test)
+    n = len((published[0] if published else b.split["test"]).images)
+    mean, deviation, head = train.mean(0), train.std(0).clamp(min=1e-6), {}
+    logits_of = lambda one, x: (x - mean) / deviation @ head[one][0] + head[one][1]
+    right = {one: torch.full((len(CELLS), n, 2), math.nan) for one in labels}      # top-1 and top-5
+    x, = standardise(train)
     for one in labels:
-        w, bias = fast_probe(x, y[one], len(names_of(b, one)), b.seed)
-        head[one] = lambda x, w=w, bias=bias: standardise(train, x)[1] @ w + bias
-        say = f"the lengths in the corruptions' constants are scaled by {b.config['size']} / {SIDE}" if source == "generated" and one == labels[-1] else None
-        yield result(head[one](test), y_test[one], one, len(train), on="clean", say=say)
-    if objectnet:
-        found = pixels.find("objectnet13", "test", root=objectnet, size=b.config["size"])
-        v, z, rows = features(b.encoder, found, b.config["size"], pixels.kept("objectnet13"), workers=b.workers)
-        logits, truth = head["class"](pick(v, z, b.config, b.feature)), found.labels["class"][rows]
+        head[one] = fast_probe(x, y[one], len(names_of(b, one)), b.seed)
+        say = f"the lengths in the corruptions' constants are scaled by {b.config['size']} / {SIDE}" if not published and one == labels[-1] else None
+        yield result(logits_of(one, test), y_test[one], one, len(train), on="clean", protocol=source, say=say)
+    if thirteen:
+        v, z, rows = features(b.encoder, thirteen, workers=b.workers)
+        logits, truth = logits_of("class", pick(v, z, b.config, b.feature).to(train)).cpu(), thirteen.labels["class"][rows]
         yield result(logits, truth, "class", len(train), on="objectnet13")
         yield result(among(logits, truth.unique()), truth, "class", len(train), on="objectnet13, of its 13")
-    for cell, rows, crops in shifted(b, source, corrupted, count):
+    for cell, rows, crops, truth in corrupted_pictures(b, published):
         with torch.no_grad():
-            v, z = (t.float().cpu() for t in loo.encode(b.encoder, crops))
+            x = pick(*loo.encode(b.encoder, crops), b.config, b.feature).float()
         for one in labels:
-            logits, truth = head[one](pick(v, z, b.config, b.feature)), b.split["test"].labels[one][rows]
-            right[one][cell, rows] = torch.stack([hits(logits, truth), hits(logits, truth, 5)], 1).float()
+            logits = logits_of(one, x).cpu()
+            right[one][cell, rows] = torch.stack([hits(logits, truth[one]), hits(logits, truth[one], 5)], 1).float()
     for one in labels:
         for on, belongs in SUMMARIES.items():
-            mean = right[one][[belongs(*cell) for cell in CELLS]].nanmean(0)              # (n 2)
-            mean = mean[~mean[:, 0].isnan()].double() * 100
-            top1, top5 = mean.mean(0).tolist()
-            yield dict(label=one, on=on, protocol=source, top1=top1, top5=top5 if len(names_of(b, one)) > 5 else None, n_train=len(train), n_test=len(mean),
-                       ci95=1.96 * mean[:, 0].std().item() / math.sqrt(len(mean)))
+            each = right[one][[belongs(*cell) for cell in CELLS]].nanmean(0)              # (n 2)
+            each = each[~each[:, 0].isnan()].double() * 100
+            top1, top5 = each.mean(0).tolist()
+            yield dict(label=one, on=on, protocol=source, top1=top1, top5=top5 if len(names_of(b, one)) > 5 else None, ci95=spread(each[:, 0]),
+                       n_train=len(train), n_test=len(each))
 
 
 @task
-def spaces(b, label: tuple = (), layer: str = "hidden", margin: float = 1.):
+def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.):
     """Which invariances a task wants (the paper's table on concatenating spaces): a linear classifier on Z_0 with any of the other
     spaces beside it and on each space alone, every one against Z_0 alone, on the same pictures.
 
     The verdict under each label compares spaces of one size: what a group's space, invariant to all but that group, knows more than Z_0,
-    invariant to that group too. It "wants" a group if the whole paired 95% interval is above zero, is "better without" it if below,
-    "does not care" if within the margin, else one "cannot tell".
+    invariant to that group too. It "wants" a group if the whole paired 95% interval is above zero, is "better without" it if below. If the
+    interval spans zero it "does not care" where all of it is within the margin, else one "cannot tell". Intervals are over test pictures, of one run.
 
     Args:
         label: labels with commas between, rotation is one; every label and rotation if none is named
@@ -767,6 +751,8 @@ def spaces(b, label: tuple = (), layer: str = "hidden", margin: float = 1.):
         margin: points of accuracy that do not matter
     """
     choose("layer", layer, ("hidden", "output"))
+    if b.feature != "v":
+        raise UserError(f"--feature={b.feature}: spaces compares all of them")
     all_, *groups = loo.method_of(b.config).spaces or ("none",)
     if all_ != "all" or not groups:
         raise UserError(f"{b.run.name} was trained with {b.config['method']}, which has no space for each augmentation: use a looc or looc++ run")
@@ -777,24 +763,25 @@ def spaces(b, label: tuple = (), layer: str = "hidden", margin: float = 1.):
         subsets = [("all", *some) for r in range(len(groups) + 1) for some in itertools.combinations(groups, r)] + [(g,) for g in groups]
         right, gain = {}, {}
         for some in subsets:
-            x, x_test = standardise(*(torch.cat([part[name] for name in some], 1) for part in (train, test)))
-            w, bias = fast_probe(x, y[one], len(names_of(b, one)), b.seed)
-            right[some] = hits(x_test @ w + bias, y_test[one])
+            x, x_test = standardise(*(torch.cat([part[name] for name in some], 1).to(device_of(b.encoder)) for part in (train, test)))
+            w, bias = fast_probe(x, y[one].to(x.device), len(names_of(b, one)), b.seed)
+            logits = (x_test @ w + bias).cpu()
+            right[some] = hits(logits, y_test[one]).view(len(turns), -1).mean(0)
             gain[some] = paired(right[some], right["all",])
-            line = result(x_test @ w + bias, y_test[one], one, len(x), feature="+".join(some), on=None if b.config["method"] == "looc++" else layer,
+            line = result(logits, y_test[one], one, len(x), len(turns), feature="+".join(some), on=None if b.config["method"] == "looc++" else layer,
                           gain=gain[some][0], gain95=gain[some][1])
             say = f"{one} " + ", ".join(verdict(g, *gain[g,], margin) for g in groups) if some == subsets[-1] else None
             yield line | dict(say=say)
 
 
 def paired(right, other):
-    """(n,) each, 1 where a classifier was right -> difference in points and half of its 95% interval, picture by picture."""
+    """(n,) each, how often a picture was classified right -> difference in points and half of its 95% interval, picture by picture."""
     difference = (right - other) * 100
-    return difference.mean().item(), 1.96 * difference.std().item() / math.sqrt(len(difference))
+    return difference.mean().item(), spread(difference)
 
 
 def verdict(group, gain, half, margin):
-    says = ("does not care about" if abs(gain) + half < margin else "wants" if gain > half else "is better without" if gain < -half else "cannot tell about")
+    says = "wants" if gain > half else "is better without" if gain < -half else "does not care about" if abs(gain) + half < margin else "cannot tell about"
     return f"{says} {group} ({gain:+.1f} +- {half:.1f})"
 
 
@@ -814,11 +801,20 @@ def retrieve(b, against: str = None, label: tuple = (), queries: int = 8, neighb
     """
     if min(queries, neighbours) < 1:
         raise UserError(f"--queries={queries} --neighbours={neighbours}: expected 1 or more")
-    device = str(next(b.encoder.parameters()).device)
-    both = [b] + ([bench(against, data=b.data, root=b.key[1], feature=b.feature, workers=b.workers, device=device, seed=b.seed)] if against else [])
+    if neighbours >= len(b.split["test"].images):
+        raise UserError(f"--neighbours={neighbours}: there are {len(b.split['test'].images)} test pictures")
     labels, path, heads, shown = [*labels_of(b, label), *["rotation"] * turn], Path(out or b.run / "retrieve.png"), ["query"], []
+    if path.is_dir():
+        raise UserError(f"--out={out} is a folder; name a .png file")
+    both = [b]
+    if against:
+        other = bench(against, data=b.data, root=b.key[1], feature=b.feature, workers=b.workers, device=str(device_of(b.encoder)), seed=b.seed)
+        if other.config["size"] != b.config["size"]:
+            raise UserError(f"--against={against} sees pictures of {other.config['size']} pixels, {b.run.name} of {b.config['size']}: name runs of one --size")
+        both.append(other._replace(split=b.split))   # a folder that splits itself does so by each run's seed
     for one in both:
-        x, y = known(one, "test", (0, 1, 2, 3) if turn else (0,))
+        v, z, y = frozen(one, "test", (0, 1, 2, 3) if turn else (0,))
+        x = pick(v, z, one.config, one.feature)
         m = len(x) // (4 if turn else 1)
         turns = torch.randint(4 if turn else 1, (m,), generator=pixels.generator("turns", b.seed))
         x, y = F.normalize(x[turns * m + torch.arange(m)], dim=1), {k: v[turns * m + torch.arange(m)] for k, v in y.items()}   # each in its own turn
@@ -827,21 +823,20 @@ def retrieve(b, against: str = None, label: tuple = (), queries: int = 8, neighb
         shown += [near[rows]] if shown else [rows[:, None], near[rows]]
         heads += [f"nearest in {one.run.name}", *[""] * (neighbours - 1)]
         for name in labels:
-            same = (y[name][near] == y[name][:, None]).double().mean(1) * 100
+            same = (y[name][near] == y[name][:, None]).double().mean(1) * 100     # (m,)
             last = one is both[-1] and name == labels[-1]
             if last:
                 pictures = torch.stack([torch.stack([seen(b, int(y["picture"][i]), int(turns[i])) for i in row]) for row in torch.cat(shown, 1)])
                 titles = [", ".join(str(names_of(b, k)[y[k][i]]) for k in labels[:2]) for i in rows]
                 pixels.picture_grid(pictures, titles, heads, path, zoom=max(1, 64 // b.config["size"]))
             yield dict(run=one.run.name, method=one.config["method"], groups=one.config["groups"], label=name, on="turned" if turn else None, protocol="cosine",
-                       top1=same.mean().item(), ci95=1.96 * same.std().item() / math.sqrt(m), n_test=m, say=f"wrote {path}" if last else None)
+                       top1=same.mean().item(), ci95=spread(same), n_test=m, into=one.run, say=f"wrote {path}" if last else None)
 
 
 def seen(b, i, turns):
-    """Test picture i as the encoder sees it, (3 h w) in [0, 1]."""
-    found = b.split["test"]
-    image, aspect = (found.images[i], found.aspect[i]) if torch.is_tensor(found.images) else found.images[i][:2]
-    return centre(image[None].float() / 255, torch.tensor([float(aspect)]), b.config["size"], pixels.kept(b.data))[0].rot90(turns, (1, 2))
+    """Test picture i as the encoder sees it, (3 h w) uint8."""
+    images = b.split["test"].images
+    return (images[i] if torch.is_tensor(images) else images[i][0]).rot90(turns, (1, 2))
 
 
 def table(runs: tuple = ("runs/*",), paper: bool = False):
@@ -858,16 +853,20 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
         raise UserError(f"--runs={','.join(runs)}: no results there; `python eval.py linear --run=DIR` writes some")
     configs = {p: json_.loads((p.parent / "config.json").read_text()) for p in found}
     lines = [(configs[p], line) for p in sorted(found, key=lambda p: p.stat().st_mtime) for line in loo.read_lines(p)]
+    unlike = lambda configs: [k for k in sorted({k for c in configs for k in c} - NAMED) if len({repr(c.get(k)) for c in configs}) > 1]
     if paper:
+        lines = [(config, line) for config, line in lines if config["data"] == "imagenet100"]
+        if differs := unlike([config for config, _ in lines]):
+            raise UserError(f"--paper: these runs differ in {', '.join(differs)}: name those that belong together with --runs")
         return papers_tables(lines)
-    cells, differs = defaultdict(dict), [k for k in sorted({k for c in configs.values() for k in c} - NAMED) if len({repr(c.get(k)) for c in configs.values()}) > 1]
+    cells, differs = defaultdict(dict), unlike(list(configs.values()))
     for config, line in lines:
         setting = ", ".join(f"{k} {config.get(k)}" for k in differs)
         row = (line["method"], ", ".join(line["groups"]), line["feature"], setting)
         column = (line["data"], line["task"], line["label"], line["shots"] or 0, line.get("on") or "", line["protocol"])
         cells[row, column][config["seed"]] = line["top1"]   # the last one counts
     rows, columns = sorted({r for r, _ in cells}), sorted({c for _, c in cells})
-    head = [f"{t} {l}" + (f", {s} shots" if s else "") + f" {o}" * bool(o) + (f" ({p})" if p == "paper" else "") + (f" on {d}" if len({c[0] for c in columns}) > 1 else "")
+    head = [f"{t} {l}" + (f", {s} shots" if s else "") + f" {o}" * bool(o) + (f" ({p})" if p in ("paper", "folder") else "") + (f" on {d}" if len({c[0] for c in columns}) > 1 else "")
             for d, t, l, s, o, p in columns]
     print("| method | groups | feature | differs in | seeds | " + " | ".join(head) + " |\n" + "|---" * (5 + len(head)) + "|")
     for row in rows:
@@ -883,7 +882,7 @@ COLUMNS = {
     **{f"Flowers {n}-shot": ("fewshot", "flowers102", "class", n, None, "top1") for n in (5, 10)},
     **{f"ON-13 top-{n}": ("robust", "imagenet100", "class", None, "objectnet13", f"top{n}") for n in (1, 5)},
     **{f"IN-C {c}{more}": ("robust", "imagenet100", "class", None, c.replace("all", "all corruptions") + more, "top1")
-       for c in (*pixels.CORRUPTIONS, "all") for more in ("", ", severity 3+")}}
+       for c in (*pixels.IMAGENETC, "all") for more in ("", ", severity 3+")}}
 ALL3 = ("color", "rotation", "texture")
 
 # Tables 1 to 5 of the paper: title, columns, {row: (method, groups, feature, reported figures)}. The figures are the paper's.
@@ -915,11 +914,12 @@ def papers_tables(lines):
         task = "spaces" if "+" in feature or feature == "all" else task
         by_protocol = defaultdict(dict)
         for config, line in lines:
-            if (line["method"], line["feature"], line["task"], line["data"], line["label"], line["shots"]) == (method, feature, task, data, label, shots) \
-                    and groups in (None, tuple(line["groups"])) and (task == "spaces" or line.get("on") == on):
+            if (line["method"], line["task"], line["data"], line["label"], line["shots"]) == (method, task, data, label, shots) \
+                    and set(line["feature"].split("+")) == set(feature.split("+")) and (groups is None or set(groups) == set(line["groups"])) \
+                    and (task == "spaces" or line.get("on") == on):
                 by_protocol[line["protocol"]][config["seed"]] = line[value]
-        protocol = next((p for p in ("paper", *by_protocol) if p in by_protocol), None)
-        return mean_cell(list(by_protocol[protocol].values())) + " (fast)" * (protocol == "fast") if protocol else "-"
+        protocol = next((p for p in ("paper", "folder", *by_protocol) if p in by_protocol), None)
+        return mean_cell(list(by_protocol[protocol].values())) + f" ({protocol})" * (protocol in ("fast", "generated") and task != "spaces") if protocol else "-"
 
     for title, columns, rows in TABLES:
         print(f"{title}\n\n| method | " + " | ".join(f"{c}, reported by the paper | {c}, these runs" for c in columns) + " |\n" + "|---" * (1 + 2 * len(columns)) + "|")

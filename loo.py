@@ -7,7 +7,6 @@
 Axes, one legend for the whole project: b image, v key view, g group, s space, d feature, c embedding (or colour channel),
 n queue slot or sample, t trial, h w pixel.
 """
-import io
 import itertools
 import json
 import math
@@ -703,13 +702,12 @@ def show(line, spaces, steps, last, plain):
 
 
 def write_tensors(path, content):
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write(path, buffer.getvalue())
+    write(path, partial(torch.save, content))
 
 
 def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of a JSONL file, but for a last one that was cut short."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
 
 
 def save(state, config, out):

@@ -646,7 +646,7 @@ def test_objectnet13_has_no_border_and_imagenets_labels(above, few, tmp_path):
 
 
 def corrupted_tree(root, wnids, category):
-    for c, names in data.CORRUPTIONS.items():
+    for c, names in data.IMAGENETC.items():
         for name in names:
             for severity in range(1, 6):
                 for i, wnid in enumerate(["n09999999", *wnids]):
@@ -679,7 +679,7 @@ def test_check_counts_and_names_what_is_missing(few, tmp_path, capsys):
 
 def test_imagenet100_is_the_papers_list():
     assert len(set(data.IMAGENET100)) == 100 and data.IMAGENET100 == sorted(data.IMAGENET100) and set(data.OBJECTNET13.values()) <= set(data.IMAGENET100)
-    assert sum(map(len, data.CORRUPTIONS.values())) == 15
+    assert sum(map(len, data.IMAGENETC.values())) == 15
 
 
 def test_a_stream_leaves_out_what_cannot_be_read(tmp_path, capsys):
@@ -751,7 +751,7 @@ def test_accuracy_counts_the_first_and_the_first_five():
 def test_turned_features_are_those_of_turned_pictures():
     torch.manual_seed(0)
     encoder, found = loo.Encoder("small", spaces=2, hidden=16, dim=8), data.factors("val", 32, 5)
-    v, z, rows = judge.features(encoder, found, 32, 1, turns=(0, 1, 3), batch=2)
+    v, z, rows = judge.features(encoder, found, (0, 1, 3), batch=2)
     assert v.shape == (15, 128) and z.shape == (2, 15, 8) and rows.tolist() == [0, 1, 2, 3, 4]
     for r, turn in enumerate((0, 1, 3)):
         want, want_z = loo.encode(encoder, found.images.rot90(turn, (2, 3)) / 255)
@@ -759,11 +759,14 @@ def test_turned_features_are_those_of_turned_pictures():
         torch.testing.assert_close(z[:, 5 * r:5 * r + 5], want_z.detach(), atol=1e-5, rtol=1e-4)
 
 
-def test_centre_crop_is_torchvisions():
-    wide = photos(1, 64)
-    canvas = TF.resize(wide, [64, 64])
-    want = TF.resize(TF.center_crop(wide, [56, 56]), [32, 32], antialias=True)
-    torch.testing.assert_close(judge.centre(canvas, torch.ones(1), 32, .875), want, atol=1e-4, rtol=0)
+@pytest.mark.parametrize("w, h", [(64, 64), (96, 64), (64, 128)])
+def test_evaluations_see_the_central_crop(w, h, tmp_path):
+    """Resize the short side to 32, cut out the middle 28: as everyone does."""
+    wide = TF.to_pil_image(F.interpolate(torch.rand(1, 3, 6, 6, generator=generator(w)), (h, w), mode="bicubic").clamp(0, 1)[0])
+    wide.save(tmp_path / "x.png"), wide.save(tmp_path / "y.png")
+    want = TF.center_crop(TF.resize(wide, 32, TF.InterpolationMode.BICUBIC), 28)
+    image, aspect, _ = data.find("folder", "train", root=tmp_path, size=28, central=True).images[0]
+    assert image.shape == (3, 28, 28) and aspect == 1 and (image - TF.pil_to_tensor(want).float()).abs().mean() < 1
 
 
 # ---------------------------------------------------------------- corruptions
@@ -1116,6 +1119,8 @@ def test_papers_protocol(here, capsys):
 
 @pytest.mark.parametrize("line, right", [("linear --run=nope", "nope"), ("linear --label=hues", "hue"), ("linear --feature=colour", "color"),
                                          ("linear --shots=5", "--shots"), ("linear --protocol=papers", "paper"), ("fewshot --shots=five", "numbers"),
+                                         ("retrieve --neighbours=5000", "128"), ("fewshot --shots=", "numbers"), ("retrieve --out=.", "folder"),
+                                         ("robust --corrupted=.", "--source=generated"), ("linear --workers=-1", "0 or more"),
                                          ("linear --data=cub200", "vision.caltech.edu"), ("linear --data=objectnet13 --root=.", "robust"), ("spaces --layer=middle", "hidden")])
 def test_bad_evaluations_are_one_clear_line(line, right, untrained, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -1164,19 +1169,37 @@ def test_papers_transfer_tasks_run(untrained, few, capsys):
     assert (few_shot["n_train"], few_shot["n_test"], few_shot["shots"]) == (6, 6, 2) and (linear["n_train"], linear["n_test"]) == (6, 3)
 
 
+def test_published_corruptions_bring_their_own_labels(untrained):
+    """Their order is not that of the clean pictures, where those lie flat."""
+    b = judge.bench()
+    found = data.Data(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.ones(2), {"class": torch.tensor([7, 3])}, {})
+    (cell, rows, crops, labels), = judge.corrupted_pictures(b, [found])
+    assert (cell, rows.tolist(), labels["class"].tolist()) == (0, [0, 1], [7, 3]) and crops.shape == (2, 3, 32, 32)
+
+
+def test_a_published_set_with_a_broken_picture_is_no_set(few, tmp_path):
+    cub_tree(tmp_path)
+    next((tmp_path / "CUB_200_2011/images").rglob("3.jpg")).write_bytes(b"broken")
+    with pytest.raises(data.UserError, match="3.jpg.*download it again"):
+        data.decoded(data.find("cub200", "test", root=tmp_path))
+    (tmp_path / "CUB_200_2011/image_class_labels.txt").write_text("1 1")
+    with pytest.raises(data.UserError, match="tables cannot be read as those of cub200"):
+        data.find("cub200", "test", root=tmp_path)
+
+
 def test_among_leaves_the_other_classes_out():
     logits = torch.tensor([[1., 9., 3., 2.], [5., 0., 1., 2.]])
     assert judge.among(logits, torch.tensor([2, 3])).argmax(1).tolist() == [2, 3]
 
 
 def test_robust_summarises_by_severity_and_category(untrained, capsys):
-    run(judge, "robust --label=object --count=32 --json")
+    run(judge, "robust --label=object --json")
     found = {x["on"]: x for x in results(untrained)}
-    assert found["fog"]["n_test"] == 32 and found["clean"]["n_test"] == 128
+    assert found["fog"]["n_test"] == 128 and found["clean"]["n_test"] == 128
     mean = lambda names: sum(found[n]["top1"] for n in names) / len(names)
-    for category, names in data.CORRUPTIONS.items():
+    for category, names in data.IMAGENETC.items():
         assert found[category]["top1"] == pytest.approx(mean(names))
-    assert found["all corruptions"]["top1"] == pytest.approx(mean(sum(data.CORRUPTIONS.values(), ())))
+    assert found["all corruptions"]["top1"] == pytest.approx(mean(sum(data.IMAGENETC.values(), ())))
     assert not judge.SUMMARIES["noise, severity 3+"]("shot_noise", 2) and judge.SUMMARIES["noise, severity 3+"]("shot_noise", 3)
     with pytest.raises(SystemExit):
         run(judge, "robust --source=folder")
@@ -1198,7 +1221,7 @@ def test_spaces_give_a_verdict(untrained, capsys, monkeypatch):
     assert rows["color"]["top1"] == 100 and rows["color"]["gain"] == pytest.approx(100 - rows["all"]["top1"])
 
 
-@pytest.mark.parametrize("gain, half, says", [(5., 2., "wants"), (.4, 2., "cannot tell"), (-.2, .5, "does not care"), (-4., 1., "better without"), (.5, .3, "does not care")])
+@pytest.mark.parametrize("gain, half, says", [(5., 2., "wants"), (.4, 2., "cannot tell"), (-.2, .5, "does not care"), (-4., 1., "better without"), (.5, .3, "wants")])
 def test_verdicts(gain, half, says):
     assert says in judge.verdict("color", gain, half, 1.)
 
