@@ -557,8 +557,9 @@ def task(function):
     return command
 
 
+# A result's keys and the heads of their columns.
 PRINTED = dict(run="run", data="data", task="task", label="label", on="on", feature="feature", protocol="protocol", shots="shots", top1="top-1",
-               top5="top-5", ci95="+- 95%", gain="over Z_0 alone", gain95="+- 95%", n_train="train", n_test="test", seconds="seconds")   # a result's keys: the column's head
+               top5="top-5", ci95="+- 95%", gain="over Z_0 alone", gain95="+- 95%", n_train="train", n_test="test", seconds="seconds")
 
 
 def cell(x):
@@ -708,12 +709,11 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
     thirteen = pixels.find("objectnet13", "test", root=objectnet, **where) if objectnet else None
     labels, (train, y), (test, y_test) = labels_of(b, label), known(b, "train"), known(b, "test")
     n = len((published[0] if published else b.split["test"]).images)
-    mean, deviation, head = train.mean(0), train.std(0).clamp(min=1e-6), {}
+    mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
+    head = {one: fast_probe((train - mean) / deviation, y[one], len(names_of(b, one)), b.seed) for one in labels}
     logits_of = lambda one, x: (x - mean) / deviation @ head[one][0] + head[one][1]
     right = {one: torch.full((len(CELLS), n, 2), math.nan) for one in labels}      # top-1 and top-5
-    x, = standardise(train)
     for one in labels:
-        head[one] = fast_probe(x, y[one], len(names_of(b, one)), b.seed)
         say = f"the lengths in the corruptions' constants are scaled by {b.config['size']} / {SIDE}" if not published and one == labels[-1] else None
         yield result(logits_of(one, test), y_test[one], one, len(train), on="clean", protocol=source, say=say)
     if thirteen:
@@ -803,7 +803,7 @@ def retrieve(b, against: str = None, label: tuple = (), queries: int = 8, neighb
         raise UserError(f"--queries={queries} --neighbours={neighbours}: expected 1 or more")
     if neighbours >= len(b.split["test"].images):
         raise UserError(f"--neighbours={neighbours}: there are {len(b.split['test'].images)} test pictures")
-    labels, path, heads, shown = [*labels_of(b, label), *["rotation"] * turn], Path(out or b.run / "retrieve.png"), ["query"], []
+    labels, path = [*labels_of(b, label), *["rotation"] * turn], Path(out or b.run / "retrieve.png")
     if path.is_dir():
         raise UserError(f"--out={out} is a folder; name a .png file")
     both = [b]
@@ -812,31 +812,35 @@ def retrieve(b, against: str = None, label: tuple = (), queries: int = 8, neighb
         if other.config["size"] != b.config["size"]:
             raise UserError(f"--against={against} sees pictures of {other.config['size']} pixels, {b.run.name} of {b.config['size']}: name runs of one --size")
         both.append(other._replace(split=b.split))   # a folder that splits itself does so by each run's seed
-    for one in both:
-        v, z, y = frozen(one, "test", (0, 1, 2, 3) if turn else (0,))
-        x = pick(v, z, one.config, one.feature)
-        m = len(x) // (4 if turn else 1)
-        turns = torch.randint(4 if turn else 1, (m,), generator=pixels.generator("turns", b.seed))
-        x, y = F.normalize(x[turns * m + torch.arange(m)], dim=1), {k: v[turns * m + torch.arange(m)] for k, v in y.items()}   # each in its own turn
-        near = torch.cat([(some @ x.T).scatter(1, rows[:, None], -2).topk(neighbours).indices for some, rows in zip(x.split(1024), torch.arange(m).split(1024))])
-        rows = torch.randperm(m, generator=pixels.generator("queries", b.seed))[:queries]
-        shown += [near[rows]] if shown else [rows[:, None], near[rows]]
-        heads += [f"nearest in {one.run.name}", *[""] * (neighbours - 1)]
+    near, y = zip(*(neighbours_of(one, neighbours, turn) for one in both))
+    rows = torch.randperm(len(near[0]), generator=pixels.generator("queries", b.seed))[:queries]
+    shown = torch.cat([rows[:, None], *(one[rows] for one in near)], 1)                            # (queries 1 + runs * neighbours)
+    pictures = torch.stack([torch.stack([seen(b, y[0]["picture"][i], y[0]["rotation"][i]) for i in row]) for row in shown])
+    titles = [", ".join(str(names_of(b, name)[y[0][name][i]]) for name in labels[:2]) for i in rows]
+    heads = ["query", *(head for one in both for head in (f"nearest in {one.run.name}", *[""] * (neighbours - 1)))]
+    pixels.picture_grid(pictures, titles, heads, path, zoom=max(1, 64 // b.config["size"]))
+    for one, found, known_labels in zip(both, near, y):
         for name in labels:
-            same = (y[name][near] == y[name][:, None]).double().mean(1) * 100     # (m,)
-            last = one is both[-1] and name == labels[-1]
-            if last:
-                pictures = torch.stack([torch.stack([seen(b, int(y["picture"][i]), int(turns[i])) for i in row]) for row in torch.cat(shown, 1)])
-                titles = [", ".join(str(names_of(b, k)[y[k][i]]) for k in labels[:2]) for i in rows]
-                pixels.picture_grid(pictures, titles, heads, path, zoom=max(1, 64 // b.config["size"]))
+            same = (known_labels[name][found] == known_labels[name][:, None]).double().mean(1) * 100   # (m,)
             yield dict(run=one.run.name, method=one.config["method"], groups=one.config["groups"], label=name, on="turned" if turn else None, protocol="cosine",
-                       top1=same.mean().item(), ci95=spread(same), n_test=m, into=one.run, say=f"wrote {path}" if last else None)
+                       top1=same.mean().item(), ci95=spread(same), n_test=len(same), into=one.run,
+                       say=f"wrote {path}" if one is both[-1] and name == labels[-1] else None)
+
+
+def neighbours_of(b, k, turn):
+    """Every test picture, in a quarter turn of its own if `turn`, and its k nearest by cosine similarity -> near (m k), labels {name: (m,)}."""
+    v, z, y = frozen(b, "test", (0, 1, 2, 3) if turn else (0,))
+    m = len(v) // (4 if turn else 1)
+    chosen = torch.randint(4 if turn else 1, (m,), generator=pixels.generator("turns", b.seed)) * m + torch.arange(m)
+    x = F.normalize(pick(v, z, b.config, b.feature)[chosen], dim=1)
+    near = [(some @ x.T).scatter(1, rows[:, None], -2).topk(k).indices for some, rows in zip(x.split(1024), torch.arange(m).split(1024))]
+    return torch.cat(near), {name: labels[chosen] for name, labels in y.items()}
 
 
 def seen(b, i, turns):
     """Test picture i as the encoder sees it, (3 h w) uint8."""
     images = b.split["test"].images
-    return (images[i] if torch.is_tensor(images) else images[i][0]).rot90(turns, (1, 2))
+    return (images[i] if torch.is_tensor(images) else images[i][0]).rot90(int(turns), (1, 2))
 
 
 def table(runs: tuple = ("runs/*",), paper: bool = False):
@@ -866,8 +870,8 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
         column = (line["data"], line["task"], line["label"], line["shots"] or 0, line.get("on") or "", line["protocol"])
         cells[row, column][config["seed"]] = line["top1"]   # the last one counts
     rows, columns = sorted({r for r, _ in cells}), sorted({c for _, c in cells})
-    head = [f"{t} {l}" + (f", {s} shots" if s else "") + f" {o}" * bool(o) + (f" ({p})" if p in ("paper", "folder") else "") + (f" on {d}" if len({c[0] for c in columns}) > 1 else "")
-            for d, t, l, s, o, p in columns]
+    several = len({c[0] for c in columns}) > 1
+    head = [f"{t} {l}" + f", {s} shots" * bool(s) + f" {o}" * bool(o) + f" ({p})" * (p in ("paper", "folder")) + f" on {d}" * several for d, t, l, s, o, p in columns]
     print("| method | groups | feature | differs in | seeds | " + " | ".join(head) + " |\n" + "|---" * (5 + len(head)) + "|")
     for row in rows:
         values = [list(cells[row, c].values()) for c in columns]
@@ -922,14 +926,15 @@ def papers_tables(lines):
         return mean_cell(list(by_protocol[protocol].values())) + f" ({protocol})" * (protocol in ("fast", "generated") and task != "spaces") if protocol else "-"
 
     for title, columns, rows in TABLES:
-        print(f"{title}\n\n| method | " + " | ".join(f"{c}, reported by the paper | {c}, these runs" for c in columns) + " |\n" + "|---" * (1 + 2 * len(columns)) + "|")
+        heads = " | ".join(f"{c}, reported by the paper | {c}, these runs" for c in columns)
+        print(f"{title}\n\n| method | {heads} |\n" + "|---" * (1 + 2 * len(columns)) + "|")
         for name, (method, groups, feature, *reported) in rows.items():
             values = itertools.zip_longest(columns, reported)
             print(f"| {name} | " + " | ".join(f"{'-' if told is None else told} | {cell_of(method, groups, feature, c)}" for c, told in values) + " |")
         print()
 
 
-NAMED = {"seed", "out", "device", "precision", "workers", "root", "download", "method", "groups", "always"}   # not told apart by `table`, or in a column
+NAMED = {"seed", "out", "device", "precision", "workers", "root", "download", "method", "groups", "always", "label"}   # not told apart by `table`, or in a column
 
 
 def mean_cell(values):
