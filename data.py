@@ -34,7 +34,8 @@ fire.decorators.FIRE_METADATA = "_fire"   # under its own name, --help lists it 
 
 
 class UserError(ValueError):
-    """Bad input: the command line prints it as one line and exits with code 2."""
+    """Bad input: the command line prints it as one line and exits with this code."""
+    code = 2
 
 
 class Data(NamedTuple):
@@ -652,7 +653,7 @@ def command_line(commands, argv=None):
             command.call()
     except (UserError, OSError) as error:        # OSError: a full disk, a folder that may not be written to
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(getattr(error, "code", 2)) from None
 
 
 def check_flags(command, parameters, argv):
@@ -703,14 +704,22 @@ def device_of(flag):
     return flag if kind != "auto" else "cuda" if count else "cpu"
 
 
-def write(path, content):
-    """Whole or not at all: bytes, or what content(file) writes, to a temporary file beside it, flushed, renamed."""
+def write(path, content, keep=None):
+    """Whole or not at all: bytes, or what content(file) writes, to a temporary file beside it, flushed, renamed. What was there before
+    goes to `keep`. UserError when it cannot be written: then what was there still is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
-    with open(aside, "wb") as file:
-        content(file) if callable(content) else file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(aside, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        needs = "" if callable(content) else f", which needs {len(content) / 2 ** 20:.1f} MB"
+        raise UserError(f"cannot write {path}{needs}: {error.strerror}") from None
+    if keep and path.exists():
+        os.replace(path, keep)
     os.replace(aside, path)
 
 

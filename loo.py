@@ -7,11 +7,17 @@
 Axes, one legend for the whole project: b image, v key view, g group, s space, d feature, c embedding (or colour channel),
 n queue slot or sample, t trial, h w pixel.
 """
+import contextlib
+import fcntl
+import io
 import itertools
 import json
 import math
 import os
+import shlex
+import signal
 import sys
+import threading
 import time
 from collections import OrderedDict
 from functools import partial
@@ -419,6 +425,7 @@ class State(NamedTuple):
     queue: torch.Tensor         # (s n c) unit norm
     pointer: int                # the queue's oldest slot
     step: int
+    total: torch.Tensor         # (s,) loss summed since the last line of the log
 
 
 def build(config, splits=1):
@@ -440,7 +447,8 @@ def start(config, classes=0):
     query, key, classifier = map(place, (query, key, classifier))
     queue = torch.randn(len(method.spaces), config["queue"], config["dim"], generator=generator("queue", config["seed"]))
     optimizer = torch.optim.SGD([*query.parameters(), *classifier.parameters()], config["lr"], .9, weight_decay=config["weight_decay"])
-    return State(query, key, classifier, optimizer, F.normalize(queue, dim=-1).to(config["device"]), 0, 0)
+    return State(query, key, classifier, optimizer, F.normalize(queue, dim=-1).to(config["device"]), 0, 0,
+                 torch.zeros(max(len(method.spaces), 1), device=config["device"]))
 
 
 def contrastive(query, key, images, aspect, method, config, step):
@@ -515,7 +523,7 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
           download: bool = False, arch: str = None, stem: str = None, size: int = None, canvas: int = None, epochs: int = None,
           batch: int = None, lr: float = None, schedule: str = None, queue: int = None, tau: float = None, momentum: float = None,
           weight_decay: float = None, hidden: int = None, dim: int = None, splits: int = None, drop_equal: bool = False,
-          seed: int = 0, workers: int = 2, device: str = "auto", precision: str = "auto", fresh: bool = False):
+          save_every: int = None, seed: int = 0, workers: int = 2, device: str = "auto", precision: str = "auto", fresh: bool = False):
     """Train an encoder: LooC, LooC++, or one of the paper's baselines (its section 3 and 4).
 
     What is left out comes from the data set's row of RECIPES. The run folder holds config.json, log.jsonl, views.png,
@@ -548,6 +556,7 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
         dim: of a space
         splits: parts of the batch with BatchNorm statistics of their own; 1 turns it off
         drop_equal: do not use as negative a view that drew the query's parameters by chance
+        save_every: steps between checkpoints, by default a tenth of the training
         seed: of everything random
         workers: processes that decode pictures
         device: auto, cpu or cuda
@@ -560,59 +569,117 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
                         download=download, workers=workers, seed=seed, cache=out)
     labels, classes = supervision(found, config)
     n, batch = len(found.images), config["batch"]
-    per_epoch = n // batch
-    steps = config["epochs"] * per_epoch
-    if not per_epoch:
+    if n < batch:
         raise UserError(f"--batch={batch} is more than the {n} pictures of {root or data}: take a smaller multiple of --splits={config['splits']}")
     if fresh and out.exists():
-        print(f"moved the run that was there to {set_aside(out)}")
-    state = resume(start(config, classes), config, out)
-    if state.step == 0:
-        write(out / "config.json", json.dumps(config, indent=1).encode())
-        save_views(found, table, config, out / "views.png")
-    link_latest(out)
-    log = [line for line in read_lines(out / "log.jsonl") if line["step"] <= state.step]
-    write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+        with alone(out):
+            print(f"moved the run that was there to {set_aside(out)}")
+    with alone(out), signals() as asked:
+        state = resume(start(config, classes), config, out)
+        if state.step == 0:
+            write(out / "config.json", json.dumps(config, indent=1).encode())
+            save_views(found, table, config, out / "views.png")
+        link_latest(out)
+        log = [line for line in read_lines(out / "log.jsonl") if line["step"] <= state.step]
+        write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
 
-    print(f"resuming {out} at step {state.step}" if state.step else f"{method} on {data}: {n} pictures, {steps} steps of {batch}, spaces "
-          f"{', '.join(table.spaces) or config['label']}; {config['device']}, {config['precision']}; see {out / 'views.png'}", flush=True)
-    if table.spaces and not state.step:
-        print(f"the queue holds random directions until step {-(-config['queue'] // batch)}, then {config['queue']} keys a space", flush=True)
-    if table.spaces and config["queue"] > n:
-        print(f"warning: --queue={config['queue']} is more than the {n} pictures: it holds keys of the query's own picture as negatives", file=sys.stderr)
+        steps = config["epochs"] * (n // batch)
+        print(f"resuming {out} at step {state.step}" if state.step else f"{method} on {data}: {n} pictures, {steps} steps of {batch}, spaces "
+              f"{', '.join(table.spaces) or config['label']}; {config['device']}, {config['precision']}; see {out / 'views.png'}", flush=True)
+        if table.spaces and not state.step:
+            print(f"the queue holds random directions until step {-(-config['queue'] // batch)}, then {config['queue']} keys a space", flush=True)
+        if table.spaces and config["queue"] > n:
+            print(f"warning: --queue={config['queue']} is more than the {n} pictures: it holds keys of the query's own picture as negatives", file=sys.stderr)
+        begun = time.perf_counter()
+        export(fit(state, found, labels, table, config, out, asked).query, out)
+    print(f"trained in {time.perf_counter() - begun:.0f} s; wrote {out}: backbone.pt, heads.pt, checkpoint.pt, log.jsonl, config.json, views.png\n"
+          f"next: python eval.py fewshot" + ("" if out.resolve() == Path("runs/latest").resolve() else f" --run={out}"))
 
-    every, seconds, total, logged = max(1, steps // 200), time.perf_counter(), 0., state.step
-    save_every, first, begun = 20 * every, state.step, seconds       # a multiple of `every`, so that a resumed run logs the same losses
+
+class NotFinite(UserError):
+    code = 3
+
+
+def fit(state, found, labels, table, config, out, asked=()):
+    """The steps that are left -> State; labels (n,) of "supervised", else None. Logs to out/log.jsonl and saves to out/checkpoint.pt.
+
+    A signal in `asked` ends it with a last checkpoint. NotFinite, before anything is saved, when loss or weights are not.
+    """
+    n, batch = len(found.images), config["batch"]
+    per_epoch = n // batch
+    steps, first, begun = config["epochs"] * per_epoch, state.step, time.perf_counter()
+    every = max(1, steps // 200)
+    save_every, seconds, timed = config["save_every"] or 20 * every, begun, first
     while state.step < steps:
         epoch, i = divmod(state.step, per_epoch)
         if i == 0 or state.step == first:
-            order = pixels.batches(n, batch, seed, epoch)
+            order = pixels.batches(n, batch, config["seed"], epoch)
         lr_now = state.optimizer.param_groups[0]["lr"] = learning_rate(config, state.step / per_epoch)
         some = found.images[order[i]].to(config["device"], non_blocking=True).float() / 255
         shape = found.aspect[order[i]].to(config["device"], non_blocking=True)
-        if method == "supervised":
+        if config["method"] == "supervised":
             state, (loss,) = supervised_step(state, some, shape, None if labels is None else labels[order[i]].to(config["device"]), table, config)
         else:
             state, (loss, *spaces) = step(state, some, shape, table, config)
-        total = total + loss
+        state = state._replace(total=state.total + loss)
+        saving = state.step % save_every == 0 or state.step == steps or asked
+        if saving or state.step % every == 0:
+            finite(state, out)
         if state.step % every == 0 or state.step == steps:
-            line = {"step": state.step, "loss": (total / (state.step - logged)).tolist()}
-            if not all(map(math.isfinite, line["loss"])):
-                raise UserError(f"the loss is not finite at step {state.step}: lower --lr, or raise --tau")
+            line = {"step": state.step, "loss": (state.total / ((state.step - 1) % every + 1)).tolist()}   # the sum may begin before a resume
             if table.spaces:
                 line |= {k: x.tolist() for k, x in watch(*spaces, config["tau"]).items()}
             now = time.perf_counter()
-            line |= {"lr": lr_now, "images_per_s": batch * (state.step - logged) / (now - seconds),
+            line |= {"lr": lr_now, "images_per_s": batch * (state.step - timed) / (now - seconds),
                      "seconds_left": (now - begun) / (state.step - first) * (steps - state.step)}
-            seconds, total, logged = now, 0., state.step
+            seconds, timed, state = now, state.step, state._replace(total=torch.zeros_like(state.total))
             with open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-            show(line, table.spaces or (config["label"],), steps, last=state.step == steps, plain=state.step % save_every == 0)
-        if state.step % save_every == 0 or state.step == steps:
+            show(line, table.spaces or (config["label"],), steps, last=state.step == steps, plain=state.step % (20 * every) == 0)
+        if saving:
             save(state, config, out)
-    export(state.query, out)
-    print(f"trained in {time.perf_counter() - begun:.0f} s; wrote {out}: backbone.pt, heads.pt, checkpoint.pt, log.jsonl, config.json, views.png\n"
-          f"next: python eval.py fewshot" + ("" if out.resolve() == Path("runs/latest").resolve() else f" --run={out}"))
+        if asked and state.step < steps:
+            print(f"stopped by {signal.Signals(asked[0]).name} at step {state.step}, all is saved\nresume with: "
+                  + shlex.join(["python", *(word for word in sys.argv if not word.startswith("--fresh"))]), flush=True)
+            raise SystemExit(128 + asked[0])
+    return state
+
+
+@torch.no_grad()
+def finite(state, out):
+    """NotFinite if a loss or a weight is not finite."""
+    weights = torch.stack(torch._foreach_norm(list(state.query.parameters()))).sum() + state.total.sum()
+    if not math.isfinite(weights):
+        kept = out / "checkpoint.pt"
+        raise NotFinite(f"the loss or a weight is not finite at step {state.step}: lower --lr, raise --tau, or take --precision=float32; "
+                        + (f"{kept} holds the last good step" if kept.exists() else "no checkpoint was written yet"))
+
+
+@contextlib.contextmanager
+def signals():
+    """A list that SIGTERM, SIGINT and SLURM's SIGUSR1 append themselves to, instead of ending the program in the middle of a step."""
+    asked, old = [], {}
+    if threading.current_thread() is threading.main_thread():
+        old = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def alone(out):
+    """One trainer a run folder: a lock on it that dies with its process."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"another process is training in {out}: wait for it, or name another --out") from None
+    finally:
+        os.close(folder)
 
 
 def settings(*, method, groups, data, recipe, out, always, label, device, precision, fresh, **flags):
@@ -640,8 +707,9 @@ def settings(*, method, groups, data, recipe, out, always, label, device, precis
     for flag in ("size", "epochs", "batch", "lr", "queue", "tau", "hidden", "dim", "splits"):
         if not config[flag] > 0:
             raise UserError(f"--{flag}={config[flag]}: expected more than 0")
-    if config["canvas"] is not None and config["canvas"] <= 0:
-        raise UserError(f"--canvas={config['canvas']}: expected more than 0")
+    for flag in ("canvas", "save_every"):
+        if config[flag] is not None and config[flag] <= 0:
+            raise UserError(f"--{flag}={config[flag]}: expected more than 0")
     for flag in ("weight_decay", "workers"):
         if config[flag] < 0:
             raise UserError(f"--{flag}={config[flag]}: expected 0 or more")
@@ -710,26 +778,45 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
 
 
+VERSION = 1   # of checkpoints
+
+
 def save(state, config, out):
+    """checkpoint.pt, whole or not at all; the one before becomes checkpoint.old.pt."""
     parts = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state._asdict().items()}
-    write_tensors(out / "checkpoint.pt", {**parts, "config": config, "torch": str(torch.__version__), "threads": torch.get_num_threads()})
+    buffer = io.BytesIO()
+    torch.save({**parts, "config": config, "version": VERSION, "torch": str(torch.__version__), "threads": torch.get_num_threads()}, buffer)
+    write(out / "checkpoint.pt", buffer.getvalue(), keep=out / "checkpoint.old.pt")
 
 
 def resume(state, config, out):
     """The state saved in the run folder, or the one given where there is none. A run with other settings is a UserError."""
-    path = out / "checkpoint.pt"
-    if not path.exists():
-        if (out / "config.json").exists() or not out.exists() or all(p.suffix == ".canvases" for p in out.iterdir()):
+    there = [path for path in (out / "checkpoint.pt", out / "checkpoint.old.pt") if path.exists()]
+    if not there:
+        if (out / "config.json").exists() or all(p.suffix == ".canvases" for p in out.iterdir()):
             return state
         raise UserError(f"--out={out} is not empty and holds no run: name another folder")
-    saved = torch.load(path, map_location=config["device"], weights_only=True)
-    free = {"device", "precision", "workers", "download", "out"}     # may change without changing what is trained
+    saved = next(filter(None, (read_checkpoint(path, config["device"]) for path in there)), None)
+    if not saved:
+        raise UserError(f"{there[0]} cannot be read: start over with --fresh, which keeps the folder under another name")
+    free = {"device", "precision", "workers", "download", "out", "save_every"}     # may change without changing what is trained
     other = [f"--{k}={v} (the run has {saved['config'].get(k)})" for k, v in config.items() if k not in free and saved["config"].get(k) != v]
     if other:
         raise UserError(f"{out} holds a run with other settings: {', '.join(other)}; name another --out, or start over with --fresh")
     for part in ("query", "key", "classifier", "optimizer"):
         getattr(state, part).load_state_dict(saved[part])
-    return state._replace(queue=saved["queue"], pointer=saved["pointer"], step=saved["step"])
+    return state._replace(**{k: saved[k] for k in ("queue", "pointer", "step", "total")})
+
+
+def read_checkpoint(path, device):
+    """A checkpoint of this version, or None and a warning that says why not."""
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        if saved["version"] != VERSION:
+            raise ValueError(f"it has version {saved['version']}, this program writes {VERSION}")
+        return saved
+    except Exception as error:                   # cut short, not a checkpoint, or a pickle that would run code: torch raises what it likes
+        print(f"warning: {path} is no checkpoint of ours, or cut short ({(str(error) or type(error).__name__).splitlines()[0][:100]})", file=sys.stderr)
 
 
 def set_aside(out):

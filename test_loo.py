@@ -3,8 +3,13 @@ import colorsys
 import json
 import math
 import random
+import signal
 import struct
+import subprocess
+import sys
+import time
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -1038,7 +1043,7 @@ def test_types_come_from_the_signature(here):
 @pytest.mark.parametrize("method", ["looc", "looc++", "moco_same", "supervised"])
 def test_train_then_judge(method, here, capsys):
     run(loo, f"train --method={method} --epochs=2 --out=run {SMALL}")
-    assert {p.name for p in (here / "run").iterdir()} == {"config.json", "log.jsonl", "views.png", "checkpoint.pt", "backbone.pt", "heads.pt"}
+    assert {p.name for p in (here / "run").iterdir()} - {"checkpoint.old.pt"} == {"config.json", "log.jsonl", "views.png", "checkpoint.pt", "backbone.pt", "heads.pt"}
     log = [json.loads(line) for line in (here / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, 9)) and len(log[0]["loss"]) == (3 if "looc" in method else 1)
     assert (here / "runs" / "latest").resolve() == here / "run"
@@ -1058,33 +1063,142 @@ def test_train_then_judge(method, here, capsys):
     assert method in capsys.readouterr().out
 
 
-def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
-    """Stopped after its first checkpoint and resumed equals uninterrupted, bit for bit; other settings are refused, --fresh keeps the old run."""
-    run(loo, f"train --epochs=6 --out=whole {SMALL}")
-    save = loo.save
-
-    def save_and_stop(state, *rest):
-        save(state, *rest)
-        if state.step == 20:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(loo, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(loo, f"train --epochs=6 --out=parts {SMALL}")
-    monkeypatch.setattr(loo, "save", save)
-    capsys.readouterr()
-    run(loo, f"train --epochs=6 --out=parts {SMALL}")
-    assert "resuming parts at step 20" in capsys.readouterr().out
-    a, b = (torch.load(here / r / "checkpoint.pt", weights_only=True) for r in ("whole", "parts"))
+def same_run(a, b):
+    """Checkpoints and logs, bit for bit, but for what was timed."""
+    a, b = Path(a), Path(b)
+    one, two = (torch.load(r / "checkpoint.pt", weights_only=True) for r in (a, b))
     for part in ("query", "key"):
-        assert all(torch.equal(x, b[part][k]) for k, x in a[part].items())
-    assert torch.equal(a["queue"], b["queue"]) and a["pointer"] == b["pointer"] and a["step"] == b["step"]
-    losses = lambda r: [json.loads(line)["loss"] for line in (here / r / "log.jsonl").read_text().splitlines()]
-    assert losses("whole") == losses("parts")
+        assert all(torch.equal(x, two[part][k]) for k, x in one[part].items())
+    assert torch.equal(one["queue"], two["queue"]) and torch.equal(one["total"], two["total"]) and one["pointer"] == two["pointer"] and one["step"] == two["step"]
+    untimed = lambda r: [{k: v for k, v in line.items() if k not in ("images_per_s", "seconds_left")} for line in loo.read_lines(r / "log.jsonl")]
+    assert untimed(a) == untimed(b)
+
+
+QUICK = "--batch=8 --splits=2 --queue=8 --hidden=8 --dim=4"
+
+
+def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
+    """Ended anywhere and resumed equals uninterrupted, bit for bit; other settings are refused, --fresh keeps the old run."""
+    monkeypatch.setattr(data, "FACTORS", {"train": 840, "val": 64, "test": 64})          # 420 steps, two to a line of the log
+    line, step = f"train --method=moco --epochs=4 --save_every=7 {QUICK}", loo.step
+    run(loo, f"{line} --out=whole")
+    for at in (17, 106, 107, 419):
+
+        def step_or_stop(state, *rest):
+            if state.step == at:
+                raise RuntimeError("stopped here")
+            return step(state, *rest)
+        monkeypatch.setattr(loo, "step", step_or_stop)
+        with pytest.raises(RuntimeError, match="stopped here"):
+            run(loo, f"{line} --out=parts")
+    monkeypatch.setattr(loo, "step", step)
+    capsys.readouterr()
+    run(loo, f"{line} --out=parts")
+    assert "resuming parts at step 413" in capsys.readouterr().out
+    same_run("whole", "parts")
     with pytest.raises(SystemExit):
-        run(loo, f"train --epochs=6 --out=parts --tau=.3 {SMALL}")
+        run(loo, f"{line} --out=parts --tau=.3")
     assert "--tau=0.3" in capsys.readouterr().err
-    run(loo, f"train --epochs=1 --out=parts --fresh {SMALL}")
+    run(loo, f"train --method=moco --epochs=1 --out=parts --fresh {QUICK}")
     assert (here / "parts.1" / "backbone.pt").exists()
+
+
+def program(line, pictures=400):
+    """The training as a process of its own, on few pictures."""
+    source = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import data, loo; data.FACTORS['train'] = {pictures}; " \
+             f"data.command_line({{'train': loo.train}})"
+    return subprocess.Popen([sys.executable, "-c", source, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_killed_at_any_moment_and_resumed_is_uninterrupted(here):
+    """kill -9 at random moments, while checkpoints are written too: one a step."""
+    line = f"train --epochs=3 --save_every=1 {QUICK}"
+    assert program(f"{line} --out=whole").wait(60) == 0
+    chance, kills = random.Random(0), 0
+    while True:
+        process = program(f"{line} --out=parts")
+        while process.poll() is None and not (here / "parts" / "checkpoint.pt").exists():
+            time.sleep(.01)
+        try:
+            process.wait(chance.uniform(0, 1.5) + (2 if kills else 0) if kills < 3 else 60)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill(), process.wait()
+            kills += 1
+    assert process.returncode == 0 and kills
+    same_run("whole", "parts")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_after_a_last_checkpoint(number, here):
+    process = program(f"train --epochs=500 --out=run {QUICK}")
+    while "step" not in process.stdout.readline() or not (here / "run" / "log.jsonl").exists():
+        pass
+    time.sleep(.3)
+    process.send_signal(number)
+    *_, said, resume_with = process.communicate(timeout=60)[0].splitlines()
+    saved = torch.load(here / "run" / "checkpoint.pt", weights_only=True)
+    assert process.returncode == 128 + number and number.name in said and f"step {saved['step']}," in said
+    assert resume_with.startswith("resume with: python") and "--epochs=500 --out=run" in resume_with
+
+
+def test_a_loss_that_is_not_finite_ends_it_and_keeps_the_last_good_step(here, capsys, monkeypatch):
+    run(loo, f"train --epochs=1 --out=run --save_every=2 {SMALL}")
+    step = loo.step
+
+    def poisoned(state, *rest):
+        state, out = step(state, *rest)
+        if state.step == 3:
+            next(state.query.parameters()).data.fill_(math.nan)
+        return state, out
+    monkeypatch.setattr(loo, "step", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        run(loo, f"train --epochs=1 --out=other --save_every=2 {SMALL}")
+    assert stop.value.code == 3 and "not finite at step 3" in capsys.readouterr().err
+    saved = torch.load(here / "other" / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 2 and all(x.isfinite().all() for x in saved["query"].values())
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("bomb", "w")
+
+
+@pytest.mark.parametrize("ruin", ["cut", "bomb", "other", "both"])
+def test_a_ruined_checkpoint_gives_way_to_the_one_before(ruin, here, capsys):
+    run(loo, f"train --epochs=1 --out=run --save_every=3 {SMALL}")
+    path = here / "run" / "checkpoint.pt"
+    if ruin in ("cut", "both"):
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        torch.save({"version": 9} if ruin == "other" else Bomb(), path)
+    if ruin == "both":
+        path.with_name("checkpoint.old.pt").write_bytes(b"")
+        with pytest.raises(SystemExit):
+            run(loo, f"train --epochs=1 --out=run {SMALL}")
+        assert "--fresh" in capsys.readouterr().err
+    else:
+        run(loo, f"train --epochs=1 --out=run {SMALL}")
+        out = capsys.readouterr()
+        assert "resuming run at step 3" in out.out and "no checkpoint of ours" in out.err and not (here / "bomb").exists()
+
+
+def test_a_second_trainer_is_refused(here, capsys):
+    with loo.alone(here / "run"), pytest.raises(SystemExit) as stop:
+        run(loo, f"train --epochs=1 --out=run {SMALL}")
+    assert stop.value.code == 2 and "another process is training in run" in capsys.readouterr().err
+    run(loo, f"train --epochs=1 --out=run {SMALL}")
+
+
+def test_a_full_disk_leaves_what_was_there(here, monkeypatch):
+    data.write(here / "x.pt", b"old")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(data.UserError, match="x.pt, which needs 3.0 MB: No space left"):
+        data.write(here / "x.pt", bytes(3 << 20), keep=here / "y.pt")
+    assert [p.name for p in here.iterdir()] == ["x.pt"] and (here / "x.pt").read_bytes() == b"old"
 
 
 def test_your_own_pictures(here, capsys):
