@@ -8,7 +8,6 @@ Axes, one legend for the whole project: b image, v key view, g group, s space, d
 n queue slot or sample, t trial, h w pixel.
 """
 import contextlib
-import fcntl
 import io
 import itertools
 import json
@@ -32,6 +31,11 @@ from torch import nn
 
 import data as pixels
 from data import UserError, generator, write
+
+try:
+    import fcntl
+except ImportError:   # Windows: no lock on a run folder
+    fcntl = None
 
 # ---------------------------------------------------------------- methods: a method of the paper is a small table
 
@@ -660,7 +664,8 @@ def signals():
     """A list that SIGTERM, SIGINT and SLURM's SIGUSR1 append themselves to, instead of ending the program in the middle of a step."""
     asked, old = [], {}
     if threading.current_thread() is threading.main_thread():
-        old = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+        old = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in numbers}
     try:
         yield asked
     finally:
@@ -672,6 +677,9 @@ def signals():
 def alone(out):
     """One trainer a run folder: a lock on it that dies with its process."""
     out.mkdir(parents=True, exist_ok=True)
+    if not fcntl:
+        yield
+        return
     folder = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
