@@ -375,7 +375,7 @@ def frost(images, generator, keep, amount):
     relief = F.instance_norm(blades) * .9 + F.instance_norm(plasma(b, side, 1.5, generator).to(images)) * .45
     dark, light = torch.tensor([[.34, .49, .55], [.81, .82, .86]]).to(images)[:, None, :, None, None]
     whiteness = torch.rand(b, 1, 1, 1, generator=generator).to(images)
-    return keep * images + amount * (torch.lerp(dark, light, whiteness) + (.13 - .06 * whiteness) * relief)
+    return keep * images + amount * (torch.lerp(dark, light, whiteness) + (.19 - .09 * whiteness) * relief)
 
 
 def brightness(images, generator, amount):
