@@ -567,7 +567,7 @@ def read_mat(path):
         raise UserError(f"{path}: cannot be read as a MATLAB 5 file ({type(error).__name__}); download it again") from None
 
 
-def check(data: str, root: str = None, sample: int = 64, download: bool = False):
+def check(data: str = "factors", root: str = None, sample: int = 64, download: bool = False):
     """Is a data set whole? Counts classes and pictures of each split against the published numbers and opens a sample of the files.
 
     Args:
