@@ -189,7 +189,8 @@ def find(name, split, *, root=None, size=32, canvas=None, central=False, downloa
         if whole and name in PUBLISHED:
             be_whole(name, split, paths, labels)
         fetch = functools.partial(read_picture, paths, 2 if name == "objectnet13" else 0)   # ObjectNet has a red border, to be cut off
-    images = Canvases(fetch, len(labels), *((size, kept(name)) if central else (canvas or round(size / kept(name)), None)), strict=name in PUBLISHED)
+    side, share = (size, kept(name)) if central else (canvas or round(size / kept(name)), None)
+    images = Canvases(fetch, len(labels), side, share, strict=name in PUBLISHED)
     return Data(images, torch.ones(len(labels)), {"class": torch.as_tensor(labels).long()}, {"class": list(classes)})
 
 
@@ -390,7 +391,7 @@ OBJECTNET13 = {"bench": "n03891251", "bottle_cap": "n02877765", "chair": "n04099
                "jeans": "n03594734", "keyboard": "n03085013", "lampshade": "n03637318", "laptop_open": "n03642806",
                "mixing_salad_bowl": "n03775546", "safety_pin": "n04127249", "vacuum_cleaner": "n04517823", "wheel": "n02974003"}
 IMAGENETC = {"noise": ("gaussian_noise", "shot_noise", "impulse_noise"), "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-               "weather": ("snow", "frost", "fog", "brightness"), "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression")}
+             "weather": ("snow", "frost", "fog", "brightness"), "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression")}
 
 # name: ({split: (classes, pictures)}, where to get it); None where no count is published for these classes
 PUBLISHED = {
@@ -552,8 +553,6 @@ def read_mat(path):
             fields = [fields[i:i + width].rstrip(b"\0").decode() for i in range(0, len(fields), width)]
             values = [array(value)[1] for _, value in values]
             value = [dict(zip(fields, values[i:i + len(fields)])) for i in range(0, len(values), len(fields))]
-        elif kind == 1:                          # cells
-            value = [array(cell)[1] for _, cell in rest]
         else:
             value = numbers(*rest[0]) if rest else []
             value = "".join(map(chr, value)) if kind == 4 and not isinstance(value, str) else value

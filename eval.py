@@ -180,8 +180,13 @@ def hits(logits, y, top=1):
 
 def standardise(train, *others):
     """All by the training samples' mean and deviation, (n d) each."""
-    mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
+    mean, deviation = moments(train)
     return [(x - mean) / deviation for x in (train, *others)]
+
+
+def moments(x):
+    """x (n d) -> mean (d,), deviation (d,), never zero."""
+    return x.mean(0), x.std(0).clamp(min=1e-6)
 
 
 def spread(values):
@@ -207,7 +212,8 @@ def student(freedom):
 
 # Hendrycks and Dietterich, ICLR 2019. The constants are the published ones, for pictures of 224 x 224: every length among them (radius,
 # sigma, distance) is scaled by side / 224 for others. Each picture has its own draws, made on the CPU. The published pictures were also
-# saved as JPEG at quality 85; ours are not. Axes beside the project's: k kernel, t point along a motion. Pictures are square.
+# saved as JPEG at quality 85; ours are not. Each function: images (b c h w) in [0, 1], h == w, a CPU generator, its constants -> (b c h w).
+# Axes beside the project's: k kernel, t point along a motion.
 SIDE = 224   # of the pictures that the constants are for
 
 
@@ -709,7 +715,7 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
     thirteen = pixels.find("objectnet13", "test", root=objectnet, **where) if objectnet else None
     labels, (train, y), (test, y_test) = labels_of(b, label), known(b, "train"), known(b, "test")
     n = len((published[0] if published else b.split["test"]).images)
-    mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
+    mean, deviation = moments(train)
     head = {one: fast_probe((train - mean) / deviation, y[one], len(names_of(b, one)), b.seed) for one in labels}
     logits_of = lambda one, x: (x - mean) / deviation @ head[one][0] + head[one][1]
     right = {one: torch.full((len(CELLS), n, 2), math.nan) for one in labels}      # top-1 and top-5

@@ -682,10 +682,11 @@ def alone(out):
         return
     folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {out}: wait for it, or name another --out") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"another process is training in {out}: wait for it, or name another --out") from None
     finally:
         os.close(folder)
 
