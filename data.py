@@ -18,6 +18,7 @@ import os
 import random
 import struct
 import sys
+import time
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,7 @@ class Data(NamedTuple):
     aspect: torch.Tensor   # (n,) float, width / height of the picture before it was squashed; 1 until it is decoded
     labels: dict           # {label: (n,) int64}
     classes: dict          # {label: names of its classes}
+    unreadable: int = 0    # pictures that were left out when it was decoded
 
 
 def generator(*key):
@@ -194,9 +196,9 @@ def find(name, split, *, root=None, size=32, canvas=None, central=False, downloa
     return Data(images, torch.ones(len(labels)), {"class": torch.as_tensor(labels).long()}, {"class": list(classes)})
 
 
-def load(name, split, *, workers=2, cache=None, **where):
-    """The same, decoded: what training reads. cache: a folder for the memory map of a set over 4 GiB."""
-    return decoded(find(name, split, **where), workers, cache and Path(cache) / f"{name}-{split}.canvases")
+def load(name, split, *, workers=2, cache=None, shared=False, **where):
+    """The same, decoded: what training reads. cache, shared: see `decoded`."""
+    return decoded(find(name, split, **where), workers, cache, shared)
 
 
 def kept(name):
@@ -319,26 +321,27 @@ class Canvases(torch.utils.data.Dataset):
         return pil_to_tensor(canvas), 1. if half else w / h, ""
 
 
-def stream(found, workers=2, batch=256):
+def stream(found, workers=2, batch=256, share=(0, 1)):
     """The pictures of a Data in order, decoded in `workers` processes a few batches ahead and never kept: yields rows (b,),
-    images (b 3 h w) uint8, aspect (b,).
+    images (b 3 h w) uint8, aspect (b,). share (i, of): every of-th batch from the i-th on.
 
     A picture that cannot be read is named in a warning and left out; in a published set, or when none can, UserError.
     """
-    n = len(found.images)
+    every = torch.arange(len(found.images)).split(batch)[share[0]::share[1]]
     if torch.is_tensor(found.images):
-        yield from zip(torch.arange(n).split(batch), found.images.split(batch), found.aspect.split(batch))
+        yield from ((rows, found.images[rows], found.aspect[rows]) for rows in every)
         return
-    at, wrong = 0, []
-    for images, aspect, errors in torch.utils.data.DataLoader(found.images, batch, num_workers=workers if n > 256 else 0):
+    n, wrong = sum(map(len, every)), []
+    loader = torch.utils.data.DataLoader(found.images, batch_sampler=[rows.tolist() for rows in every], num_workers=workers if n > 256 else 0)
+    for rows, (images, aspect, errors) in zip(every, loader):
         good = torch.tensor([not error for error in errors])
-        rows = torch.arange(at, at := at + len(images))[good]
+        rows = rows[good]
         wrong += filter(None, errors)
         if wrong and found.images.strict:
             raise UserError(f"{wrong[0]}; download it again, a part of a published set gives a number that means nothing")
         if len(rows):
             yield rows, images[good], aspect[good].float()
-    if len(wrong) == n:
+    if wrong and len(wrong) == n:
         raise UserError(f"none of the {n} pictures can be read; the first: {wrong[0]}")
     for error in wrong[:5]:
         print(f"warning: skipped {error}", file=sys.stderr)
@@ -346,23 +349,48 @@ def stream(found, workers=2, batch=256):
         print(f"warning: skipped {len(wrong) - 5} more pictures that cannot be read", file=sys.stderr)
 
 
-def decoded(found, workers=2, cache=None):
-    """Data whose pictures are all decoded, once: images (n 3 side side) uint8, in a memory map at `cache` if over 4 GiB."""
+def decoded(found, workers=2, cache=None, shared=False):
+    """Data whose pictures are all decoded, once: images (n 3 side side) uint8.
+
+    cache: a folder. There they are kept as a memory map, for the next run and for other processes, if over 4 GiB or `shared`.
+    UserError when more than 1% (but one picture at least) cannot be read.
+    """
     if torch.is_tensor(found.images):
         return found
-    shape = (len(found.images), 3, found.images.side, found.images.side)
-    if cache and math.prod(shape) > 4 << 30:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        images = torch.from_file(str(cache), shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
+    n, side = len(found.images), found.images.side
+    size = n * 3 * side * side
+    if not cache or size <= 4 << 30 and not shared:
+        rows, aspect, images = decode(found, torch.empty(size, dtype=torch.uint8).view(n, 3, side, side), workers)
     else:
-        images = torch.empty(shape, dtype=torch.uint8)
-    aspect, kept_rows, at = torch.ones(len(images)), [], 0
-    for rows, some, shapes in stream(found, workers, 64):      # what cannot be read leaves no gap
-        images[at:at + len(rows)], aspect[at:at + len(rows)] = some, shapes
-        kept_rows.append(rows)
+        path = Path(cache) / f"{fingerprint(found)[:16]}.canvases"
+        index, aside = path.with_suffix(".pt"), path.with_suffix(f".{os.getpid()}")
+        if not index.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                rows, aspect, _ = decode(found, mapped(aside, n, side), workers)
+                aside.rename(path)
+                write(index, functools.partial(torch.save, (rows, aspect)))   # written last: what it names is whole
+            finally:
+                aside.unlink(missing_ok=True)
+        rows, aspect = torch.load(index, weights_only=True)
+        images = mapped(path, n, side)
+    return Data(images[:len(rows)], aspect, {k: y[rows] for k, y in found.labels.items()}, found.classes, n - len(rows))
+
+
+def mapped(path, n, side):
+    return torch.from_file(str(path), shared=True, size=n * 3 * side * side, dtype=torch.uint8).view(n, 3, side, side)
+
+
+def decode(found, images, workers):
+    """Decodes into images (n 3 side side) -> rows (m,) of the pictures that could be read, aspect (m,), images, the first m filled."""
+    seen, aspects, at = [], [], 0
+    for rows, some, aspect in stream(found, workers, 64):      # what cannot be read leaves no gap
+        images[at:at + len(rows)] = some
         at += len(rows)
-    rows = torch.cat(kept_rows)
-    return Data(images[:at], aspect[:at], {k: y[rows] for k, y in found.labels.items()}, found.classes)
+        seen.append(rows), aspects.append(aspect)
+    if len(images) - at > max(1, len(images) // 100):
+        raise UserError(f"{len(images) - at} of {len(images)} pictures cannot be read, named above: more than 1%, mend or remove them")
+    return torch.cat(seen), torch.cat(aspects), images
 
 
 def fingerprint(found):
@@ -651,6 +679,8 @@ def command_line(commands, argv=None):
         if isinstance(command, Bound):
             command.call()
     except (UserError, OSError) as error:        # OSError: a full disk, a folder that may not be written to
+        if os.environ.get("RANK", "0") != "0":   # mostly the same error as rank 0's; torchrun ends the others when one ends, so it is said once
+            time.sleep(5)
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(getattr(error, "code", 2)) from None
 
@@ -700,7 +730,12 @@ def device_of(flag):
     count = torch.cuda.device_count()
     if kind == "cuda" and (not index.isdigit() and index or int(index or 0) >= count):
         raise UserError(f"--device={flag}: this machine shows {count} CUDA devices; leave the flag out, or --device=cpu")
-    return flag if kind != "auto" else "cuda" if count else "cpu"
+    if kind == "cpu" or not count:
+        return "cpu"
+    local = os.environ.get("LOCAL_RANK", "")     # torchrun's: one process a device
+    if local and not index and int(local) >= count:
+        raise UserError(f"--nproc-per-node: this machine shows {count} CUDA devices, and process {local} has none; start at most {count}")
+    return f"cuda:{index or local}" if index or local else "cuda"
 
 
 def write(path, content, keep=None):

@@ -38,19 +38,23 @@ from data import UserError, choose
 @torch.no_grad()
 def features(encoder, found, turns=(0,), workers=2, batch=256):
     """The frozen encoder on a Data of central crops, decoded batch by batch -> v ((r n) d), z (s (r n) c) on the CPU, and the rows (n,)
-    of the pictures that could be read. turns: every picture is seen once for each, in quarter turns."""
+    of the pictures that could be read. turns: every picture is seen once for each, in quarter turns. Ranks share the work."""
     encoder.eval()
-    out = []
+    spaces, dim, _ = encoder.w2.shape
+    out = [(torch.zeros(len(turns), 0, encoder.features), torch.zeros(spaces, len(turns), 0, dim), torch.zeros(0, dtype=torch.long))]
     for rows, crops in on_device(encoder, found, workers, batch):
         v, z = zip(*(loo.encode(encoder, crops.rot90(turn, (2, 3))) for turn in turns))
         out.append((torch.stack(v).float().cpu(), torch.stack(z, 1).float().cpu(), rows))
-    v, z, rows = zip(*out)
-    return rearrange(torch.cat(v, 1), "r n d -> (r n) d"), rearrange(torch.cat(z, 2), "s r n c -> s (r n) c"), torch.cat(rows)
+    v, z, rows = map(torch.cat, zip(*out), (1, 2, 0))
+    v, z, seen = (loo.total(x.new_zeros(*x.shape[:dim], len(found.images), *x.shape[dim + 1:]).index_copy_(dim, rows, x))
+                  for dim, x in ((1, v), (2, z), (0, torch.ones_like(rows))))
+    rows = seen.nonzero().squeeze(1)
+    return rearrange(v[:, rows], "r n d -> (r n) d"), rearrange(z[:, :, rows], "s r n c -> s (r n) c"), rows
 
 
 def on_device(encoder, found, workers=2, batch=256):
-    """The pictures of a Data on the encoder's device: yields rows (b,), images (b 3 h w) in [0, 1]."""
-    for rows, images, _ in pixels.stream(found, workers, batch):
+    """This rank's pictures of a Data on the encoder's device: yields rows (b,), images (b 3 h w) in [0, 1]."""
+    for rows, images, _ in pixels.stream(found, workers, batch, (loo.rank(), loo.ranks())):
         yield rows, images.to(device_of(encoder), non_blocking=True).float() / 255
 
 
@@ -509,8 +513,11 @@ def frozen(b, split, turns=(0,)):
     found = b.split[split]
     name = hashlib.sha1(repr((b.key, split, turns, pixels.fingerprint(found))).encode()).hexdigest()[:16]
     path = b.run / "features" / f"{b.data}-{split}-{name}.pt"
-    if not path.exists():
-        loo.write_tensors(path, features(b.encoder, found, turns, b.workers))
+    if not loo.agreed(path.exists()):
+        computed = features(b.encoder, found, turns, b.workers)
+        if loo.rank() == 0:
+            loo.write_tensors(path, computed)
+        loo.agreed(0)                            # it is there
     v, z, rows = torch.load(path, weights_only=True)
     own = {"rotation": torch.tensor(turns).repeat_interleave(len(rows)), "picture": rows.repeat(len(turns))}
     return v, z, {k: y[rows].repeat(len(turns)) for k, y in found.labels.items()} | own
@@ -539,23 +546,26 @@ def task(function):
     @functools.wraps(function)
     def command(*args, json=False, **flags):
         begun = time.perf_counter()
-        b = bench(*args, **{k: v for k, v in flags.items() if k in names})
-        columns = ()
-        for found in function(b, **{k: v for k, v in flags.items() if k not in names}):
-            say, into = found.pop("say", None), found.pop("into", b.run)
-            line = dict(run=b.run.name, task=function.__name__, data=b.data, label=None, on=None, feature=b.feature, method=b.config["method"],
-                        groups=b.config["groups"], protocol="fast", shots=None, top1=None, top5=None, ci95=None, n_train=None, n_test=None,
-                        seed=b.seed, seconds=round(time.perf_counter() - begun, 1)) | found
-            begun = time.perf_counter()
-            with open(into / "results.jsonl", "a") as file:
-                file.write(json_.dumps(line) + "\n")
-            if not columns:
-                columns = [k for k in PRINTED if k not in ("on", "shots", "gain", "gain95", "n_train") or line.get(k) is not None]
-                if not json:
-                    print(f"| {' | '.join(PRINTED[k] for k in columns)} |\n" + "|---" * len(columns) + "|")
-            print(json_.dumps(line) if json else "| " + " | ".join(cell(line[k]) for k in columns) + " |", flush=True)
-            if say and not json:
-                print(f"\n{say}\n", flush=True)
+        with loo.processes(pixels.device_of(flags.get("device", "auto"))):
+            b = bench(*args, **{k: v for k, v in flags.items() if k in names})
+            columns = ()
+            for found in function(b, **{k: v for k, v in flags.items() if k not in names}):
+                if loo.rank():
+                    continue
+                say, into = found.pop("say", None), found.pop("into", b.run)
+                line = dict(run=b.run.name, task=function.__name__, data=b.data, label=None, on=None, feature=b.feature, method=b.config["method"],
+                            groups=b.config["groups"], protocol="fast", shots=None, top1=None, top5=None, ci95=None, n_train=None, n_test=None,
+                            seed=b.seed, seconds=round(time.perf_counter() - begun, 1)) | found
+                begun = time.perf_counter()
+                with open(into / "results.jsonl", "a") as file:
+                    file.write(json_.dumps(line) + "\n")
+                if not columns:
+                    columns = [k for k in PRINTED if k not in ("on", "shots", "gain", "gain95", "n_train") or line.get(k) is not None]
+                    if not json:
+                        print(f"| {' | '.join(PRINTED[k] for k in columns)} |\n" + "|---" * len(columns) + "|")
+                print(json_.dumps(line) if json else "| " + " | ".join(cell(line[k]) for k in columns) + " |", flush=True)
+                if say and not json:
+                    print(f"\n{say}\n", flush=True)
 
     json_flag = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
     command.__signature__ = inspect.Signature([common[0], *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own[1:]), *common[1:], json_flag])
@@ -594,7 +604,7 @@ def probe(b, labels, turns, protocol, epochs, lr):
         train, y = known(b, "train", turns)
         train, test = standardise(train, test)
     else:
-        train = pixels.decoded(b.find("train"), b.workers, b.run / "features" / f"{b.data}-train.canvases")
+        train = pixels.decoded(b.find("train"), b.workers, b.run / "features")
     for label in labels:
         k = len(names_of(b, label))
         w, bias = (fast_probe(train, y[label], k, b.seed) if protocol == "fast" else
@@ -718,7 +728,7 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
     mean, deviation = moments(train)
     head = {one: fast_probe((train - mean) / deviation, y[one], len(names_of(b, one)), b.seed) for one in labels}
     logits_of = lambda one, x: (x - mean) / deviation @ head[one][0] + head[one][1]
-    right = {one: torch.full((len(CELLS), n, 2), math.nan) for one in labels}      # top-1 and top-5
+    right = {one: torch.zeros(len(CELLS), n, 3) for one in labels}                 # top-1, top-5, whether it was seen
     for one in labels:
         say = f"the lengths in the corruptions' constants are scaled by {b.config['size']} / {SIDE}" if not published and one == labels[-1] else None
         yield result(logits_of(one, test), y_test[one], one, len(train), on="clean", protocol=source, say=say)
@@ -732,8 +742,10 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
             x = pick(*loo.encode(b.encoder, crops), b.config, b.feature).float()
         for one in labels:
             logits = logits_of(one, x).cpu()
-            right[one][cell, rows] = torch.stack([hits(logits, truth[one]), hits(logits, truth[one], 5)], 1).float()
+            right[one][cell, rows] = torch.stack([hits(logits, truth[one]), hits(logits, truth[one], 5), torch.ones(len(rows))], 1).float()
     for one in labels:
+        *right[one], seen = loo.total(right[one]).unbind(2)
+        right[one] = torch.stack(right[one], 2).masked_fill(seen[..., None] == 0, math.nan)
         for on, belongs in SUMMARIES.items():
             each = right[one][[belongs(*cell) for cell in CELLS]].nanmean(0)              # (n 2)
             each = each[~each[:, 0].isnan()].double() * 100

@@ -8,11 +8,14 @@ Axes, one legend for the whole project: b image, v key view, g group, s space, d
 n queue slot or sample, t trial, h w pixel.
 """
 import contextlib
+import datetime
+import inspect
 import io
 import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from einops import einsum, rearrange, repeat
@@ -235,27 +239,44 @@ def augment_groups(images, groups, share, generator, *, always=("crop", "flip", 
     -> query (b c size size), keys (v b c size size), draws {group: {parameter: (1+v b ...)}}, row 0 the query's.
     Raises KeyError for an unknown name.
     """
-    b, views = len(images), 1 + len(share)
-    first, total = rows or (0, b)
+    first, total = rows or (0, len(images))
+    draws = cut(draw_groups(total, groups, share, generator, always), slice(None), slice(first, first + len(images)))
+    views = apply_groups(images, draws, size, aspect)
+    return views[0], views[1:], draws
+
+
+def draw_groups(b, groups, share, generator, always):
+    """The first half of augment_groups: numbers, no pixels -> {group: {parameter: (1+v b ...)}}, in the order of GROUPS."""
     draws = {}
     for name in sorted({*groups, *always}, key=list(GROUPS).index):
-        flat = GROUPS[name][0](views * total, generator)
-        draws[name] = {k: rearrange(x, "(v b) ... -> v b ...", v=views)[:, first:first + b] for k, x in flat.items()}
+        flat = GROUPS[name][0]((1 + len(share)) * b, generator)
+        draws[name] = {k: rearrange(x, "(v b) ... -> v b ...", b=b) for k, x in flat.items()}
         if name in groups:
             copies = share[:, groups.index(name)].cpu()
             for x in draws[name].values():
                 x[1:][copies] = x[0]
+    return draws
+
+
+def cut(draws, views, rows):
+    """The draws of some views, and of some rows of the batch."""
+    return {name: {k: x[views][:, rows] for k, x in draw.items()} for name, draw in draws.items()}
+
+
+def apply_groups(images, draws, size=None, aspect=None):
+    """The second half of augment_groups: images (b c h w), draws {group: {parameter: (v b ...)}} -> views (v b c size size)."""
+    views = next((len(x) for draw in draws.values() for x in draw.values()), 1)
     x = repeat(images, "b c h w -> (v b) c h w", v=views)
     for apply, names in itertools.groupby(draws, key=lambda name: GROUPS[name][1]):
-        draw = {k: rearrange(p, "v b ... -> (v b) ...").to(x.device) for name in names for k, p in draws[name].items()}
+        draw = {k: rearrange(p, "v b ... -> (v b) ...").to(x.device, x.dtype if p.is_floating_point() else p.dtype)
+                for name in names for k, p in draws[name].items()}
         if apply is resample:
             x = resample(x, draw, size, None if aspect is None else repeat(aspect, "b -> (v b)", v=views))
         else:
             x = apply(x, draw)
     if size and size != x.shape[-1]:             # nothing that resamples was asked for
         x = resample(x, {}, size)
-    x = rearrange(x, "(v b) c h w -> v b c h w", v=views)
-    return x[0], x[1:], draws
+    return rearrange(x, "(v b) c h w -> v b c h w", v=views)
 
 
 # ---------------------------------------------------------------- encoder: one trunk, a head for each space
@@ -327,14 +348,14 @@ class Encoder(nn.Module):
         x = self.trunk(images)
         v = torch.stack([top(x).mean((2, 3)) for top in self.tops])              # (1 b d), or (s b d)
         v_s = v.expand(max(len(self.w1), len(v)), -1, -1)                        # (s b d)
-        z = torch.vmap(mlp)(v_s, self.w1, self.b1, self.w2, self.b2) if len(self.w1) else v.new_zeros(0, len(x), 0)
+        z = torch.vmap(mlp)(v_s, self.w1, self.b1, self.w2, self.b2) if len(self.w1) else v.new_zeros(0, len(x), self.w2.shape[1])
         return rearrange(v, "s b d -> b (s d)"), F.normalize(at_least_float32(z), dim=-1)
 
 
 def linear(spaces, d, out):
     """nn.Linear's own start, once for each space -> weight (s out d), bias (s out)."""
     bound = d ** -.5
-    return [nn.Parameter(torch.empty(spaces, *shape).uniform_(-bound, bound)) for shape in ((out, d), (out,))]
+    return [nn.Parameter(torch.empty(spaces, *shape).uniform_(-bound, bound), requires_grad=spaces > 0) for shape in ((out, d), (out,))]
 
 
 def at_least_float32(x):
@@ -408,6 +429,112 @@ def ema(key, query, momentum):
     torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
 
 
+# ---------------------------------------------------------------- ranks: one process a device, as torchrun starts them
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own(b):
+    """This rank's rows of a global batch."""
+    return torch.arange(b).chunk(ranks())[rank()]
+
+
+def gather(x, dim):
+    """(... b/N ...) of each rank -> (... b ...), in the order of ranks."""
+    if ranks() == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim)
+
+
+@torch.no_grad()
+def average(tensors):
+    """In place, over ranks; all on one device. -> tensors"""
+    if ranks() > 1:
+        flat = total(torch.cat([x.flatten() for x in tensors])) / ranks()
+        for x, mean in zip(tensors, flat.split([x.numel() for x in tensors])):
+            x.copy_(mean.view_as(x))
+    return tensors
+
+
+def total(x):
+    """x summed over ranks, in place; on the CPU or each on its own GPU."""
+    if ranks() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def agreed(number):
+    """The largest of the ranks' numbers, so that all do the same."""
+    if ranks() > 1:
+        dist.all_reduce(number := torch.tensor(number), dist.ReduceOp.MAX)     # on the CPU, by Gloo: the GPU does not wait for it
+    return int(number)
+
+
+def bare(module):
+    """The module inside DistributedDataParallel."""
+    return getattr(module, "module", module)
+
+
+def parallel(module):
+    """Gradients become their mean over ranks. BatchNorm's running statistics stay apart until they are saved: see `gathered`."""
+    if ranks() == 1 or not any(p.requires_grad for p in module.parameters()):
+        return module
+    wrap = nn.parallel.DistributedDataParallel
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(wrap).parameters else "broadcast_buffers"   # its newer name
+    return wrap(module, **{buffers: False})
+
+
+class Lost(UserError):
+    code = 1
+
+
+@contextlib.contextmanager
+def processes(device, patience=60):
+    """Join the other processes that torchrun started, over NCCL between GPUs, Gloo between CPUs; nothing happens without it.
+
+    -> a context in which rank 0 goes first, however long it takes. UserError when one is not there after `patience` seconds, or is lost.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield contextlib.nullcontext
+        return
+    try:
+        store, me, size = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=patience)))
+        store.set(f"rank {me}", "here")
+        store.wait([f"rank {i}" for i in range(size)], datetime.timedelta(seconds=patience))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were announced, and not all came within {patience} s "
+                        f"({str(error).splitlines()[0][:100]}): start as torchrun does, all of them, with the same MASTER_ADDR and MASTER_PORT") from None
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=me, world_size=size)
+    turns = itertools.count()
+
+    @contextlib.contextmanager
+    def leader_first():
+        turn = f"turn {next(turns)}"
+        if me:
+            store.wait([turn], datetime.timedelta(days=7))
+        yield
+        if not me:
+            store.set(turn, "done")
+    try:
+        yield leader_first
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not re.search("gloo|nccl|connection|peer", str(error), re.IGNORECASE):
+            raise
+        raise Lost(f"another process was lost: its own last words say why ({str(error).splitlines()[0][:100]})") from None
+    dist.destroy_process_group()
+
+
 # ---------------------------------------------------------------- training
 
 # Defaults of a data set; any of them is also a flag. `factors` also serves folders and small sets: minutes on a CPU.
@@ -442,34 +569,57 @@ def start(config, classes=0):
     """State before the first step: the key encoder is a copy of the query's, the queue holds random directions."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
-        query = build(config, config["splits"])
+        query = build(config, config["splits"] // ranks())
         classifier = nn.Linear(query.features, classes) if classes else nn.Identity()
     method = method_of(config)
-    key = build(config, config["splits"] * max(len(method.share), 1)).requires_grad_(False)   # statistics per (view, split)
+    key = build(config, config["splits"] // ranks() * max(len(method.share), 1)).requires_grad_(False)   # statistics per (view, split)
     key.load_state_dict(query.state_dict())
-    place = partial(nn.Module.to, device=config["device"], memory_format=torch.channels_last)
+    place = partial(nn.Module.to, device=config["device"], dtype=dtype_of(config), memory_format=torch.channels_last)
     query, key, classifier = map(place, (query, key, classifier))
     queue = torch.randn(len(method.spaces), config["queue"], config["dim"], generator=generator("queue", config["seed"]))
     optimizer = torch.optim.SGD([*query.parameters(), *classifier.parameters()], config["lr"], .9, weight_decay=config["weight_decay"])
-    return State(query, key, classifier, optimizer, F.normalize(queue, dim=-1).to(config["device"]), 0, 0,
-                 torch.zeros(max(len(method.spaces), 1), device=config["device"]))
+    return State(parallel(query), key, parallel(classifier), optimizer, F.normalize(queue, dim=-1).to(config["device"], dtype_of(config)),
+                 0, 0, torch.zeros(max(len(method.spaces), 1), device=config["device"], dtype=dtype_of(config)))
+
+
+def dtype_of(config):
+    """Of weights and pictures; bfloat16 is autocast's."""
+    return torch.float64 if config["precision"] == "float64" else torch.float32
+
+
+def shuffled(b, config, step):
+    """The order in which the key encoder sees the global batch, so that a BatchNorm split does not hold the same images for query and key."""
+    return torch.randperm(b, generator=generator("shuffle", config["seed"], step))
+
+
+def needed(config, step):
+    """What this rank reads of the global batch -> its rows (m,), and where among them the queries (b,) and the keys (b,) are. A rank
+    draws the keys that its part of the shuffled order asks for, so no images travel between ranks."""
+    queries = own(config["batch"])
+    keys = shuffled(config["batch"], config, step)[queries]
+    rows, where = torch.cat([queries, keys]).unique(return_inverse=True)
+    return rows, *where.chunk(2)
 
 
 def contrastive(query, key, images, aspect, method, config, step):
-    """The forward pass of section 3. images (b c h w) in [0, 1] -> q (s b c), k (s v b c) without gradient, role (s v [b]).
+    """The forward pass of section 3. images (m c h w) in [0, 1], aspect (m,): the rows of the global batch that `needed` names, which
+    alone is all of it -> q (s b c), k (s v b c) without gradient, the keys that enter the queue (s B c), role (s v [b]).
 
-    Draws and shuffle depend on (seed, step) alone.
+    Draws and shuffle are those of the global batch and depend on (seed, step) alone.
     """
-    q_images, k_images, draws = augment_groups(images, method.groups, method.share, generator("views", config["seed"], step),
-                                               always=config["always"], size=config["size"], aspect=aspect)
+    b = config["batch"]
+    draws = draw_groups(b, method.groups, method.share, generator("views", config["seed"], step), config["always"])
+    order, mine, (_, q_at, k_at) = shuffled(b, config, step), own(b), needed(config, step)
+    view = lambda views, rows, at: apply_groups(images[at], cut(draws, views, rows), config["size"], aspect[at])
     with autocast(config):
-        q = encode(query, q_images)[1]
-    with torch.no_grad(), autocast(config):   # shuffled, so that a BatchNorm split does not hold the same images for query and key
-        order = torch.randperm(len(images), generator=generator("shuffle", config["seed"], step)).to(images.device)
-        k = encode(key, rearrange(k_images[:, order], "v b c h w -> (v b) c h w"))[1]
-        k = rearrange(k, "s (v b) c -> s v b c", b=len(images))[:, :, order.argsort()]
+        q = encode(query, view(slice(0, 1), mine, q_at)[0])[1]
+    with torch.no_grad(), autocast(config):
+        k = encode(key, rearrange(view(slice(1, None), order[mine], k_at), "v b c h w -> (v b) c h w"))[1]
+    k = gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)), 2)[:, :, order.argsort()]
     role = method.role.to(q.device)
-    return q, k, drop_equal(role, draws, method) if config["drop_equal"] and (role < 0).any() else role
+    if config["drop_equal"] and (role < 0).any():
+        role = drop_equal(role, cut(draws, slice(None), mine), method)
+    return q, k[:, :, mine], k[torch.arange(len(k)), positive_view(role)], role
 
 
 def drop_equal(role, draws, method):
@@ -483,20 +633,19 @@ def drop_equal(role, draws, method):
 
 
 def step(state, images, aspect, method, config):
-    """One step of LooC or a contrastive baseline: images (b c h w) in [0, 1], aspect (b,) -> State, (loss (s,), q, k, queue, role)."""
+    """One step of LooC or a contrastive baseline: images, aspect as `contrastive` -> State, (loss (s,), q, k, queue, role)."""
     ema(state.key, state.query, config["momentum"])
-    q, k, role = contrastive(state.query, state.key, images, aspect, method, config, state.step)
+    q, k, positives, role = contrastive(state.query, state.key, images, aspect, method, config, state.step)
     loss = multi_space_loss(q, k, state.queue, role, config["tau"])
     descend(state.optimizer, loss.mean())
-    spaces = torch.arange(len(k), device=k.device)
-    queue, pointer = queue_update(state.queue, state.pointer, k[spaces, positive_view(role)])
+    queue, pointer = queue_update(state.queue, state.pointer, positives)
     return state._replace(queue=queue, pointer=pointer, step=state.step + 1), (loss.detach(), q.detach(), k, state.queue, role)
 
 
 def supervised_step(state, images, aspect, labels, method, config):
     """The supervised baseline: the query's augmentations, cross-entropy on labels (b,), or on the rotation drawn if None."""
-    images, _, draws = augment_groups(images, method.groups, method.share, generator("views", config["seed"], state.step),
-                                      always=config["always"], size=config["size"], aspect=aspect)
+    images, _, draws = augment_groups(images, method.groups, method.share, generator("views", config["seed"], state.step), always=config["always"],
+                                      size=config["size"], aspect=aspect, rows=(rank() * len(images), config["batch"]))
     labels = draws["rotation"]["turns"][0].to(images.device) if labels is None else labels
     with autocast(config):
         logits = state.classifier(encode(state.query, images)[0])
@@ -564,40 +713,56 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
         seed: of everything random
         workers: processes that decode pictures
         device: auto, cpu or cuda
-        precision: auto, float32 or bfloat16
+        precision: auto, float32, bfloat16, or float64 (to check that two runs are the same)
         fresh: start over; a run already in the folder is moved aside
     """
     config = settings(**locals())
     out, table = Path(config["out"]), method_of(config)
-    found = pixels.load(data, "train" if method == "supervised" else "pretrain", root=root, size=config["size"], canvas=canvas,
-                        download=download, workers=workers, seed=seed, cache=out)
-    labels, classes = supervision(found, config)
-    n, batch = len(found.images), config["batch"]
-    if n < batch:
-        raise UserError(f"--batch={batch} is more than the {n} pictures of {root or data}: take a smaller multiple of --splits={config['splits']}")
-    if fresh and out.exists():
-        with alone(out):
-            print(f"moved the run that was there to {set_aside(out)}")
-    with alone(out), signals() as asked:
+    with processes(config["device"]) as leader_first, contextlib.ExitStack() as held:
+        with leader_first():
+            found = pixels.load(data, "train" if method == "supervised" else "pretrain", root=root, size=config["size"], canvas=canvas,
+                                download=download, workers=workers, seed=seed, cache=out.parent, shared=ranks() > 1)
+            labels, classes = supervision(found, config)
+            n, batch = len(found.images), config["batch"]
+            if n < batch:
+                raise UserError(f"--batch={batch} is more than the {n} pictures of {root or data}: take a smaller multiple of --splits={config['splits']}")
+            if rank() == 0:
+                if fresh and out.exists():
+                    with alone(out):
+                        print(f"moved the run that was there to {set_aside(out)}")
+                held.enter_context(alone(out))
+        asked = held.enter_context(signals())
         state = resume(start(config, classes), config, out)
-        if state.step == 0:
-            write(out / "config.json", json.dumps(config, indent=1).encode())
-            save_views(found, table, config, out / "views.png")
-        link_latest(out)
-        log = [line for line in read_lines(out / "log.jsonl") if line["step"] <= state.step]
-        write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
-
-        steps = config["epochs"] * (n // batch)
-        print(f"resuming {out} at step {state.step}" if state.step else f"{method} on {data}: {n} pictures, {steps} steps of {batch}, spaces "
-              f"{', '.join(table.spaces) or config['label']}; {config['device']}, {config['precision']}; see {out / 'views.png'}", flush=True)
-        if table.spaces and not state.step:
-            print(f"the queue holds random directions until step {-(-config['queue'] // batch)}, then {config['queue']} keys a space", flush=True)
-        if table.spaces and config["queue"] > n:
-            print(f"warning: --queue={config['queue']} is more than the {n} pictures: it holds keys of the query's own picture as negatives", file=sys.stderr)
+        agreed(0)                                # all have read what was there
+        if rank() == 0:
+            if state.step == 0:
+                write(out / "config.json", json.dumps(config, indent=1).encode())
+                save_views(found, table, config, out / "views.png")
+            link_latest(out)
+            log = [line for line in read_lines(out / "log.jsonl") if line["step"] <= state.step]
+            write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+            introduce(state, config, n)
         begun = time.perf_counter()
-        export(fit(state, found, labels, table, config, out, asked).query, out)
-    print(f"trained in {time.perf_counter() - begun:.0f} s; wrote {out}: backbone.pt, heads.pt, checkpoint.pt, log.jsonl, config.json, views.png\n"
-          f"next: python eval.py fewshot" + ("" if out.resolve() == Path("runs/latest").resolve() else f" --run={out}"))
+        query = fit(state, found, labels, table, config, out, asked).query
+        if rank() == 0:
+            export(query, out)
+            print(f"trained in {time.perf_counter() - begun:.0f} s; wrote {out}: backbone.pt, heads.pt, checkpoint.pt, log.jsonl, config.json, views.png\n"
+                  f"next: python eval.py fewshot" + ("" if out.resolve() == Path("runs/latest").resolve() else f" --run={out}"))
+
+
+def introduce(state, config, n):
+    """The first lines of a run."""
+    batch, out, spaces = config["batch"], config["out"], method_of(config).spaces
+    steps, among = config["epochs"] * (n // batch), f" on {ranks()} processes" if ranks() > 1 else ""
+    if state.step:
+        print(f"resuming {out} at step {state.step}{among}", flush=True)
+    else:
+        print(f"{config['method']} on {config['data']}: {n} pictures, {steps} steps of {batch}{among}, spaces {', '.join(spaces) or config['label']}; "
+              f"{config['device']}, {config['precision']}; see {out}/views.png", flush=True)
+    if spaces and not state.step:
+        print(f"the queue holds random directions until step {-(-config['queue'] // batch)}, then {config['queue']} keys a space", flush=True)
+    if spaces and config["queue"] > n:
+        print(f"warning: --queue={config['queue']} is more than the {n} pictures: it holds keys of the query's own picture as negatives", file=sys.stderr)
 
 
 class NotFinite(UserError):
@@ -618,34 +783,43 @@ def fit(state, found, labels, table, config, out, asked=()):
         epoch, i = divmod(state.step, per_epoch)
         if i == 0 or state.step == first:
             order = pixels.batches(n, batch, config["seed"], epoch)
+        rows = order[i][own(batch) if config["method"] == "supervised" else needed(config, state.step)[0]]
         lr_now = state.optimizer.param_groups[0]["lr"] = learning_rate(config, state.step / per_epoch)
-        some = found.images[order[i]].to(config["device"], non_blocking=True).float() / 255
-        shape = found.aspect[order[i]].to(config["device"], non_blocking=True)
+        some = found.images[rows].to(config["device"], non_blocking=True).to(dtype_of(config)) / 255
+        shape = found.aspect[rows].to(config["device"], non_blocking=True)
         if config["method"] == "supervised":
-            state, (loss,) = supervised_step(state, some, shape, None if labels is None else labels[order[i]].to(config["device"]), table, config)
+            state, (loss,) = supervised_step(state, some, shape, None if labels is None else labels[rows].to(config["device"]), table, config)
         else:
             state, (loss, *spaces) = step(state, some, shape, table, config)
         state = state._replace(total=state.total + loss)
-        saving = state.step % save_every == 0 or state.step == steps or asked
-        if saving or state.step % every == 0:
+        number = agreed(asked[0] if asked else 0)
+        saving = state.step % save_every == 0 or state.step == steps or number
+        logging = state.step % every == 0 or state.step == steps
+        if saving or logging:
+            average([state.total])
             finite(state, out)
-        if state.step % every == 0 or state.step == steps:
+        if logging:
             line = {"step": state.step, "loss": (state.total / ((state.step - 1) % every + 1)).tolist()}   # the sum may begin before a resume
+            line |= {"unreadable": found.unreadable} if found.unreadable else {}
             if table.spaces:
-                line |= {k: x.tolist() for k, x in watch(*spaces, config["tau"]).items()}
+                watched = watch(*spaces, config["tau"])
+                line |= {k: x.tolist() for k, x in zip(watched, average([*watched.values()]))}
             now = time.perf_counter()
             line |= {"lr": lr_now, "images_per_s": batch * (state.step - timed) / (now - seconds),
                      "seconds_left": (now - begun) / (state.step - first) * (steps - state.step)}
             seconds, timed, state = now, state.step, state._replace(total=torch.zeros_like(state.total))
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            show(line, table.spaces or (config["label"],), steps, last=state.step == steps, plain=state.step % (20 * every) == 0)
+            if rank() == 0:
+                with open(out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                show(line, table.spaces or (config["label"],), steps, last=state.step == steps, plain=state.step % (20 * every) == 0)
         if saving:
             save(state, config, out)
-        if asked and state.step < steps:
-            print(f"stopped by {signal.Signals(asked[0]).name} at step {state.step}, all is saved\nresume with: "
-                  + shlex.join(["python", *(word for word in sys.argv if not word.startswith("--fresh"))]), flush=True)
-            raise SystemExit(128 + asked[0])
+        if number and state.step < steps:
+            if rank() == 0:
+                launch = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"] if ranks() > 1 else ["python"]
+                print(f"stopped by {signal.Signals(number).name} at step {state.step}, all is saved\nresume with: "
+                      + shlex.join([*launch, *(word for word in sys.argv if not word.startswith("--fresh"))]), flush=True)
+            raise SystemExit(128 + number)
     return state
 
 
@@ -707,7 +881,7 @@ def settings(*, method, groups, data, recipe, out, always, label, device, precis
     config = dict(method=method, groups=list(groups), data=data, recipe=recipe, always=[a for a in always if a not in groups], label=label,
                   **{k: RECIPES[recipe].get(k) if v is None else list(v) if isinstance(v, tuple) else v for k, v in flags.items()})
     config["device"] = pixels.device_of(device)
-    pixels.choose("precision", precision, ("auto", "float32", "bfloat16"))
+    pixels.choose("precision", precision, ("auto", "float32", "bfloat16", "float64"))
     config["precision"] = precision if precision != "auto" else "bfloat16" if fast_bfloat16(config["device"]) else "float32"
     config["root"] = flags["root"] and str(Path(flags["root"]).resolve())
     config["out"] = out or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
@@ -728,6 +902,9 @@ def settings(*, method, groups, data, recipe, out, always, label, device, precis
         raise UserError(f"--momentum={config['momentum']}: expected 0 to 1; it is the key encoder's, not SGD's")
     if config["batch"] % config["splits"] or config["batch"] == config["splits"]:
         raise UserError(f"--batch={config['batch']} does not divide into --splits={config['splits']} parts of two pictures or more")
+    if config["splits"] % (processes := int(os.environ.get("WORLD_SIZE", 1))):
+        raise UserError(f"--splits={config['splits']} does not divide among {processes} processes: the parts of a batch with BatchNorm statistics of their "
+                        f"own belong to the recipe, not to the machine; start a number that divides, or change --splits")
     try:
         learning_rate(config, 0.)
     except ValueError:
@@ -791,8 +968,14 @@ VERSION = 1   # of checkpoints
 
 
 def save(state, config, out):
-    """checkpoint.pt, whole or not at all; the one before becomes checkpoint.old.pt."""
-    parts = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state._asdict().items()}
+    """checkpoint.pt, whole or not at all; the one before becomes checkpoint.old.pt. Rank 0 writes.
+
+    Running statistics are linear in the batches', so their mean over ranks could wait until now.
+    """
+    average([x for part in (state.query, state.key) for x in part.buffers() if x.is_floating_point()])
+    if rank():
+        return
+    parts = {k: bare(v).state_dict() if hasattr(v, "state_dict") else v for k, v in state._asdict().items()}
     buffer = io.BytesIO()
     torch.save({**parts, "config": config, "version": VERSION, "torch": str(torch.__version__), "threads": torch.get_num_threads()}, buffer)
     write(out / "checkpoint.pt", buffer.getvalue(), keep=out / "checkpoint.old.pt")
@@ -802,7 +985,7 @@ def resume(state, config, out):
     """The state saved in the run folder, or the one given where there is none. A run with other settings is a UserError."""
     there = [path for path in (out / "checkpoint.pt", out / "checkpoint.old.pt") if path.exists()]
     if not there:
-        if (out / "config.json").exists() or all(p.suffix == ".canvases" for p in out.iterdir()):
+        if (out / "config.json").exists() or not any(out.iterdir()):
             return state
         raise UserError(f"--out={out} is not empty and holds no run: name another folder")
     saved = next(filter(None, (read_checkpoint(path, config["device"]) for path in there)), None)
@@ -813,7 +996,7 @@ def resume(state, config, out):
     if other:
         raise UserError(f"{out} holds a run with other settings: {', '.join(other)}; name another --out, or start over with --fresh")
     for part in ("query", "key", "classifier", "optimizer"):
-        getattr(state, part).load_state_dict(saved[part])
+        bare(getattr(state, part)).load_state_dict(saved[part])
     return state._replace(**{k: saved[k] for k in ("queue", "pointer", "step", "total")})
 
 
@@ -845,7 +1028,7 @@ def link_latest(out):
 
 def export(encoder, out):
     """backbone.pt: a plain state dict in torchvision's names (for conv5 heads with Z_0's layer4); heads.pt: all the rest."""
-    state = {k: v.cpu() for k, v in encoder.state_dict().items()}
+    state = {k: v.cpu() for k, v in bare(encoder).state_dict().items()}
     backbone = {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
     backbone |= {k.replace("tops.0.", "layer4."): v for k, v in state.items() if k.startswith("tops.0.")}
     write_tensors(out / "backbone.pt", backbone)

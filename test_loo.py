@@ -2,8 +2,11 @@
 import colorsys
 import json
 import math
+import multiprocessing
+import os
 import random
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -327,7 +330,7 @@ def test_shuffled_keys_come_back_in_order():
     config, images, state, _ = small_step()
     method = loo.methods(ALL)["looc"]
     state.key.eval(), state.query.eval()
-    _, k, _ = loo.contrastive(state.query, state.key, images, torch.ones(16), method, config, 7)
+    _, k, _, _ = loo.contrastive(state.query, state.key, images, torch.ones(16), method, config, 7)
     views = loo.augment_groups(images, ALL, method.share, generator("views", 0, 7), always=config["always"], size=32)[1]
     with torch.no_grad():
         want = torch.stack([loo.encode(state.key, v)[1] for v in views], 1)
@@ -384,6 +387,53 @@ def test_any_torchvision_resnet_gives_a_backbone_that_torchvision_loads(tmp_path
     v, _ = loo.encode(encoder.eval(), images)
     theirs = net.eval()(TF.normalize(images, [.485, .456, .406], [.229, .224, .225]))
     torch.testing.assert_close(v[:, :512], theirs, atol=1e-5, rtol=1e-4)   # Z_0's
+
+
+# ---------------------------------------------------------------- 4. world size changes nothing
+
+
+def twenty_steps(rank, size, port, out):
+    """Of each method in float64, and what is left of each; as process `rank` of `size`."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    images = data.factors("val", 16, 48).images.double() / 255
+    with loo.processes("cpu"):
+        for method, drop_equal in (("moco", False), ("looc", False), ("looc++", True), ("supervised", False)):
+            config = dict(CONFIG, method=method, drop_equal=drop_equal, size=16, queue=24, precision="float64")
+            state, table, losses = loo.start(config, 3 if method == "supervised" else 0), loo.method_of(config), []
+            while state.step < 20:
+                batch = (torch.arange(16) + 7 * state.step) % 48
+                rows = batch[loo.own(16) if method == "supervised" else loo.needed(config, state.step)[0]]
+                some, aspect = images[rows], torch.linspace(.7, 1.4, 48)[rows]
+                if method == "supervised":
+                    state, (loss,) = loo.supervised_step(state, some, aspect, rows % 3, table, config)
+                else:
+                    state, (loss, *_) = loo.step(state, some, aspect, table, config)
+                losses += loo.average([loss.clone()])
+            loo.save(state._replace(total=torch.stack(losses)), config, out / method)
+            if rank == 0:
+                torch.save({k: p.grad for k, p in loo.bare(state.query).named_parameters()}, out / method / "gradients.pt")
+
+
+def spawn(function, size, *arguments):
+    """function(rank, size, port, *arguments) in `size` processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    multiprocessing.set_forkserver_preload(["torch", "torchvision", "pytest", "einops", "fire"])     # slow to import: once for all
+    torch.multiprocessing.start_processes(function, (size, port, *arguments), size, start_method="forkserver")
+
+
+def test_world_size_changes_nothing(tmp_path):
+    """Loss, gradients, weights, buffers, queue: N processes with a part of the batch each, against one with all of it."""
+    for size in (1, 2, 4):
+        spawn(twenty_steps, size, tmp_path / str(size))
+        for method in ("moco", "looc", "looc++", "supervised"):
+            one, many = ([torch.load(tmp_path / world / method / name) for name in ("checkpoint.pt", "gradients.pt")] for world in ("1", str(size)))
+            torch.testing.assert_close(many[1], one[1], rtol=1e-10, atol=1e-10)
+            for part in ("query", "key", "classifier", "queue", "pointer", "step", "total"):
+                torch.testing.assert_close(many[0][part], one[0][part], rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(many[0]["optimizer"]["state"], one[0]["optimizer"]["state"], rtol=1e-10, atol=1e-10)
 
 
 # ---------------------------------------------------------------- pictures
@@ -695,7 +745,25 @@ def test_a_stream_leaves_out_what_cannot_be_read(tmp_path, capsys):
     found = data.find("folder", "train", root=tmp_path)
     rows, images, aspect = (torch.cat(x) for x in zip(*data.stream(found, batch=3)))
     assert rows.tolist() == [0, 2, 3, 5, 6] and len(aspect) == 5 and images[:, 0, 9, 9].tolist() == [0, 60, 90, 150, 180]
-    assert torch.equal(data.decoded(found).images, images) and capsys.readouterr().err.count("skipped") == 4
+    with pytest.raises(data.UserError, match="2 of 7 pictures cannot be read"):      # more than one, and more than 1%
+        data.decoded(found)
+    picture(tmp_path / "train" / "a" / "4.png", (120, 0, 0))
+    once = data.decoded(data.find("folder", "train", root=tmp_path))
+    assert once.unreadable == 1 and once.images[:, 0, 9, 9].tolist() == [0, 60, 90, 120, 150, 180]
+
+
+def test_decoded_pictures_are_kept_for_the_next_run(tmp_path, monkeypatch):
+    paths = [tmp_path / "a" / f"{i}.png" for i in range(5)]
+    for i, path in enumerate(paths):
+        picture(path, (30 * i, 0, 0))
+    where = dict(root=tmp_path / "a", cache=tmp_path / "cache", shared=True)
+    first = data.load("folder", "train", **where)
+    monkeypatch.setattr(data, "decode", None)                                       # not again
+    again = data.load("folder", "train", **where)
+    assert torch.equal(first.images, again.images) and torch.equal(first.aspect, again.aspect)
+    os.utime(paths[int(first.images[0, 0, 9, 9]) // 30], (1, 1))                    # ... unless a file has changed
+    with pytest.raises(TypeError):
+        data.load("folder", "train", **where)
 
 
 # ---------------------------------------------------------------- probes
@@ -1074,7 +1142,7 @@ def same_run(a, b):
     assert untimed(a) == untimed(b)
 
 
-QUICK = "--batch=8 --splits=2 --queue=8 --hidden=8 --dim=4"
+QUICK = "--size=16 --batch=8 --splits=2 --queue=8 --hidden=8 --dim=4"
 
 
 def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
@@ -1103,11 +1171,13 @@ def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     assert (here / "parts.1" / "backbone.pt").exists()
 
 
-def program(line, pictures=400):
-    """The training as a process of its own, on few pictures."""
-    source = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import data, loo; data.FACTORS['train'] = {pictures}; " \
-             f"data.command_line({{'train': loo.train}})"
-    return subprocess.Popen([sys.executable, "-c", source, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def program(line, pictures=400, ranks=None):
+    """The training as a process of its own, or as `ranks` of them under torchrun, on few pictures."""
+    Path("program.py").write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import data, loo; data.FACTORS['train'] = {pictures}; "
+                                  f"data.command_line({{'train': loo.train}})")
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    return subprocess.Popen([sys.executable, *launch, "program.py", *line.split()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_killed_at_any_moment_and_resumed_is_uninterrupted(here):
@@ -1127,6 +1197,32 @@ def test_killed_at_any_moment_and_resumed_is_uninterrupted(here):
             kills += 1
     assert process.returncode == 0 and kills
     same_run("whole", "parts")
+
+
+def test_two_processes_then_one_then_two_is_one(here):
+    """Killed on two ranks, ended by a signal on one, finished on two, in float64: as if one process had never stopped."""
+    line = f"train --epochs=4 --save_every=5 --precision=float64 {QUICK}"
+    whole = program(f"{line} --out=whole")
+    process, begun = program(f"{line} --out=parts", ranks=2), time.time()
+    while not (here / "parts" / "checkpoint.pt").exists():
+        assert time.time() < begun + 60
+        time.sleep(.01)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[1]), signal.SIGKILL)
+    begun, said = time.time(), process.communicate(timeout=60)[0]
+    assert process.returncode and "on 2 processes" in said and time.time() < begun + 60
+    process = program(f"{line} --out=parts")
+    while "resuming parts at step" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    process = program(f"{line} --out=parts", ranks=2)
+    assert "resuming parts at step" in process.communicate(timeout=90)[0] and process.returncode == whole.wait(60) == 0
+    one, many = (torch.load(here / out / "checkpoint.pt", weights_only=True) for out in ("whole", "parts"))
+    assert one["step"] == many["step"] == 200 and one["pointer"] == many["pointer"]
+    for part in ("query", "key", "queue"):
+        torch.testing.assert_close(many[part], one[part], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
