@@ -513,12 +513,15 @@ def frozen(b, split, turns=(0,)):
     found = b.split[split]
     name = hashlib.sha1(repr((b.key, split, turns, pixels.fingerprint(found))).encode()).hexdigest()[:16]
     path = b.run / "features" / f"{b.data}-{split}-{name}.pt"
-    if not loo.agreed(path.exists()):
-        computed = features(b.encoder, found, turns, b.workers)
+    try:
+        kept = loo.read_tensors(path)
+    except UserError:                            # not there, or not whole
+        kept = None
+    if loo.agreed(kept is None):
+        kept = features(b.encoder, found, turns, b.workers)
         if loo.rank() == 0:
-            loo.write_tensors(path, computed)
-        loo.agreed(0)                            # it is there
-    v, z, rows = torch.load(path, weights_only=True)
+            loo.write_tensors(path, kept)
+    v, z, rows = kept
     own = {"rotation": torch.tensor(turns).repeat_interleave(len(rows)), "picture": rows.repeat(len(turns))}
     return v, z, {k: y[rows].repeat(len(turns)) for k, y in found.labels.items()} | own
 

@@ -77,7 +77,7 @@ def method_of(config):
 
 
 # ---------------------------------------------------------------- augmentations: draw first, apply later
-# draw_x(b, generator) -> {parameter: (b ...)} on the CPU; x(images (b 3 h w), draw) -> (b 3 h w), nothing random
+# draw_x(b, generator) -> {parameter: (b ...)}, on the CPU; x(images (b 3 h w) anywhere, draw on the CPU) -> (b 3 h w), nothing random
 
 
 def uniform(low, high, *shape, generator):
@@ -114,6 +114,11 @@ def draw_blur(b, generator):
     return {"blur": torch.rand(b, generator=generator) < .5, "sigma": uniform(.1, 2., b, generator=generator)}
 
 
+def on(images, parameter):
+    """A drawn parameter where the images are, in their precision."""
+    return parameter.to(images.device, images.dtype if parameter.is_floating_point() else parameter.dtype, non_blocking=True)
+
+
 def resample(images, draw, size=None, aspect=None):
     """Crop, flip and rotate in one go: two small matrix products a picture.
 
@@ -122,14 +127,17 @@ def resample(images, draw, size=None, aspect=None):
     """
     b, c, h, w = images.shape
     size = size or h
-    zeros = images.new_zeros(b)
+    odd = (draw["turns"] % 2 == 1).nonzero().squeeze(1).to(images.device) if "turns" in draw else ()    # found on the CPU: no GPU is waited for
+    draw, zeros = {k: on(images, p) for k, p in draw.items()}, images.new_zeros(b)
     top, left, height, width = crop_box(draw, zeros + 1 if aspect is None else aspect) if "area" in draw else (zeros, zeros, zeros + 1, zeros + 1)
     turns = draw.get("turns", zeros)
-    mirror = draw.get("flip", zeros > 0) ^ ((turns == 1) | (turns == 2))
     rows = interpolation(top, height, (turns == 2) | (turns == 3), h, size)
-    cols = interpolation(left, width, mirror, w, size)
-    out = rows[:, None] @ images @ cols[:, None].mT
-    return torch.where((turns % 2 == 1)[:, None, None, None], out.mT, out) if "turns" in draw else out
+    cols = interpolation(left, width, draw.get("flip", zeros > 0) ^ ((turns == 1) | (turns == 2)), w, size)
+    out = rearrange(images, "b c h w -> b (c h) w") @ cols.mT
+    out = rearrange(rows @ rearrange(out, "b (c h) w -> b h (c w)", c=c), "b h (c w) -> b c h w", c=c)
+    if len(odd):
+        out[odd] = out[odd].mT
+    return out
 
 
 def crop_box(draw, aspect):
@@ -160,12 +168,13 @@ def interpolation(start, extent, mirror, n, size):
 def grayscale(images):
     """(b 3 h w) -> (b 1 h w), ITU-R 601."""
     r, g, b = images.unbind(1)
-    return (.2989 * r + .587 * g + .114 * b)[:, None]
+    return (.2989 * r).add_(g, alpha=.587).add_(b, alpha=.114)[:, None]
 
 
 def blend(images, other, factor):
-    """images, other (b 3 h w), factor (b,): 0 is other, 1 is images, beyond is more than images -> (b 3 h w) in [0, 1]."""
-    return torch.lerp(other, images, factor[:, None, None, None]).clamp_(0, 1)
+    """images (b 3 h w), other (b 1 h w) or (b 1 1 1), factor (b,): 0 is other, 1 is images, beyond is more than images -> (b 3 h w) in [0, 1]."""
+    factor = factor[:, None, None, None]
+    return torch.addcmul(other * (1 - factor), images, factor).clamp_(0, 1)
 
 
 def brightness(images, factor):
@@ -174,36 +183,48 @@ def brightness(images, factor):
 
 
 def contrast(images, factor):
-    return blend(images, grayscale(images).mean((1, 2, 3), keepdim=True).expand_as(images), factor)
+    return blend(images, grayscale(images).mean((1, 2, 3), keepdim=True), factor)
 
 
 def saturation(images, factor):
-    return blend(images, grayscale(images).expand_as(images), factor)
+    return blend(images, grayscale(images), factor)
 
 
 def hue(images, shift):
     """(b 3 h w), shift (b,) as a share of the colour circle -> (b 3 h w): to HSV, turn, and back."""
     r, g, b = images.unbind(1)
-    high, low = images.amax(1), images.amin(1)
-    chroma = high - low
-    sector = torch.where(high == r, g - b, torch.where(high == g, b - r, r - g)) / chroma.clamp(min=1e-8)
-    sector += torch.where(high == r, 0., torch.where(high == g, 2., 4.)) + 6 * shift[:, None, None]
-    sector -= 6 * (sector / 6).floor()                                    # `%` would be twice as slow
-    k = images.new_tensor([3, 1, -1])[:, None, None] + sector[:, None]    # a channel falls off around k = 0, and 6
-    return high[:, None] - chroma[:, None] * (2 - torch.minimum(k.abs(), (k - 6).abs_())).clamp_(0, 1)
+    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma, red, green = high - low, high == r, high == g
+    slope = torch.where(red, g - b, torch.where(green, b - r, r - g))
+    sector = torch.where(red, 0., torch.where(green, 2., 4.)).to(images) + 6 * shift[:, None, None]
+    sector.addcdiv_(slope, chroma.clamp(min=1e-8))
+    sector.sub_((sector / 6).floor_(), alpha=6)                           # in [0, 6); `%` would be twice as slow
+    out, base = torch.empty_like(images), torch.sub(high, chroma, alpha=2)
+    away = (sector - 3).abs_(), (sector - 2).abs_().sub_(3).abs_(), (sector - 4).abs_().sub_(3).abs_()    # on the circle, from each channel's opposite
+    for channel, distance in zip(out.unbind(1), away):
+        torch.addcmul(base, chroma, distance.clamp_(1, 2), out=channel)
+    return out
 
 
 JITTER = (brightness, contrast, saturation, hue)   # torchvision's ColorJitter draws their order for each picture
 
 
 def color(images, draw):
-    """Colour jitter in each picture's own order, then grayscale; (b 3 h w) -> (b 3 h w)."""
-    images = images.clone()
-    for turn in draw["order"].unbind(1):
-        for index, op in enumerate(JITTER):
-            rows = (turn == index).nonzero().squeeze(1)
-            images[rows] = op(images[rows], draw[op.__name__][rows])
-    return torch.where(draw["gray"][:, None, None, None], grayscale(images), images)
+    """Colour jitter in each picture's own order, then grayscale; (b 3 h w) -> (b 3 h w).
+
+    Pictures of one order go together: a few at a time, which a processor's cache holds. The orders are on the CPU, so no GPU is waited for.
+    """
+    out, factors = images.clone(), {op: on(images, draw[op.__name__]) for op in JITTER}
+    orders, which = draw["order"].unique(dim=0, return_inverse=True)
+    for order, rows in zip(orders.tolist(), which.argsort().to(images.device).split(which.bincount().tolist())):
+        if order[0] >= 0:
+            some = images[rows]
+            for op in (JITTER[i] for i in order):
+                some = op(some, factors[op][rows])
+            out[rows] = some
+    rows = draw["gray"].nonzero().squeeze(1).to(images.device)
+    out[rows] = grayscale(out[rows]).expand(-1, 3, -1, -1)
+    return out
 
 
 def blur(images, draw):
@@ -211,8 +232,12 @@ def blur(images, draw):
     b, c, h, w = images.shape
     if 2. * w / 224 < .3:                        # no neighbour would weigh 1/255
         return images
-    rows, cols = (gaussian(draw["sigma"] * w / 224, n)[:, None] for n in (h, w))
-    return torch.where(draw["blur"][:, None, None, None], rows @ images @ cols.mT, images)
+    some = draw["blur"].nonzero().squeeze(1)
+    rows, cols = (gaussian(on(images, draw["sigma"][some]) * w / 224, n) for n in (h, w))
+    out, some = images.clone(), some.to(images.device)
+    half = rearrange(images[some], "b c h w -> b (c h) w") @ cols.mT
+    out[some] = rearrange(rows @ rearrange(half, "b (c h) w -> b h (c w)", c=c), "b h (c w) -> b c h w", c=c)
+    return out
 
 
 def gaussian(sigma, n):
@@ -268,8 +293,7 @@ def apply_groups(images, draws, size=None, aspect=None):
     views = next((len(x) for draw in draws.values() for x in draw.values()), 1)
     x = repeat(images, "b c h w -> (v b) c h w", v=views)
     for apply, names in itertools.groupby(draws, key=lambda name: GROUPS[name][1]):
-        draw = {k: rearrange(p, "v b ... -> (v b) ...").to(x.device, x.dtype if p.is_floating_point() else p.dtype)
-                for name in names for k, p in draws[name].items()}
+        draw = {k: rearrange(p, "v b ... -> (v b) ...") for name in names for k, p in draws[name].items()}
         if apply is resample:
             x = resample(x, draw, size, None if aspect is None else repeat(aspect, "b -> (v b)", v=views))
         else:
@@ -960,8 +984,26 @@ def write_tensors(path, content):
 
 
 def read_lines(path):
-    """The lines of a JSONL file, but for a last one that was cut short."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    """The lines of a JSONL file; one that was cut short is left out."""
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            print(f"warning: {path}, line {number} is not whole and left out", file=sys.stderr)
+    return lines
+
+
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
+
+
+def read_tensors(path, device="cpu"):
+    """A file of torch.save; no code in it is run. UserError when it is not whole."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:                   # cut short, not a checkpoint, or a pickle that would run code: torch raises what it likes
+        raise UserError(f"{path} is cut short, or not ours ({first_line(error)})") from None
 
 
 VERSION = 1   # of checkpoints
@@ -1003,12 +1045,12 @@ def resume(state, config, out):
 def read_checkpoint(path, device):
     """A checkpoint of this version, or None and a warning that says why not."""
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        if saved["version"] != VERSION:
-            raise ValueError(f"it has version {saved['version']}, this program writes {VERSION}")
+        saved = read_tensors(path, device)
+        if not isinstance(saved, dict) or saved.get("version") != VERSION:
+            raise UserError(f"{path} is no checkpoint that this program can read: it writes version {VERSION}")
         return saved
-    except Exception as error:                   # cut short, not a checkpoint, or a pickle that would run code: torch raises what it likes
-        print(f"warning: {path} is no checkpoint of ours, or cut short ({(str(error) or type(error).__name__).splitlines()[0][:100]})", file=sys.stderr)
+    except UserError as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def set_aside(out):
@@ -1041,11 +1083,15 @@ def load_encoder(run, device="cpu"):
     for name in ("config.json", "backbone.pt", "heads.pt"):
         if not (run / name).exists():
             raise UserError(f"{run / name}: no such file; name a folder that `python loo.py train` has finished, with --run=DIR")
-    config = json.loads((run / "config.json").read_text())
-    state = torch.load(run / "heads.pt", weights_only=True)
-    state |= {f"trunk.{k}": v for k, v in torch.load(run / "backbone.pt", weights_only=True).items() if not k.startswith("layer4.")}
-    encoder = build(config)
-    encoder.load_state_dict(state)
+    try:
+        config = json.loads((run / "config.json").read_text())
+        state = read_tensors(run / "heads.pt")
+        state |= {f"trunk.{k}": v for k, v in read_tensors(run / "backbone.pt").items() if not k.startswith("layer4.")}
+        encoder = build(config)
+        encoder.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:     # UserError is a ValueError
+        raise UserError(f"{run} holds no run of ours, or a file that is not whole ({first_line(error)}); the command it was trained with mends it "
+                        "from its checkpoint") from None
     return encoder.eval().to(device, memory_format=torch.channels_last), config
 
 
