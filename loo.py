@@ -8,11 +8,11 @@ Axes, one legend for the whole project: b image, v key view, g group, s space, d
 n queue slot or sample, t trial, h w pixel.
 """
 import contextlib
+import ctypes
 import datetime
 import inspect
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -23,6 +23,7 @@ import threading
 import time
 from collections import OrderedDict
 from functools import partial
+from json import dumps, loads
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,11 +134,17 @@ def resample(images, draw, size=None, aspect=None):
     turns = draw.get("turns", zeros)
     rows = interpolation(top, height, (turns == 2) | (turns == 3), h, size)
     cols = interpolation(left, width, draw.get("flip", zeros > 0) ^ ((turns == 1) | (turns == 2)), w, size)
-    out = rearrange(images, "b c h w -> b (c h) w") @ cols.mT
-    out = rearrange(rows @ rearrange(out, "b (c h) w -> b h (c w)", c=c), "b h (c w) -> b c h w", c=c)
+    out = products(images, rows, cols)
     if len(odd):
         out[odd] = out[odd].mT
     return out
+
+
+def products(images, rows, cols):
+    """rows @ images @ cols^T of each picture and channel: images (b c h w), rows (b k h), cols (b l w) -> (b c k l), without a copy between."""
+    tall = cols @ rearrange(images, "b c h w -> b (c h) w").mT
+    wide = rearrange(tall, "b l (c h) -> b (l c) h", c=images.shape[1]) @ rows.mT
+    return rearrange(wide, "b (l c) k -> b c k l", c=images.shape[1])
 
 
 def crop_box(draw, aspect):
@@ -194,15 +201,13 @@ def hue(images, shift):
     """(b 3 h w), shift (b,) as a share of the colour circle -> (b 3 h w): to HSV, turn, and back."""
     r, g, b = images.unbind(1)
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
-    chroma, red, green = high - low, high == r, high == g
-    slope = torch.where(red, g - b, torch.where(green, b - r, r - g))
-    sector = torch.where(red, 0., torch.where(green, 2., 4.)).to(images) + 6 * shift[:, None, None]
-    sector.addcdiv_(slope, chroma.clamp(min=1e-8))
-    sector.sub_((sector / 6).floor_(), alpha=6)                           # in [0, 6); `%` would be twice as slow
-    out, base = torch.empty_like(images), torch.sub(high, chroma, alpha=2)
-    away = (sector - 3).abs_(), (sector - 2).abs_().sub_(3).abs_(), (sector - 4).abs_().sub_(3).abs_()    # on the circle, from each channel's opposite
-    for channel, distance in zip(out.unbind(1), away):
-        torch.addcmul(base, chroma, distance.clamp_(1, 2), out=channel)
+    chroma = high - low
+    from_red = (g + b).sub_(r).sub_(low).div_(chroma.clamp(min=1e-8)).add_(1)          # sixths of the circle, 0 to 3: no branch on which is highest
+    at = torch.copysign(from_red, g - b).add_(6 * shift[:, None, None])
+    at.sub_((at / 6).round_(), alpha=6)                                               # in [-3, 3]; `%` would be twice as slow
+    out, base = torch.empty_like(images), low - chroma
+    for channel, from_channel in zip(out.unbind(1), (at.abs(), (at - 2).abs_(), (at + 2).abs_())):
+        torch.addcmul(base, chroma, from_channel.sub_(3).abs_().clamp_(1, 2), out=channel)
     return out
 
 
@@ -212,19 +217,19 @@ JITTER = (brightness, contrast, saturation, hue)   # torchvision's ColorJitter d
 def color(images, draw):
     """Colour jitter in each picture's own order, then grayscale; (b 3 h w) -> (b 3 h w).
 
-    Pictures of one order go together: a few at a time, which a processor's cache holds. The orders are on the CPU, so no GPU is waited for.
+    The pictures whose turn it is for an op go together; the draw says on the CPU which, so no GPU is waited for.
     """
-    out, factors = images.clone(), {op: on(images, draw[op.__name__]) for op in JITTER}
-    orders, which = draw["order"].unique(dim=0, return_inverse=True)
-    for order, rows in zip(orders.tolist(), which.argsort().to(images.device).split(which.bincount().tolist())):
-        if order[0] >= 0:
-            some = images[rows]
-            for op in (JITTER[i] for i in order):
-                some = op(some, factors[op][rows])
-            out[rows] = some
-    rows = draw["gray"].nonzero().squeeze(1).to(images.device)
-    out[rows] = grayscale(out[rows]).expand(-1, 3, -1, -1)
-    return out
+    factors = {op: on(images, draw[op.__name__]) for op in JITTER}
+    there = lambda rows: rows.to(images.device, non_blocking=True)
+    x, which = images, torch.arange(len(images))                           # x[i] is picture which[i]
+    for turn in draw["order"].unbind(1):
+        rows = [(turn[which] == i).nonzero().squeeze(1) for i in range(-1, len(JITTER))]
+        parts = [x.index_select(0, there(some)) for some in rows]
+        parts[1:] = [op(part, factors[op][there(which[some])]) for op, part, some in zip(JITTER, parts[1:], rows[1:])]
+        x, which = torch.cat(parts), which[torch.cat(rows)]
+    x, gray = x.index_select(0, there(which.argsort())), there(draw["gray"].nonzero().squeeze(1))
+    x[gray] = grayscale(x[gray]).expand(-1, 3, -1, -1)
+    return x
 
 
 def blur(images, draw):
@@ -235,8 +240,7 @@ def blur(images, draw):
     some = draw["blur"].nonzero().squeeze(1)
     rows, cols = (gaussian(on(images, draw["sigma"][some]) * w / 224, n) for n in (h, w))
     out, some = images.clone(), some.to(images.device)
-    half = rearrange(images[some], "b c h w -> b (c h) w") @ cols.mT
-    out[some] = rearrange(rows @ rearrange(half, "b (c h) w -> b h (c w)", c=c), "b h (c w) -> b c h w", c=c)
+    out[some] = products(images[some], rows, cols)
     return out
 
 
@@ -684,6 +688,16 @@ def descend(optimizer, loss):
     optimizer.step()
 
 
+def keep_freed_memory():
+    """glibc gives a large block back to the system when it is freed, and the next one is faulted in page by page: small operations on a
+    CPU can take five times as long as they must. Keep up to 1 GiB instead."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-1, 1 << 30)            # M_TRIM_THRESHOLD
+            libc.mallopt(-3, 32 << 20)           # M_MMAP_THRESHOLD, at most 32 MiB
+
+
 def autocast(config):
     return torch.autocast(torch.device(config["device"]).type, torch.bfloat16, enabled=config["precision"] == "bfloat16")
 
@@ -741,6 +755,7 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
         fresh: start over; a run already in the folder is moved aside
     """
     config = settings(**locals())
+    keep_freed_memory()
     out, table = Path(config["out"]), method_of(config)
     with processes(config["device"]) as leader_first, contextlib.ExitStack() as held:
         with leader_first():
@@ -760,11 +775,11 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
         agreed(0)                                # all have read what was there
         if rank() == 0:
             if state.step == 0:
-                write(out / "config.json", json.dumps(config, indent=1).encode())
+                write(out / "config.json", dumps(config, indent=1).encode())
                 save_views(found, table, config, out / "views.png")
             link_latest(out)
             log = [line for line in read_lines(out / "log.jsonl") if line["step"] <= state.step]
-            write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+            write(out / "log.jsonl", "".join(dumps(line) + "\n" for line in log).encode())
             introduce(state, config, n)
         begun = time.perf_counter()
         query = fit(state, found, labels, table, config, out, asked).query
@@ -834,7 +849,7 @@ def fit(state, found, labels, table, config, out, asked=()):
             seconds, timed, state = now, state.step, state._replace(total=torch.zeros_like(state.total))
             if rank() == 0:
                 with open(out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
+                    file.write(dumps(line) + "\n")
                 show(line, table.spaces or (config["label"],), steps, last=state.step == steps, plain=state.step % (20 * every) == 0)
         if saving:
             save(state, config, out)
@@ -988,7 +1003,7 @@ def read_lines(path):
     lines = []
     for number, text in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
         try:
-            lines.append(json.loads(text))
+            lines.append(loads(text))
         except ValueError:
             print(f"warning: {path}, line {number} is not whole and left out", file=sys.stderr)
     return lines
@@ -1084,7 +1099,7 @@ def load_encoder(run, device="cpu"):
         if not (run / name).exists():
             raise UserError(f"{run / name}: no such file; name a folder that `python loo.py train` has finished, with --run=DIR")
     try:
-        config = json.loads((run / "config.json").read_text())
+        config = loads((run / "config.json").read_text())
         state = read_tensors(run / "heads.pt")
         state |= {f"trunk.{k}": v for k, v in read_tensors(run / "backbone.pt").items() if not k.startswith("layer4.")}
         encoder = build(config)
@@ -1105,5 +1120,121 @@ def show_methods(groups: tuple = ("color", "rotation"), same: tuple = ("rotation
         print(f"| {name} | {m.share.int().tolist()} | {m.role.tolist()} | {m.heads} | {feature} |")
 
 
+# ---------------------------------------------------------------- speed
+
+
+def rig(config):
+    """What `bench` times, {name: a function of no argument}: the phases of a step, "step" (all of them, as `fit` runs it) and "network": the
+    encoder alone, forward and backward of one batch and a bare forward for each key view."""
+    method, b, device = method_of(config), config["batch"], config["device"]
+    state = start(config)
+    bare_key = build(config, config["splits"]).to(device, dtype_of(config), memory_format=torch.channels_last)
+    canvas = config["canvas"] or round(config["size"] / pixels.kept(config["data"]))
+    pictures = torch.randint(256, (2 * b, 3, canvas, canvas), dtype=torch.uint8, generator=generator("bench"))
+    aspect, images = torch.ones(b, device=device), torch.rand(b, 3, config["size"], config["size"], generator=generator("bench"))
+    images = images.to(device, dtype_of(config))
+    fetch = lambda: pictures[torch.arange(b) * 2].to(device, non_blocking=True).to(dtype_of(config)) / 255
+    canvases = fetch()
+    views = lambda: augment_groups(canvases, method.groups, method.share, generator("views", 0, 0), always=config["always"], size=config["size"], aspect=aspect)
+    q, k, positives, role = (x.detach() for x in contrastive(state.query, state.key, canvases, aspect, method, config, 0))
+
+    def query():
+        with autocast(config):
+            z = encode(state.query, images)[1]
+        z.sum().backward()
+
+    @torch.no_grad()
+    def forward(encoder, views):
+        with autocast(config):
+            encode(encoder, images.repeat(views, 1, 1, 1))
+
+    def network():
+        query()
+        for _ in method.share:
+            forward(bare_key, 1)
+
+    def loss():
+        z = q.clone().requires_grad_()
+        multi_space_loss(z, k, state.queue, role, config["tau"]).mean().backward()
+
+    def whole():
+        nonlocal state
+        state, _ = step(state, fetch(), aspect, method, config)
+    return {"fetch": fetch, "augment": views, "query": query, "keys": lambda: forward(state.key, len(method.share)), "loss": loss,
+            "queue": lambda: queue_update(state.queue, 0, positives), "ema": lambda: ema(state.key, state.query, config["momentum"]),
+            "optimizer": state.optimizer.step, "step": whole, "network": network}
+
+
+def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe: str = "factors", arch: str = None, size: int = None, batch: int = None,
+          queue: int = None, splits: int = None, steps: int = 31, device: str = "auto", precision: str = "auto", json: bool = False):
+    """Time the phases of a training step, and the whole of it against its network alone: the same encoder, forward and backward of a batch
+    and a forward without gradient for each key view. Medians and quartiles of runs that alternate.
+
+    Args:
+        method: a contrastive one
+        groups: augmentation groups
+        recipe: whose defaults to take: factors, or imagenet100 (ResNet-50, 224 pixels, batch 256)
+        arch: small, or a torchvision ResNet
+        size: side of a view in pixels
+        batch: pictures a step
+        queue: keys kept in each space
+        splits: parts of the batch with BatchNorm statistics of their own
+        steps: how often everything is timed
+        device: auto, cpu or cuda
+        precision: auto, float32 or bfloat16
+        json: print one JSON line and nothing else
+    """
+    given = {k: v for k, v in locals().items() if k not in ("steps", "json")}
+    if method == "supervised" or steps < 2:
+        raise UserError(f"--method={method} --steps={steps}: expected a contrastive method and two steps or more")
+    flags = {name: p.default for name, p in inspect.signature(train).parameters.items()} | given
+    keep_freed_memory()
+    config = settings(**flags | {"data": recipe})
+    wait = torch.cuda.synchronize if torch.device(config["device"]).type == "cuda" else lambda: None
+    runs, times = rig(config), {}
+    fewer = method in ("looc", "looc++") and len(groups) > 1
+    if fewer:
+        runs["one group less"] = rig(settings(**flags | {"data": recipe, "groups": groups[:-1]}))["step"]
+    for i in range(steps + 3):                   # the first backward passes are slow
+        for name, run in runs.items():
+            wait()
+            begun = time.perf_counter()
+            run()
+            wait()
+            times.setdefault(name, []).append((time.perf_counter() - begun) * 1e3)
+    times = {name: torch.tensor(some[3:]) for name, some in times.items()}
+    quartiles = {name: some.quantile(torch.tensor([.25, .5, .75])).tolist() for name, some in times.items()}
+    ratio = (times["step"] / times["network"]).quantile(torch.tensor([.25, .5, .75])).tolist()
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        runs["network"]()
+    line = dict(ratio=ratio[1], step_ms=quartiles["step"][1], network_ms=quartiles["network"][1], images_per_s=config["batch"] / quartiles["step"][1] * 1e3,
+                peak=counter.get_total_flops() / quartiles["step"][1] / 1e9 / peak(config), method=method, arch=config["arch"], size=config["size"],
+                batch=config["batch"], groups=list(groups), queue=config["queue"], steps=steps, dtype=config["precision"], torch=str(torch.__version__),
+                device=torch.cuda.get_device_name() if torch.device(config["device"]).type == "cuda" else f"{torch.get_num_threads()} CPU threads")
+    if fewer:
+        line["group_ms"] = (times["step"] - times["one group less"]).median().item()
+    if json:
+        print(dumps(line))
+        return
+    print("| phase | ms | quartiles |\n|---|---|---|")
+    for name, (low, middle, high) in quartiles.items():
+        print(f"| {name} | {middle:.2f} | {low:.2f} to {high:.2f} |")
+    print(f"\nstep / network: {ratio[1]:.3f} ({ratio[0]:.3f} to {ratio[2]:.3f}, {steps} pairs); {line['images_per_s']:.0f} images/s, {line['peak']:.0%} of the matrix "
+          f"products that {line['device']} can do in {line['dtype']}" + (f"; the last group costs {line['group_ms']:.1f} ms" if fewer else ""))
+
+
+def peak(config):
+    """Of a large matrix product here, in TFLOP/s."""
+    n = 8192 if torch.device(config["device"]).type == "cuda" else 1024
+    a = torch.randn(n, n, device=config["device"], dtype=torch.bfloat16 if config["precision"] == "bfloat16" else dtype_of(config))
+    seconds = []
+    for _ in range(7):
+        begun = time.perf_counter()
+        (a @ a).sum().item()
+        seconds.append(time.perf_counter() - begun)
+    return 2 * n ** 3 / sorted(seconds)[3] / 1e12
+
+
 if __name__ == "__main__":
-    pixels.command_line({"train": train, "methods": show_methods})
+    pixels.command_line({"train": train, "methods": show_methods, "bench": bench})
