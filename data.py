@@ -757,6 +757,29 @@ def write(path, content, keep=None):
     os.replace(aside, path)
 
 
+def pack(data: str = "folder", root: str = None, out: str = "runs", size: int = 224, canvas: int = None, workers: int = 2, download: bool = False, seed: int = 0):
+    """Decode a training set once, to a memory map that every later `python loo.py train --packed=OUT` on it reads (same data, size and canvas).
+
+    Args:
+        data: folder, imagenet100 or another set of pictures
+        root: where the data is
+        out: folder to write to; runs, the default, is where training looks without --packed
+        size: side of a view in pixels
+        canvas: side of the stored pictures
+        workers: processes that decode pictures
+        download: let torchvision fetch the data
+        seed: of the folder's own split
+    """
+    found = find(data, "pretrain", root=root, size=size, canvas=canvas, download=download, seed=seed)
+    if torch.is_tensor(found.images):
+        raise UserError(f"--data={data} is drawn by code: there is nothing to decode")
+    begun = time.perf_counter()
+    packed = decoded(found, workers, out, shared=True)
+    n, side, seconds = len(packed.images), found.images.side, time.perf_counter() - begun
+    print(f"{n} pictures of {side} x {side} ({n * 3 * side ** 2 / 2 ** 30:.2f} GiB) in {out}, in {seconds:.0f} s; train with --data={data}"
+          f"{f' --root={root}' if root else ''} --size={size}{f' --canvas={canvas}' if canvas else ''} --packed={out}")
+
+
 # ---------------------------------------------------------------- pictures for people
 
 
@@ -798,4 +821,4 @@ def sheet(data: str = "factors", root: str = None, out: str = "docs/factors.png"
 
 
 if __name__ == "__main__":
-    command_line({"sheet": sheet, "check": check})
+    command_line({"sheet": sheet, "check": check, "pack": pack})

@@ -7,6 +7,7 @@
 Axes, one legend for the whole project: b image, v key view, g group, s space, d feature, c embedding (or colour channel),
 n queue slot or sample, t trial, h w pixel.
 """
+import collections
 import contextlib
 import ctypes
 import datetime
@@ -21,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from json import dumps, loads
 from pathlib import Path
@@ -365,7 +366,7 @@ class Encoder(nn.Module):
         norm = partial(SplitBatchNorm2d, splits=splits)
         nets = [resnet(arch, stem, norm) for _ in range(max(spaces, 1) if heads == "conv5" else 1)]
         names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
-        self.trunk = nn.Sequential(OrderedDict((name, getattr(nets[0], name)) for name in names))
+        self.trunk = nn.Sequential(collections.OrderedDict((name, getattr(nets[0], name)) for name in names))
         self.tops = nn.ModuleList(net.layer4 for net in nets)   # separately built, or they would start identical
         d = nets[0].fc.in_features
         self.features = d * len(nets)
@@ -421,7 +422,7 @@ def multi_space_loss(q, k, queue, role, tau):
     """
     near, far = space_logits(q, k, queue, role, tau)
     positive = near.gather(2, positive_view(role)[:, None, None].expand(-1, near.shape[1], 1))
-    return (torch.cat([near, far], 2).logsumexp(2) - positive.squeeze(2)).mean(1)
+    return (torch.logaddexp(near.logsumexp(2), far.logsumexp(2)) - positive.squeeze(2)).mean(1)
 
 
 def positive_view(role):
@@ -604,6 +605,8 @@ def start(config, classes=0):
     key.load_state_dict(query.state_dict())
     place = partial(nn.Module.to, device=config["device"], dtype=dtype_of(config), memory_format=torch.channels_last)
     query, key, classifier = map(place, (query, key, classifier))
+    if config["compile"]:
+        query.compile(), key.compile()
     queue = torch.randn(len(method.spaces), config["queue"], config["dim"], generator=generator("queue", config["seed"]))
     optimizer = torch.optim.SGD([*query.parameters(), *classifier.parameters()], config["lr"], .9, weight_decay=config["weight_decay"])
     return State(parallel(query), key, parallel(classifier), optimizer, F.normalize(queue, dim=-1).to(config["device"], dtype_of(config)),
@@ -714,7 +717,8 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
           download: bool = False, arch: str = None, stem: str = None, size: int = None, canvas: int = None, epochs: int = None,
           batch: int = None, lr: float = None, schedule: str = None, queue: int = None, tau: float = None, momentum: float = None,
           weight_decay: float = None, hidden: int = None, dim: int = None, splits: int = None, drop_equal: bool = False,
-          save_every: int = None, seed: int = 0, workers: int = 2, device: str = "auto", precision: str = "auto", fresh: bool = False):
+          save_every: int = None, seed: int = 0, workers: int = 2, device: str = "auto", precision: str = "auto", compile: bool = False,
+          cache: str = "auto", packed: str = None, fresh: bool = False):
     """Train an encoder: LooC, LooC++, or one of the paper's baselines (its section 3 and 4).
 
     What is left out comes from the data set's row of RECIPES. The run folder holds config.json, log.jsonl, views.png,
@@ -752,6 +756,9 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
         workers: processes that decode pictures
         device: auto, cpu or cuda
         precision: auto, float32, bfloat16, or float64 (to check that two runs are the same)
+        compile: torch.compile the encoders: minutes before the first step, then faster on some devices; see `bench --compile`
+        cache: where the decoded pictures are: device, host (memory), none (a memory map on disk), or auto
+        packed: the folder that `python data.py pack` wrote, by default the one that the run folder lies in
         fresh: start over; a run already in the folder is moved aside
     """
     config = settings(**locals())
@@ -760,7 +767,9 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
     with processes(config["device"]) as leader_first, contextlib.ExitStack() as held:
         with leader_first():
             found = pixels.load(data, "train" if method == "supervised" else "pretrain", root=root, size=config["size"], canvas=canvas,
-                                download=download, workers=workers, seed=seed, cache=out.parent, shared=ranks() > 1)
+                                download=download, workers=workers, seed=seed, cache=packed or out.parent,
+                                shared=ranks() > 1 or cache == "none" or bool(packed))
+            found, kept = hold(found, config)
             labels, classes = supervision(found, config)
             n, batch = len(found.images), config["batch"]
             if n < batch:
@@ -780,7 +789,7 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
             link_latest(out)
             log = [line for line in read_lines(out / "log.jsonl") if line["step"] <= state.step]
             write(out / "log.jsonl", "".join(dumps(line) + "\n" for line in log).encode())
-            introduce(state, config, n)
+            introduce(state, config, n, kept)
         begun = time.perf_counter()
         query = fit(state, found, labels, table, config, out, asked).query
         if rank() == 0:
@@ -789,19 +798,60 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
                   f"next: python eval.py fewshot" + ("" if out.resolve() == Path("runs/latest").resolve() else f" --run={out}"))
 
 
-def introduce(state, config, n):
+def introduce(state, config, n, kept):
     """The first lines of a run."""
     batch, out, spaces = config["batch"], config["out"], method_of(config).spaces
     steps, among = config["epochs"] * (n // batch), f" on {ranks()} processes" if ranks() > 1 else ""
     if state.step:
         print(f"resuming {out} at step {state.step}{among}", flush=True)
     else:
-        print(f"{config['method']} on {config['data']}: {n} pictures, {steps} steps of {batch}{among}, spaces {', '.join(spaces) or config['label']}; "
-              f"{config['device']}, {config['precision']}; see {out}/views.png", flush=True)
+        place = {"device": "on the device", "host": "in memory", "none": "on disk"}[kept]
+        print(f"{config['method']} on {config['data']}: {n} pictures {place}, {steps} steps of {batch}{among}, "
+              f"spaces {', '.join(spaces) or config['label']}; {config['device']}, {config['precision']}; see {out}/views.png", flush=True)
     if spaces and not state.step:
         print(f"the queue holds random directions until step {-(-config['queue'] // batch)}, then {config['queue']} keys a space", flush=True)
     if spaces and config["queue"] > n:
         print(f"warning: --queue={config['queue']} is more than the {n} pictures: it holds keys of the query's own picture as negatives", file=sys.stderr)
+
+
+def rows_of(config, n, first, steps):
+    """The rows of the data that this rank reads, step by step."""
+    for at in range(first, steps):
+        epoch, i = divmod(at, n // config["batch"])
+        if i == 0 or at == first:
+            order = pixels.batches(n, config["batch"], config["seed"], epoch)
+        yield order[i][own(config["batch"]) if config["method"] == "supervised" else needed(config, at)[0]]
+
+
+def fetch(found, config, rows):
+    """-> rows, images (m 3 h w) in [0, 1] and aspect (m,) on the training device; bytes travel, not floats."""
+    images = found.images[rows.to(found.images.device)]
+    if not images.is_cuda and torch.device(config["device"]).type == "cuda":
+        images = images.pin_memory()
+    place = partial(torch.Tensor.to, device=config["device"], non_blocking=True)
+    return rows, place(images).to(dtype_of(config)) / 255, place(found.aspect[rows]).to(dtype_of(config))
+
+
+def ahead(function, items):
+    """map, but a thread computes the next one while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == 2:
+                yield waiting.popleft().result()
+        yield from (one.result() for one in waiting)
+
+
+def hold(found, config):
+    """The pictures where --cache says: on the "device", by default if they take less than half of its free memory; in the "host"'s memory, by
+    default below 4 GiB and on one process; or "none", a memory map on disk -> Data, and which it is."""
+    cache, mapped, on_gpu = config["cache"], found.images.is_shared(), torch.device(config["device"]).type == "cuda"
+    if cache == "auto":
+        fits = on_gpu and found.images.numel() < torch.cuda.mem_get_info(config["device"])[0] / 2
+        cache = "device" if fits else "none" if mapped else "host"
+    images = found.images.to(config["device"]) if cache == "device" else found.images.clone() if cache == "host" and mapped else found.images
+    return found._replace(images=images), cache
 
 
 class NotFinite(UserError):
@@ -818,14 +868,9 @@ def fit(state, found, labels, table, config, out, asked=()):
     steps, first, begun = config["epochs"] * per_epoch, state.step, time.perf_counter()
     every = max(1, steps // 200)
     save_every, seconds, timed = config["save_every"] or 20 * every, begun, first
-    while state.step < steps:
-        epoch, i = divmod(state.step, per_epoch)
-        if i == 0 or state.step == first:
-            order = pixels.batches(n, batch, config["seed"], epoch)
-        rows = order[i][own(batch) if config["method"] == "supervised" else needed(config, state.step)[0]]
+    one_ahead = ahead if torch.device(config["device"]).type == "cuda" else map     # on a CPU a second thread would only be in the way
+    for rows, some, shape in one_ahead(partial(fetch, found, config), rows_of(config, n, first, steps)):
         lr_now = state.optimizer.param_groups[0]["lr"] = learning_rate(config, state.step / per_epoch)
-        some = found.images[rows].to(config["device"], non_blocking=True).to(dtype_of(config)) / 255
-        shape = found.aspect[rows].to(config["device"], non_blocking=True)
         if config["method"] == "supervised":
             state, (loss,) = supervised_step(state, some, shape, None if labels is None else labels[rows].to(config["device"]), table, config)
         else:
@@ -904,7 +949,7 @@ def alone(out):
         os.close(folder)
 
 
-def settings(*, method, groups, data, recipe, out, always, label, device, precision, fresh, **flags):
+def settings(*, method, groups, data, recipe, out, always, label, device, precision, cache, packed, fresh, **flags):
     """The flags of `train` checked, and what they leave out filled in from the recipe -> config, plain data."""
     pixels.choose("method", method, tuple(methods(())))
     pixels.choose("data", data, pixels.NAMES)
@@ -922,6 +967,9 @@ def settings(*, method, groups, data, recipe, out, always, label, device, precis
     config["device"] = pixels.device_of(device)
     pixels.choose("precision", precision, ("auto", "float32", "bfloat16", "float64"))
     config["precision"] = precision if precision != "auto" else "bfloat16" if fast_bfloat16(config["device"]) else "float32"
+    config["cache"] = pixels.choose("cache", cache, ("auto", "device", "host", "none"))
+    if packed and not Path(packed).is_dir():
+        raise UserError(f"--packed={packed}: no such folder; `python data.py pack --data={data} --root=DIR --out={packed}` writes it")
     config["root"] = flags["root"] and str(Path(flags["root"]).resolve())
     config["out"] = out or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
     pixels.choose("arch", config["arch"], ("small", *(a for a in torchvision.models.list_models(module=torchvision.models) if "resne" in a)))
@@ -970,7 +1018,7 @@ def fast_bfloat16(device):
 
 def save_views(found, method, config, path, count=12):
     """Rows of the query and key views of a few pictures, each named by its space and what it shares with the query."""
-    images, aspect = found.images[:count].float() / 255, found.aspect[:count]
+    images, aspect = found.images[:count].cpu().float() / 255, found.aspect[:count]
     query, keys, _ = augment_groups(images, config["groups"], method.share, generator("views", config["seed"], 0), always=config["always"],
                                     size=config["size"], aspect=aspect)
     shared = [" + ".join(g for g, same in zip(method.groups, row) if same) or "nothing" for row in method.share.tolist()]
@@ -1048,7 +1096,7 @@ def resume(state, config, out):
     saved = next(filter(None, (read_checkpoint(path, config["device"]) for path in there)), None)
     if not saved:
         raise UserError(f"{there[0]} cannot be read: start over with --fresh, which keeps the folder under another name")
-    free = {"device", "precision", "workers", "download", "out", "save_every"}     # may change without changing what is trained
+    free = {"device", "precision", "workers", "download", "out", "save_every", "cache", "compile"}     # may change without changing what is trained
     other = [f"--{k}={v} (the run has {saved['config'].get(k)})" for k, v in config.items() if k not in free and saved["config"].get(k) != v]
     if other:
         raise UserError(f"{out} holds a run with other settings: {', '.join(other)}; name another --out, or start over with --fresh")
@@ -1130,11 +1178,10 @@ def rig(config):
     state = start(config)
     bare_key = build(config, config["splits"]).to(device, dtype_of(config), memory_format=torch.channels_last)
     canvas = config["canvas"] or round(config["size"] / pixels.kept(config["data"]))
-    pictures = torch.randint(256, (2 * b, 3, canvas, canvas), dtype=torch.uint8, generator=generator("bench"))
-    aspect, images = torch.ones(b, device=device), torch.rand(b, 3, config["size"], config["size"], generator=generator("bench"))
-    images = images.to(device, dtype_of(config))
-    fetch = lambda: pictures[torch.arange(b) * 2].to(device, non_blocking=True).to(dtype_of(config)) / 255
-    canvases = fetch()
+    found, _ = hold(pixels.Data(torch.randint(256, (2 * b, 3, canvas, canvas), dtype=torch.uint8, generator=generator("bench")), torch.ones(2 * b), {}, {}), config)
+    images = torch.rand(b, 3, config["size"], config["size"], generator=generator("bench")).to(device, dtype_of(config))
+    get = lambda: fetch(found, config, torch.arange(b) * 2)
+    _, canvases, aspect = get()
     views = lambda: augment_groups(canvases, method.groups, method.share, generator("views", 0, 0), always=config["always"], size=config["size"], aspect=aspect)
     q, k, positives, role = (x.detach() for x in contrastive(state.query, state.key, canvases, aspect, method, config, 0))
 
@@ -1159,14 +1206,15 @@ def rig(config):
 
     def whole():
         nonlocal state
-        state, _ = step(state, fetch(), aspect, method, config)
-    return {"fetch": fetch, "augment": views, "query": query, "keys": lambda: forward(state.key, len(method.share)), "loss": loss,
+        state, _ = step(state, *get()[1:], method, config)
+    return {"fetch": get, "augment": views, "query": query, "keys": lambda: forward(state.key, len(method.share)), "loss": loss,
             "queue": lambda: queue_update(state.queue, 0, positives), "ema": lambda: ema(state.key, state.query, config["momentum"]),
             "optimizer": state.optimizer.step, "step": whole, "network": network}
 
 
 def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe: str = "factors", arch: str = None, size: int = None, batch: int = None,
-          queue: int = None, splits: int = None, steps: int = 31, device: str = "auto", precision: str = "auto", json: bool = False):
+          queue: int = None, splits: int = None, steps: int = 31, device: str = "auto", precision: str = "auto", compile: bool = False,
+          json: bool = False):
     """Time the phases of a training step, and the whole of it against its network alone: the same encoder, forward and backward of a batch
     and a forward without gradient for each key view. Medians and quartiles of runs that alternate.
 
@@ -1182,6 +1230,7 @@ def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe
         steps: how often everything is timed
         device: auto, cpu or cuda
         precision: auto, float32 or bfloat16
+        compile: with torch.compile, whose time to warm up is printed
         json: print one JSON line and nothing else
     """
     given = {k: v for k, v in locals().items() if k not in ("steps", "json")}
@@ -1202,6 +1251,7 @@ def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe
             run()
             wait()
             times.setdefault(name, []).append((time.perf_counter() - begun) * 1e3)
+    warm = times["step"][0] / 1e3
     times = {name: torch.tensor(some[3:]) for name, some in times.items()}
     quartiles = {name: some.quantile(torch.tensor([.25, .5, .75])).tolist() for name, some in times.items()}
     ratio = (times["step"] / times["network"]).quantile(torch.tensor([.25, .5, .75])).tolist()
@@ -1210,7 +1260,7 @@ def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe
         runs["network"]()
     line = dict(ratio=ratio[1], step_ms=quartiles["step"][1], network_ms=quartiles["network"][1], images_per_s=config["batch"] / quartiles["step"][1] * 1e3,
                 peak=counter.get_total_flops() / quartiles["step"][1] / 1e9 / peak(config), method=method, arch=config["arch"], size=config["size"],
-                batch=config["batch"], groups=list(groups), queue=config["queue"], steps=steps, dtype=config["precision"], torch=str(torch.__version__),
+                batch=config["batch"], groups=list(groups), queue=config["queue"], steps=steps, dtype=config["precision"], compile=compile, first_step_s=warm, torch=str(torch.__version__),
                 device=torch.cuda.get_device_name() if torch.device(config["device"]).type == "cuda" else f"{torch.get_num_threads()} CPU threads")
     if fewer:
         line["group_ms"] = (times["step"] - times["one group less"]).median().item()
@@ -1220,7 +1270,7 @@ def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe
     print("| phase | ms | quartiles |\n|---|---|---|")
     for name, (low, middle, high) in quartiles.items():
         print(f"| {name} | {middle:.2f} | {low:.2f} to {high:.2f} |")
-    print(f"\nstep / network: {ratio[1]:.3f} ({ratio[0]:.3f} to {ratio[2]:.3f}, {steps} pairs); {line['images_per_s']:.0f} images/s, {line['peak']:.0%} of the matrix "
+    print(f"\nfirst step: {warm:.1f} s; step / network: {ratio[1]:.3f} ({ratio[0]:.3f} to {ratio[2]:.3f}, {steps} pairs); {line['images_per_s']:.0f} images/s, {line['peak']:.0%} of the matrix "
           f"products that {line['device']} can do in {line['dtype']}" + (f"; the last group costs {line['group_ms']:.1f} ms" if fewer else ""))
 
 

@@ -292,7 +292,7 @@ def test_queue_keeps_the_last_keys_in_order(b):
 
 
 CONFIG = dict(loo.RECIPES["factors"], method="looc", groups=ALL, same=(), always=("crop", "flip"), seed=0, device="cpu", precision="float32",
-              drop_equal=False, batch=16, splits=4, queue=32, hidden=32, dim=8)
+              drop_equal=False, compile=False, batch=16, splits=4, queue=32, hidden=32, dim=8)
 
 
 def small_step(**changed):
