@@ -12,6 +12,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -45,7 +46,8 @@ class Data(NamedTuple):
     aspect: torch.Tensor   # (n,) float, width / height of the picture before it was squashed; 1 until it is decoded
     labels: dict           # {label: (n,) int64}
     classes: dict          # {label: names of its classes}
-    unreadable: int = 0    # pictures that were left out when it was decoded
+    missing: tuple = ()    # which of the set's pictures could not be read and were left out
+    textures: torch.Tensor = None   # (n copy 3 h w) uint8, stylised copies of the pictures
 
 
 def generator(*key):
@@ -374,7 +376,8 @@ def decoded(found, workers=2, cache=None, shared=False):
                 aside.unlink(missing_ok=True)
         rows, aspect = torch.load(index, weights_only=True)
         images = mapped(path, n, side)
-    return Data(images[:len(rows)], aspect, {k: y[rows] for k, y in found.labels.items()}, found.classes, n - len(rows))
+    missing = tuple(sorted(set(range(n)) - set(rows.tolist())))
+    return Data(images[:len(rows)], aspect, {k: y[rows] for k, y in found.labels.items()}, found.classes, missing)
 
 
 def mapped(path, n, side):
@@ -400,6 +403,242 @@ def fingerprint(found):
     source = found.images.fetch.args[0]                        # paths, or a data set of torchvision's
     files = [(str(p), (stat := p.stat()).st_size, stat.st_mtime_ns) for p in source] if isinstance(source, (tuple, list)) else repr(source)
     return hashlib.sha1(repr((files, found.images.side, found.images.share)).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- stylised copies: what the group `texture` draws from
+
+
+def clouds(n, size, decay, generator):
+    """Smooth noise of all scales -> (n size size), mean 0, deviation 1; more decay is softer."""
+    octaves = [torch.randn(n, 1, k, k, generator=generator) * k ** -decay for k in (4 << i for i in range(12)) if k <= size]
+    out = sum(F.interpolate(octave, size=size, mode="bicubic", align_corners=False)[:, 0] for octave in octaves)
+    return (out - out.mean((1, 2), keepdim=True)) / out.std((1, 2), keepdim=True)
+
+
+def materials(n, size, seed=0):
+    """Textures drawn by code, the styles when there is no folder of them -> (n 3 size size) in [0, 1]; 14 patterns in turn, each with its own
+    colours, angle, scale, warp and relief."""
+    g = generator("materials", seed)
+    rand = lambda *shape, low=0., high=1.: torch.rand(n, *shape, generator=g) * (high - low) + low
+    x, y = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="xy")
+    angle, scale, warp = (rand(1, 1, low=low, high=high) for low, high in ((0, math.tau), (2.5, 9), (0, .25)))
+    soft, fine, bend_x, bend_y = (clouds(n, size, decay, g) for decay in (1.5, .5, 1.2, 1.2))
+    bend_x, bend_y = bend_x * warp, bend_y * warp
+    u, v = (angle.cos() * x + angle.sin() * y + bend_x) * scale, (angle.cos() * y - angle.sin() * x + bend_y) * scale
+    zigzag = lambda t: (t - t.floor() - .5).abs() * 4 - 1
+    cell, brick = torch.hypot(u - u.round(), v - v.round()), u + .5 * (v.floor() % 2)
+    seeds = torch.cdist(torch.stack([x + bend_x / 2, y + bend_y / 2], -1).flatten(1, 2), rand(36, 2, low=-1.2, high=1.2))
+    near, next_ = seeds.topk(2, largest=False).values.view(n, size, size, 2).unbind(3)
+    patterns = [(math.tau * u).sin(), (4 * (math.tau * u).sin() * (math.tau * v).sin()).tanh(), ((.3 - cell) * 12).tanh(),                # stripes checks dots
+                ((torch.minimum(.5 - (brick - brick.round()).abs(), .5 - (v - v.floor() - .5).abs()) - .07) * 30).tanh(),                # bricks
+                (math.tau * torch.hypot(u, .35 * v)).sin(), (3 * u + 2.5 * soft).sin(), soft, near * 9 - 1.2,                            # wood marble clouds cells
+                ((next_ - near) * 14 - .6).tanh(), zigzag(u + zigzag(v) * .35),                                                          # cracks chevrons
+                torch.where((u.floor() + v.floor()) % 2 > 0, zigzag(u * 2), zigzag(v * 2)), (fine * 3 - 1.5).tanh(),                     # weave lichen
+                (cell * math.tau * 1.5).cos(), (1 - soft.abs() * 3).clamp(-1, 1)]                                                        # scales veins
+    which = torch.arange(n)
+    height = (torch.stack(patterns)[which % len(patterns), which] + fine * rand(1, 1, low=.02, high=.35)).clamp(-1.5, 1.5)
+    dark, middle, light = hsv(*(rand(3, low=low, high=high).T.reshape(3 * n, 1, 1) for low, high in ((0, 1), (.1, .9), (.1, 1)))).view(3, n, 3, 1, 1)
+    t = height[:, None] / 1.5
+    image = torch.where(t < 0, torch.lerp(dark / 2, middle, (t + 1).clamp(max=1)), torch.lerp(middle, (light + 1) / 2, t.clamp(min=0)))
+    dy, dx = torch.gradient(height, dim=(1, 2))
+    return (image * (1 + (dx - dy) * rand(1, 1, high=.8) * size / 64).clamp(.4, 1.6)[:, None]).clamp(0, 1)
+
+
+def luminance(images):
+    return (images * images.new_tensor([.299, .587, .114])[:, None, None]).sum(1, keepdim=True)
+
+
+def structure(images, radius, flat=.003, times=2):
+    """images (b c h w) without their texture: He et al.'s guided filter, by their own luminance. What varies less than `flat` within
+    `radius` pixels becomes even, edges stay."""
+    box = lambda x: F.avg_pool2d(F.pad(x, (radius,) * 4, mode="reflect"), 2 * radius + 1, stride=1)
+    for _ in range(times):
+        guide = luminance(images)
+        middle, mean = box(guide), box(images)
+        slope = (box(guide * images) - middle * mean) / (box(guide * guide) - middle * middle + flat)
+        images = box(slope) * guide + box(mean - slope * middle)
+    return images
+
+
+def recolor(images, style):
+    """images (b 3 h w) with the mean and covariance of the colours of style (b 3 h w)."""
+    def moments(x):
+        mean = x.flatten(2).mean(2, keepdim=True)
+        return mean, (x.flatten(2) - mean) @ (x.flatten(2) - mean).mT / x[0, 0].numel() + 1e-4 * torch.eye(3, device=x.device)
+
+    def power(matrix, p):
+        values, vectors = torch.linalg.eigh(matrix)
+        return vectors @ torch.diag_embed(values.clamp(min=1e-6) ** p) @ vectors.mT
+    (mean, cov), (want, like) = moments(images), moments(style)
+    return (power(like, .5) @ power(cov, -.5) @ (images.flatten(2) - mean) + want).view_as(images)
+
+
+def random_features(images, filters=48):
+    """A bank of fixed random 5 x 5 filters, half of them blind to the mean, with ReLU, at every scale: enough to tell textures apart
+    (Ustyuzhaninov et al. 2017). (b 3 h w) -> [(b f h w), ...] from fine to coarse, and which of them is the content."""
+    bank = torch.randn(filters, 3, 5, 5, generator=generator("filters"))
+    bank[::2] -= bank[::2].mean((1, 2, 3), keepdim=True)
+    bank = (bank / bank.flatten(1).norm(dim=1)[:, None, None, None]).to(images)
+    maps, content = [], 0
+    while images.shape[-1] >= 8:
+        content = len(maps) if images.shape[-1] >= 32 else content
+        maps.append(F.relu(F.conv2d(F.pad(images - .5, (2,) * 4, mode="reflect"), bank)))
+        images = F.avg_pool2d(images, 2)
+    return maps, content
+
+
+def vgg_features(net, images):
+    """conv1_1, 2_1, 3_1, 4_1, 4_2 and 5_1 of torchvision's VGG-19 (Gatys et al. 2016); conv4_2 is the content."""
+    mean, std = images.new_tensor([[.485, .456, .406], [.229, .224, .225]])[:, :, None, None]
+    maps, x = [], (images - mean) / std
+    for i, layer in enumerate(net.features[:30]):
+        x = F.relu(x) if isinstance(layer, torch.nn.ReLU) else layer(x)     # not in place: maps are kept
+        if i in (1, 6, 11, 20, 22, 29):
+            maps.append(x)
+    return maps, 4
+
+
+def gram(maps):
+    """(b f h w) -> (b f f)"""
+    maps = maps.float().flatten(2)
+    return maps @ maps.mT / maps.shape[2]
+
+
+def stylised(images, styles, features=random_features, steps=10, lr=.01, content=.1, strength=.7, keep_color=False):
+    """Texture randomised, shape kept (Gatys et al. 2016): images, styles (b 3 h w) in [0, 1] -> (b 3 h w) in [0, 1].
+
+    Starts from the picture's structure in the style's colours with the style's fine detail on it, where the optimisation has little left to
+    do, then follows the gradient of Gram matrices towards the style and of the content map towards that structure. keep_color: the style
+    takes the picture's colours, not the other way.
+    """
+    size = images.shape[-1]
+    with torch.no_grad():
+        styles = recolor(styles, images).clamp(0, 1) if keep_color else styles
+        plain = recolor(structure(images, max(1, size // 32)), styles)
+        coarse = F.interpolate(F.avg_pool2d(styles, max(1, size // 8)), size=size, mode="bicubic", align_corners=False)
+        out = (plain + strength * (styles - coarse)).clamp(0, 1)
+        goals = [gram(m) for m in features(styles)[0]]
+        maps, at = features(plain.clamp(0, 1))
+        keep, push = maps[at], torch.zeros_like(out)
+    apart = lambda x, goal: ((x.float() - goal).square().flatten(1).mean(1) / goal.float().square().flatten(1).mean(1)).sum()
+    for i in range(steps):
+        out.requires_grad_()
+        with torch.autocast(out.device.type, torch.bfloat16, enabled=out.is_cuda):
+            maps, _ = features(out)
+            loss = sum(apart(gram(m), goal) for m, goal in zip(maps, goals)) + content * apart(maps[at], keep)
+        gradient, = torch.autograd.grad(loss, out)
+        with torch.no_grad():                    # steps of one size for each picture
+            push = .8 * push + .2 * gradient / (gradient.square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-12)
+            out = (out - lr * (1 - i / steps) * push).clamp(0, 1)
+    return out.detach()
+
+
+def copies_of(path, top, root, count):
+    """Where the stylised copies of a picture below `top` are, below `root`: the same path, numbered."""
+    where = Path(root) / Path(path).relative_to(top)
+    return [where.with_name(f"{where.stem}.{k}.jpg") for k in range(count)]
+
+
+def stylize(data: str = "folder", root: str = None, styles: str = None, out: str = "stylised", *, copies: int = 1, size: int = 256, split: str = "train",
+            features: str = "auto", steps: int = 10, strength: float = .7, batch: int = 32, workers: int = 2, device: str = "auto", seed: int = 0):
+    """Write stylised copies of a set's pictures, a tree that mirrors it: texture gone, shape kept. For `python loo.py train --groups=texture
+    --textures=OUT`. Goes on where it stopped; each file is written whole or not at all.
+
+    Args:
+        data: folder or imagenet100, cub200, inat2019, flowers102
+        root: where the data is
+        styles: a folder of pictures; without it, textures drawn by code
+        out: folder to write to
+        copies: of each picture, every one in another style
+        size: of a copy's shorter side, in pixels
+        split: train, or val or test to look at
+        features: vgg19 (torchvision's weights, downloaded once), random, or auto: vgg19 where its weights can be had
+        steps: of the optimisation
+        strength: of the style's detail at the start
+        batch: pictures at once
+        workers: processes that decode pictures
+        device: auto, cpu or cuda
+        seed: which style each picture gets
+    """
+    choose("features", features, ("auto", "vgg19", "random"))
+    if min(copies, size, steps + 1, batch) < 1 or size < 16:
+        raise UserError(f"--copies={copies} --size={size} --steps={steps} --batch={batch}: expected 1 or more, and 16 pixels or more")
+    found = find(data, split, root=root, size=size, canvas=size, seed=seed)
+    if torch.is_tensor(found.images) or data in TORCHVISION:
+        raise UserError(f"--data={data} is not a tree of pictures: factors makes its copies when it is trained on, torchvision's sets cannot have them")
+    place, top, paths = device_of(device), folder_of(root, data), found.images.fetch.args[0]
+    to_style, name = features_of(features, place)
+    painted = sorted(p for p in Path(styles).rglob("*") if p.suffix.lower() in PICTURES) if styles else []
+    if styles and not painted:
+        raise UserError(f"--styles={styles}: no pictures in this folder")
+    drawn = None if styles else materials(56, size, seed)
+    jobs = [(i, k, target) for i, path in enumerate(paths) for k, target in enumerate(copies_of(path, top, out, copies)) if not target.exists()]
+    print(f"{len(paths) * copies - len(jobs)} of {len(paths) * copies} copies are there; styles from {styles or 'code'}, features {name}, {place}", flush=True)
+    begun, shown = time.perf_counter(), 0
+    for start in range(0, len(jobs), batch):
+        some = jobs[start:start + batch]
+        pictures, aspect, errors = zip(*(found.images[i] for i, _, _ in some))
+        pick = [int(torch.randint(1 << 30, (1,), generator=generator("style", seed, str(t.relative_to(out))))) for _, _, t in some]
+        style = [drawn[p % len(drawn)] if drawn is not None else pil_to_tensor(square(painted, p % len(painted), size)) / 255 for p in pick]
+        done = stylised(torch.stack(pictures).to(place) / 255, torch.stack(style).to(place), to_style, steps, strength=strength)
+        for (_, _, target), picture, shape, error in zip(some, (done * 255).round().byte().cpu(), aspect, errors):
+            if error:
+                print(f"warning: skipped {error}", file=sys.stderr)
+                continue
+            sides = round(size * max(shape, 1)), round(size * max(1 / shape, 1))
+            write(target, functools.partial(to_pil_image(picture).resize(sides, Image.Resampling.BICUBIC).save, format="JPEG", quality=95))
+        at, seconds = start + len(some), time.perf_counter() - begun
+        if at * 10 // len(jobs) > shown or sys.stdout.isatty():
+            shown = at * 10 // len(jobs)
+            print(f"{at}/{len(jobs)}  {at / seconds:.1f} pictures/s  {seconds / at * (len(jobs) - at) / 60:.0f} minutes left", flush=True)
+    print(f"wrote {out}; train with --groups=color,rotation,texture --textures={out}")
+
+
+def square(paths, i, size):
+    """The middle of a picture as a square."""
+    return ImageOps.fit(read_picture(paths, 0, i), (size, size), Image.Resampling.BICUBIC)
+
+
+def features_of(name, device):
+    """-> images -> (maps, content), and what it is called."""
+    if name != "random":
+        try:
+            net = torchvision.models.vgg19(weights="DEFAULT").eval().requires_grad_(False).to(device)
+            return functools.partial(vgg_features, net), "vgg19"
+        except OSError as error:                 # URLError is one
+            if name == "vgg19":
+                raise UserError(f"the weights of VGG-19 cannot be downloaded ({error}): --features=random needs none") from None
+    return random_features, "random"
+
+
+def with_textures(name, found, root, textures, cache, workers=2, device="cpu", seed=0):
+    """A decoded Data with its stylised copies: those below the folder `textures`; of `factors`, made now and kept in `cache`."""
+    if name == "factors":
+        path = Path(cache) / f"factors-textures-{fingerprint(found)[:16]}.pt"
+        if not path.exists():
+            n, side, made = len(found.images), found.images.shape[-1], []
+            print(f"making stylised copies of {n} pictures, once: {path}", flush=True)
+            style = F.avg_pool2d(materials(56, max(64, side)), max(64, side) // side)
+            for rows in torch.arange(n).split(64):
+                pick = torch.randint(56, (len(rows),), generator=generator("style", int(rows[0])))
+                done = stylised(found.images[rows].to(device) / 255, style[pick].to(device), keep_color=True)     # hue is another group's
+                made.append((done * 255).round().byte().cpu())
+            write(path, functools.partial(torch.save, torch.cat(made)[:, None]))
+        return found._replace(textures=torch.load(path, weights_only=True))
+    if not textures:
+        raise UserError(f"--groups=texture needs --textures=DIR, stylised copies of the pictures; write them with `python data.py stylize --data={name} --root={root} --seed={seed}`")
+    everything = find(name, "pretrain", root=root, canvas=found.images.shape[-1], seed=seed).images
+    gone, top = set(found.missing), folder_of(root, name)
+    paths = [p for i, p in enumerate(everything.fetch.args[0]) if i not in gone]
+    count = next(k for k in itertools.count() if not copies_of(paths[0], top, textures, k + 1)[-1].exists())
+    copies = [one for p in paths for one in copies_of(p, top, textures, max(count, 1))]
+    absent = next((p for p in copies if not p.exists()), None)
+    if absent:
+        raise UserError(f"{absent}: no such file; `python data.py stylize --data={name} --root={root} --out={textures} --seed={seed}` writes what is missing")
+    side = found.images.shape[-1]
+    canvases = Canvases(functools.partial(read_picture, copies, 0), len(copies), side, strict=True)
+    images = decoded(Data(canvases, torch.ones(len(copies)), {}, {}), workers, cache, shared=found.images.is_shared()).images
+    return found._replace(textures=images.view(len(paths), -1, 3, side, side))
 
 
 # ---------------------------------------------------------------- the paper's data sets, each as it is downloaded
@@ -821,4 +1060,4 @@ def sheet(data: str = "factors", root: str = None, out: str = "docs/factors.png"
 
 
 if __name__ == "__main__":
-    command_line({"sheet": sheet, "check": check, "pack": pack})
+    command_line({"sheet": sheet, "check": check, "pack": pack, "stylize": stylize})

@@ -93,6 +93,11 @@ def draw_crop(b, generator):
             "place": torch.rand(b, 2, generator=generator)}
 
 
+def draw_texture(b, generator):
+    """A stylised copy with probability 0.5, and which of them as a share of their number."""
+    return {"stylised": torch.rand(b, generator=generator) < .5, "copy": torch.rand(b, generator=generator)}
+
+
 def draw_flip(b, generator):
     return {"flip": torch.rand(b, generator=generator) < .5}
 
@@ -171,6 +176,15 @@ def interpolation(start, extent, mirror, n, size):
     inside = (pixel > start - 1e-4) & (pixel < start + extent + 1e-4)
     weight = (1 - (pixel - at).abs() / step.clamp(min=1)).clamp(min=0) * inside
     return weight / weight.sum(-1, keepdim=True)
+
+
+def texture(images, draw, textures):
+    """Style transfer (section 3), made beforehand: textures (n copy c h w) are the stylised copies; images (b c h w), b a multiple of n."""
+    rows = draw["stylised"].nonzero().squeeze(1)
+    copy = (draw["copy"][rows] * textures.shape[1]).long()
+    out = images.clone()
+    out[rows.to(images.device)] = textures[(rows % len(textures)).to(images.device), copy.to(images.device)]
+    return out
 
 
 def grayscale(images):
@@ -256,22 +270,23 @@ def gaussian(sigma, n):
 
 # name: (draw, apply), in the order of application. An augmentation of your own is one more row: with --groups=NAME it gets a
 # view, a space and a queue. Neighbours with the same `apply` are applied together.
-GROUPS = {"crop": (draw_crop, resample), "flip": (draw_flip, resample), "rotation": (draw_rotation, resample),
+GROUPS = {"texture": (draw_texture, texture), "crop": (draw_crop, resample), "flip": (draw_flip, resample), "rotation": (draw_rotation, resample),
           "color": (draw_color, color), "blur": (draw_blur, blur)}
 
 
-def augment_groups(images, groups, share, generator, *, always=("crop", "flip", "blur"), size=None, aspect=None, rows=None):
+def augment_groups(images, groups, share, generator, *, always=("crop", "flip", "blur"), size=None, aspect=None, textures=None,
+                   rows=None):
     """The query view and the key views of section 3.
 
     images (b c h w) float in [0, 1]; groups: names in GROUPS; share (v g) bool, True where key view v copies the query's draw
     of group g; `always` are drawn independently for every view; aspect (b,) width / height before the picture was squashed
-    into its canvas; rows (first, total): images are rows first.. of a global batch of `total`, and get its draws.
+    into its canvas; textures (b copy c h w) stylised copies, for the group of that name; rows (first, total): images are rows first.. of a global batch of `total`, and get its draws.
     -> query (b c size size), keys (v b c size size), draws {group: {parameter: (1+v b ...)}}, row 0 the query's.
-    Raises KeyError for an unknown name.
+    Raises KeyError for an unknown name, ValueError for the group texture without textures.
     """
     first, total = rows or (0, len(images))
     draws = cut(draw_groups(total, groups, share, generator, always), slice(None), slice(first, first + len(images)))
-    views = apply_groups(images, draws, size, aspect)
+    views = apply_groups(images, draws, size, aspect, textures)
     return views[0], views[1:], draws
 
 
@@ -293,7 +308,7 @@ def cut(draws, views, rows):
     return {name: {k: x[views][:, rows] for k, x in draw.items()} for name, draw in draws.items()}
 
 
-def apply_groups(images, draws, size=None, aspect=None):
+def apply_groups(images, draws, size=None, aspect=None, textures=None):
     """The second half of augment_groups: images (b c h w), draws {group: {parameter: (v b ...)}} -> views (v b c size size)."""
     views = next((len(x) for draw in draws.values() for x in draw.values()), 1)
     x = repeat(images, "b c h w -> (v b) c h w", v=views)
@@ -301,6 +316,10 @@ def apply_groups(images, draws, size=None, aspect=None):
         draw = {k: rearrange(p, "v b ... -> (v b) ...") for name in names for k, p in draws[name].items()}
         if apply is resample:
             x = resample(x, draw, size, None if aspect is None else repeat(aspect, "b -> (v b)", v=views))
+        elif apply is texture:
+            if textures is None:
+                raise ValueError("the group texture needs `textures`, the stylised copies (b copy c h w)")
+            x = texture(x, draw, textures)
         else:
             x = apply(x, draw)
     if size and size != x.shape[-1]:             # nothing that resamples was asked for
@@ -632,8 +651,8 @@ def needed(config, step):
     return rows, *where.chunk(2)
 
 
-def contrastive(query, key, images, aspect, method, config, step):
-    """The forward pass of section 3. images (m c h w) in [0, 1], aspect (m,): the rows of the global batch that `needed` names, which
+def contrastive(query, key, images, aspect, method, config, step, textures=None):
+    """The forward pass of section 3. images (m c h w) in [0, 1], aspect (m,), textures: the rows of the global batch that `needed` names, which
     alone is all of it -> q (s b c), k (s v b c) without gradient, the keys that enter the queue (s B c), role (s v [b]).
 
     Draws and shuffle are those of the global batch and depend on (seed, step) alone.
@@ -641,7 +660,8 @@ def contrastive(query, key, images, aspect, method, config, step):
     b = config["batch"]
     draws = draw_groups(b, method.groups, method.share, generator("views", config["seed"], step), config["always"])
     order, mine, (_, q_at, k_at) = shuffled(b, config, step), own(b), needed(config, step)
-    view = lambda views, rows, at: apply_groups(images[at], cut(draws, views, rows), config["size"], aspect[at])
+    view = lambda views, rows, at: apply_groups(images[at], cut(draws, views, rows), config["size"], aspect[at],
+                                                textures if textures is None else textures[at])
     with autocast(config):
         q = encode(query, view(slice(0, 1), mine, q_at)[0])[1]
     with torch.no_grad(), autocast(config):
@@ -663,20 +683,20 @@ def drop_equal(role, draws, method):
     return role
 
 
-def step(state, images, aspect, method, config):
-    """One step of LooC or a contrastive baseline: images, aspect as `contrastive` -> State, (loss (s,), q, k, queue, role)."""
+def step(state, images, aspect, method, config, textures=None):
+    """One step of LooC or a contrastive baseline: images, aspect, textures as `contrastive` -> State, (loss (s,), q, k, queue, role)."""
     ema(state.key, state.query, config["momentum"])
-    q, k, positives, role = contrastive(state.query, state.key, images, aspect, method, config, state.step)
+    q, k, positives, role = contrastive(state.query, state.key, images, aspect, method, config, state.step, textures)
     loss = multi_space_loss(q, k, state.queue, role, config["tau"])
     descend(state.optimizer, loss.mean())
     queue, pointer = queue_update(state.queue, state.pointer, positives)
     return state._replace(queue=queue, pointer=pointer, step=state.step + 1), (loss.detach(), q.detach(), k, state.queue, role)
 
 
-def supervised_step(state, images, aspect, labels, method, config):
+def supervised_step(state, images, aspect, labels, method, config, textures=None):
     """The supervised baseline: the query's augmentations, cross-entropy on labels (b,), or on the rotation drawn if None."""
     images, _, draws = augment_groups(images, method.groups, method.share, generator("views", config["seed"], state.step), always=config["always"],
-                                      size=config["size"], aspect=aspect, rows=(rank() * len(images), config["batch"]))
+                                      size=config["size"], aspect=aspect, textures=textures, rows=(rank() * len(images), config["batch"]))
     labels = draws["rotation"]["turns"][0].to(images.device) if labels is None else labels
     with autocast(config):
         logits = state.classifier(encode(state.query, images)[0])
@@ -718,7 +738,7 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
           batch: int = None, lr: float = None, schedule: str = None, queue: int = None, tau: float = None, momentum: float = None,
           weight_decay: float = None, hidden: int = None, dim: int = None, splits: int = None, drop_equal: bool = False,
           save_every: int = None, seed: int = 0, workers: int = 2, device: str = "auto", precision: str = "auto", compile: bool = False,
-          cache: str = "auto", packed: str = None, fresh: bool = False):
+          cache: str = "auto", packed: str = None, textures: str = None, fresh: bool = False):
     """Train an encoder: LooC, LooC++, or one of the paper's baselines (its section 3 and 4).
 
     What is left out comes from the data set's row of RECIPES. The run folder holds config.json, log.jsonl, views.png,
@@ -759,6 +779,7 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
         compile: torch.compile the encoders: minutes before the first step, then faster on some devices; see `bench --compile`
         cache: where the decoded pictures are: device, host (memory), none (a memory map on disk), or auto
         packed: the folder that `python data.py pack` wrote, by default the one that the run folder lies in
+        textures: the folder that `python data.py stylize` wrote, for the group texture; factors makes its own
         fresh: start over; a run already in the folder is moved aside
     """
     config = settings(**locals())
@@ -769,6 +790,8 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
             found = pixels.load(data, "train" if method == "supervised" else "pretrain", root=root, size=config["size"], canvas=canvas,
                                 download=download, workers=workers, seed=seed, cache=packed or out.parent,
                                 shared=ranks() > 1 or cache == "none" or bool(packed))
+            if "texture" in config["groups"] + config["always"]:
+                found = pixels.with_textures(data, found, root, textures, packed or out.parent, workers, config["device"], seed)
             found, kept = hold(found, config)
             labels, classes = supervision(found, config)
             n, batch = len(found.images), config["batch"]
@@ -824,12 +847,12 @@ def rows_of(config, n, first, steps):
 
 
 def fetch(found, config, rows):
-    """-> rows, images (m 3 h w) in [0, 1] and aspect (m,) on the training device; bytes travel, not floats."""
-    images = found.images[rows.to(found.images.device)]
-    if not images.is_cuda and torch.device(config["device"]).type == "cuda":
-        images = images.pin_memory()
-    place = partial(torch.Tensor.to, device=config["device"], non_blocking=True)
-    return rows, place(images).to(dtype_of(config)) / 255, place(found.aspect[rows]).to(dtype_of(config))
+    """-> rows, and on the training device images (m 3 h w) in [0, 1], aspect (m,), textures (m copy 3 h w) or None; bytes travel, not floats."""
+    def place(some):
+        some = some[rows.to(some.device)]
+        pinned = some if some.is_cuda or torch.device(config["device"]).type == "cpu" else some.pin_memory()
+        return pinned.to(config["device"], non_blocking=True).to(dtype_of(config))
+    return rows, place(found.images) / 255, place(found.aspect), None if found.textures is None else place(found.textures) / 255
 
 
 def ahead(function, items):
@@ -850,8 +873,8 @@ def hold(found, config):
     if cache == "auto":
         fits = on_gpu and found.images.numel() < torch.cuda.mem_get_info(config["device"])[0] / 2
         cache = "device" if fits else "none" if mapped else "host"
-    images = found.images.to(config["device"]) if cache == "device" else found.images.clone() if cache == "host" and mapped else found.images
-    return found._replace(images=images), cache
+    move = lambda x: x if x is None else x.to(config["device"]) if cache == "device" else x.clone() if cache == "host" and x.is_shared() else x
+    return found._replace(images=move(found.images), textures=move(found.textures)), cache
 
 
 class NotFinite(UserError):
@@ -869,12 +892,12 @@ def fit(state, found, labels, table, config, out, asked=()):
     every = max(1, steps // 200)
     save_every, seconds, timed = config["save_every"] or 20 * every, begun, first
     one_ahead = ahead if torch.device(config["device"]).type == "cuda" else map     # on a CPU a second thread would only be in the way
-    for rows, some, shape in one_ahead(partial(fetch, found, config), rows_of(config, n, first, steps)):
+    for rows, *some in one_ahead(partial(fetch, found, config), rows_of(config, n, first, steps)):
         lr_now = state.optimizer.param_groups[0]["lr"] = learning_rate(config, state.step / per_epoch)
         if config["method"] == "supervised":
-            state, (loss,) = supervised_step(state, some, shape, None if labels is None else labels[rows].to(config["device"]), table, config)
+            state, (loss,) = supervised_step(state, *some[:2], None if labels is None else labels[rows].to(config["device"]), table, config, some[2])
         else:
-            state, (loss, *spaces) = step(state, some, shape, table, config)
+            state, (loss, *spaces) = step(state, *some[:2], table, config, some[2])
         state = state._replace(total=state.total + loss)
         number = agreed(asked[0] if asked else 0)
         saving = state.step % save_every == 0 or state.step == steps or number
@@ -884,7 +907,7 @@ def fit(state, found, labels, table, config, out, asked=()):
             finite(state, out)
         if logging:
             line = {"step": state.step, "loss": (state.total / ((state.step - 1) % every + 1)).tolist()}   # the sum may begin before a resume
-            line |= {"unreadable": found.unreadable} if found.unreadable else {}
+            line |= {"unreadable": len(found.missing)} if found.missing else {}
             if table.spaces:
                 watched = watch(*spaces, config["tau"])
                 line |= {k: x.tolist() for k, x in zip(watched, average([*watched.values()]))}
@@ -970,7 +993,7 @@ def settings(*, method, groups, data, recipe, out, always, label, device, precis
     config["cache"] = pixels.choose("cache", cache, ("auto", "device", "host", "none"))
     if packed and not Path(packed).is_dir():
         raise UserError(f"--packed={packed}: no such folder; `python data.py pack --data={data} --root=DIR --out={packed}` writes it")
-    config["root"] = flags["root"] and str(Path(flags["root"]).resolve())
+    config["root"], config["textures"] = (flags[name] and str(Path(flags[name]).resolve()) for name in ("root", "textures"))
     config["out"] = out or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
     pixels.choose("arch", config["arch"], ("small", *(a for a in torchvision.models.list_models(module=torchvision.models) if "resne" in a)))
     pixels.choose("stem", config["stem"], ("imagenet", "cifar"))
@@ -1019,8 +1042,9 @@ def fast_bfloat16(device):
 def save_views(found, method, config, path, count=12):
     """Rows of the query and key views of a few pictures, each named by its space and what it shares with the query."""
     images, aspect = found.images[:count].cpu().float() / 255, found.aspect[:count]
+    textures = None if found.textures is None else found.textures[:count].cpu().float() / 255
     query, keys, _ = augment_groups(images, config["groups"], method.share, generator("views", config["seed"], 0), always=config["always"],
-                                    size=config["size"], aspect=aspect)
+                                    size=config["size"], aspect=aspect, textures=textures)
     shared = [" + ".join(g for g, same in zip(method.groups, row) if same) or "nothing" for row in method.share.tolist()]
     spaces = [", ".join(name for name, row in zip(method.spaces, method.role.tolist()) if row[v] == 1) for v in range(len(shared))]
     rows = ["query", *(f"key of space {names}: shares {groups}" for names, groups in zip(spaces, shared))]
@@ -1178,12 +1202,15 @@ def rig(config):
     state = start(config)
     bare_key = build(config, config["splits"]).to(device, dtype_of(config), memory_format=torch.channels_last)
     canvas = config["canvas"] or round(config["size"] / pixels.kept(config["data"]))
-    found, _ = hold(pixels.Data(torch.randint(256, (2 * b, 3, canvas, canvas), dtype=torch.uint8, generator=generator("bench")), torch.ones(2 * b), {}, {}), config)
+    noise = lambda *shape: torch.randint(256, shape, dtype=torch.uint8, generator=generator("bench"))
+    found, _ = hold(pixels.Data(noise(2 * b, 3, canvas, canvas), torch.ones(2 * b), {}, {},
+                                textures=noise(2 * b, 1, 3, canvas, canvas) if "texture" in method.groups else None), config)
     images = torch.rand(b, 3, config["size"], config["size"], generator=generator("bench")).to(device, dtype_of(config))
     get = lambda: fetch(found, config, torch.arange(b) * 2)
-    _, canvases, aspect = get()
-    views = lambda: augment_groups(canvases, method.groups, method.share, generator("views", 0, 0), always=config["always"], size=config["size"], aspect=aspect)
-    q, k, positives, role = (x.detach() for x in contrastive(state.query, state.key, canvases, aspect, method, config, 0))
+    _, canvases, aspect, textures = get()
+    views = lambda: augment_groups(canvases, method.groups, method.share, generator("views", 0, 0), always=config["always"], size=config["size"],
+                                   aspect=aspect, textures=textures)
+    q, k, positives, role = (x.detach() for x in contrastive(state.query, state.key, canvases, aspect, method, config, 0, textures))
 
     def query():
         with autocast(config):
@@ -1206,7 +1233,8 @@ def rig(config):
 
     def whole():
         nonlocal state
-        state, _ = step(state, *get()[1:], method, config)
+        _, *some, textures = get()
+        state, _ = step(state, *some, method, config, textures)
     return {"fetch": get, "augment": views, "query": query, "keys": lambda: forward(state.key, len(method.share)), "loss": loss,
             "queue": lambda: queue_update(state.queue, 0, positives), "ema": lambda: ema(state.key, state.query, config["momentum"]),
             "optimizer": state.optimizer.step, "step": whole, "network": network}

@@ -749,7 +749,7 @@ def test_a_stream_leaves_out_what_cannot_be_read(tmp_path, capsys):
         data.decoded(found)
     picture(tmp_path / "train" / "a" / "4.png", (120, 0, 0))
     once = data.decoded(data.find("folder", "train", root=tmp_path))
-    assert once.unreadable == 1 and once.images[:, 0, 9, 9].tolist() == [0, 60, 90, 120, 150, 180]
+    assert len(once.missing) == 1 and once.images[:, 0, 9, 9].tolist() == [0, 60, 90, 120, 150, 180]
 
 
 def test_decoded_pictures_are_kept_for_the_next_run(tmp_path, monkeypatch):
