@@ -766,6 +766,92 @@ def test_decoded_pictures_are_kept_for_the_next_run(tmp_path, monkeypatch):
         data.load("folder", "train", **where)
 
 
+# ---------------------------------------------------------------- texture
+
+
+def gram_distance(images, style):
+    """By 64 random 7x7 filters at three scales that the optimisation never sees -> (b,)."""
+    bank = torch.randn(64, 3, 7, 7, generator=generator("judge")) / 12
+    apart = 0
+    for _ in range(3):
+        one, two = (data.gram(F.relu(F.conv2d(F.pad(x, (3,) * 4, mode="reflect"), bank))) for x in (images, style))
+        apart = apart + (one - two).square().sum((1, 2)).sqrt()
+        images, style = F.avg_pool2d(images, 2), F.avg_pool2d(style, 2)
+    return apart
+
+
+def outline(images):
+    """Sobel magnitude of luminance, blurred by side / 64 -> (b, pixels), mean 0, deviation 1."""
+    side, sobel = images.shape[-1], torch.tensor([[1., 2, 1], [0, 0, 0], [-1, -2, -1]])
+    edges = F.conv2d(F.pad(data.luminance(images), (1,) * 4, mode="reflect"), torch.stack([sobel, sobel.T])[:, None]).square().sum(1, keepdim=True).sqrt()
+    edges = TF.gaussian_blur(edges, 2 * math.ceil(3 * side / 64) + 1, side / 64).flatten(1)
+    return (edges - edges.mean(1, keepdim=True)) / edges.std(1, keepdim=True)
+
+
+def test_texture_goes_and_shape_stays():
+    images, styles = data.factors("val", 64, 28).images / 255, data.materials(28, 64)
+    done = data.stylised(images, styles)
+    assert ((done >= 0) & (done <= 1)).all()
+    assert (1 - gram_distance(done, styles) / gram_distance(images, styles)).median() > .8
+    assert (outline(done) * outline(images)).mean(1).median() > .5
+    kept = data.stylised(images, styles, keep_color=True)                    # the picture's own colours
+    colour = lambda x: (x - data.luminance(x)).mean((2, 3))
+    assert (colour(kept) - colour(images)).abs().mean() < .3 * (colour(done) - colour(images)).abs().mean()
+    assert (outline(kept) * outline(images)).mean(1).median() < .95          # and still another texture
+
+
+def test_optimisation_comes_closer_to_the_style():
+    images, styles = data.factors("val", 32, 16).images / 255, data.materials(16, 32)
+    near = [data.stylised(images, styles, steps=steps, content=0.) for steps in (0, 10)]
+    loss = lambda x: sum((data.gram(a) - data.gram(b)).square().mean((1, 2)) for a, b in zip(data.random_features(x)[0], data.random_features(styles)[0]))
+    assert (loss(near[1]) < loss(near[0])).float().mean() > .9
+
+
+def test_recolor_gives_the_moments():
+    x, style = torch.rand(3, 3, 16, 16, generator=generator(0)), torch.rand(3, 3, 16, 16, generator=generator(1)) ** 3
+    done = data.recolor(x, style)
+    torch.testing.assert_close(done.mean((2, 3)), style.mean((2, 3)), atol=1e-4, rtol=0)
+    for a, b in zip(done, style):
+        torch.testing.assert_close(a.flatten(1).cov(), b.flatten(1).cov(), atol=2e-3, rtol=0)
+
+
+def test_vgg_features_are_the_published_layers():
+    net = torchvision.models.vgg19(weights=None).eval().requires_grad_(False)
+    maps, content = data.vgg_features(net, torch.rand(1, 3, 64, 64))
+    assert [m.shape[1] for m in maps] == [64, 128, 256, 512, 512, 512] and [m.shape[2] for m in maps] == [64, 32, 16, 8, 8, 4] and content == 4
+    assert all((m >= 0).all() for m in maps)                                  # after ReLU, and not overwritten by the next layer
+    done = data.stylised(torch.rand(1, 3, 64, 64), data.materials(1, 64), lambda x: data.vgg_features(net, x), steps=1)
+    assert done.isfinite().all()
+
+
+def test_texture_takes_the_drawn_copy():
+    images, copies = torch.zeros(4, 3, 8, 8), torch.arange(1., 9).view(4, 2, 1, 1, 1).expand(4, 2, 3, 8, 8) / 10
+    draw = {"stylised": torch.tensor([1, 1, 0, 1, 0, 1, 1, 0]).bool(), "copy": torch.tensor([0., .6, 0, .99, 0, .4, .5, 0])}
+    views = loo.texture(images.repeat(2, 1, 1, 1), draw, copies)              # two views of four pictures
+    torch.testing.assert_close(views[:, 0, 0, 0] * 10, torch.tensor([1., 4, 0, 8, 0, 3, 6, 0]))
+    with pytest.raises(ValueError, match="textures"):
+        loo.augment_groups(images, ("texture",), torch.zeros(1, 1, dtype=torch.bool), generator(0))
+    share = loo.methods(("texture",))["looc"].share
+    query, keys, _ = loo.augment_groups(images, ("texture",), share, generator(0), always=(), textures=copies)
+    assert torch.equal(query, keys[1]) and not torch.equal(query, keys[0])
+
+
+def test_stylize_goes_on_and_training_reads_it(here, capsys):
+    root = photo_tree(here / "photos", each=12)
+    run(data, f"stylize --root={root} --out=copies --size=32 --copies=2 --features=random --steps=1 --split=train")
+    made = sorted((here / "copies").rglob("*.jpg"))
+    texts = {p: p.read_bytes() for p in made}
+    assert len(made) % 2 == 0 and all((root / p.relative_to(here / "copies").parent).is_dir() for p in made)
+    made[3].unlink()
+    with pytest.raises(SystemExit):
+        run(loo, f"train --data=folder --root={root} --groups=color,texture --textures=copies --out=run --size=28 --batch=16 {TINY}")
+    assert made[3].name in capsys.readouterr().err and not (here / "run").exists()
+    run(data, f"stylize --root={root} --out=copies --size=32 --copies=2 --features=random --steps=1 --split=train")
+    assert {p: p.read_bytes() for p in made} == texts                          # the same style again, the others untouched
+    run(loo, f"train --data=folder --root={root} --groups=color,texture --textures=copies --out=run --size=28 --batch=16 {TINY}")
+    assert "spaces all, color, texture" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- probes
 
 
@@ -1074,11 +1160,12 @@ def here(tmp_path, monkeypatch):
 
 
 def run(module, line):
-    commands = {loo: {"train": loo.train, "methods": loo.show_methods},
+    commands = {loo: {"train": loo.train, "methods": loo.show_methods, "bench": loo.bench}, data: {"stylize": data.stylize, "pack": data.pack},
                 judge: {t.__name__: t for t in (judge.linear, judge.rotation, judge.fewshot, judge.knn, judge.robust, judge.spaces, judge.retrieve, judge.table)}}[module]
     data.command_line(commands, line.split())
 
 
+TINY = "--epochs=1 --queue=16 --hidden=16 --dim=8"
 SMALL = "--batch=64 --queue=64 --hidden=32 --dim=16"
 
 
