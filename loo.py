@@ -1290,6 +1290,8 @@ def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe
                 peak=counter.get_total_flops() / quartiles["step"][1] / 1e9 / peak(config), method=method, arch=config["arch"], size=config["size"],
                 batch=config["batch"], groups=list(groups), queue=config["queue"], steps=steps, dtype=config["precision"], compile=compile, first_step_s=warm, torch=str(torch.__version__),
                 device=torch.cuda.get_device_name() if torch.device(config["device"]).type == "cuda" else f"{torch.get_num_threads()} CPU threads")
+    if torch.device(config["device"]).type == "cuda":
+        line["memory_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
     if fewer:
         line["group_ms"] = (times["step"] - times["one group less"]).median().item()
     if json:

@@ -1557,6 +1557,18 @@ def test_retrieve_counts_neighbours_and_draws_them(untrained, capsys):
     assert found[4]["top1"] == pytest.approx((turns[similar.topk(4).indices] == turns[:, None]).float().mean().item() * 100, abs=.5)
 
 
+def test_bench_times_a_real_step(here, capsys):
+    run(loo, "bench --batch=16 --size=16 --steps=3 --groups=color,texture --json")
+    line = json.loads(capsys.readouterr().out)
+    assert line["groups"] == ["color", "texture"] and .5 < line["ratio"] < 20 and line["images_per_s"] > 0
+    for name in ("step_ms", "network_ms", "arch", "size", "batch", "device", "dtype", "group_ms"):
+        assert name in line
+
+
+def test_items_ahead_come_in_order():
+    assert list(loo.ahead(lambda i: i * i, range(5))) == [0, 1, 4, 9, 16] and list(loo.ahead(str, [])) == []
+
+
 def test_methods_prints_the_table(here, capsys):
     run(loo, "methods")
     assert "| looc | [[0, 0], [1, 0], [0, 1]] | [[1, 0, 0], [-1, 1, -1], [-1, -1, 1]] | mlp | v |" in capsys.readouterr().out
