@@ -1006,6 +1006,8 @@ def settings(*, method, groups, data, recipe, out, always, label, device, precis
     for flag in ("weight_decay", "workers"):
         if config[flag] < 0:
             raise UserError(f"--{flag}={config[flag]}: expected 0 or more")
+    if config["textures"] and (data == "factors" or "texture" not in config["groups"] + config["always"]):
+        raise UserError(f"--textures={flags['textures']}: name the group that reads it, as in --groups=color,texture; factors makes its own copies")
     if Path(config["out"]).is_file():
         raise UserError(f"--out={config['out']} is a file; name a folder")
     if not 0 <= config["momentum"] <= 1:

@@ -1177,6 +1177,7 @@ SMALL = "--batch=64 --queue=64 --hidden=32 --dim=16"
     ("train --fresh=maybe", "true or false"), ("train epochs=3", "--epochs"), ("train --method=looc --groups=", "at least one"),
     ("train --momentum=9", "0 to 1"), ("train --device=gpu", "cuda"), ("train --device=cuda:99", "CUDA devices"),
     ("train --method=moco_same --groups=color", "--same=rotation"), ("train --weight_decay=-1", "0 or more"),
+    ("train --textures=.", "--groups=color,texture"), ("train --cache=disk", "device"), ("train --packed=nope", "data.py pack"),
     ("train --method=supervised --label=hues", "hue"), ("train --batch=100000 --splits=1", "smaller")])
 def test_bad_flags_are_one_clear_line_and_nothing_is_written(line, right, here, capsys):
     with pytest.raises(SystemExit) as stop:
