@@ -492,7 +492,7 @@ def vgg_features(net, images):
     mean, std = images.new_tensor([[.485, .456, .406], [.229, .224, .225]])[:, :, None, None]
     maps, x = [], (images - mean) / std
     for i, layer in enumerate(net.features[:30]):
-        x = F.relu(x) if isinstance(layer, torch.nn.ReLU) else layer(x)     # not in place: maps are kept
+        x = layer(x)
         if i in (1, 6, 11, 20, 22, 29):
             maps.append(x)
     return maps, 4

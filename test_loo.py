@@ -757,7 +757,8 @@ def test_decoded_pictures_are_kept_for_the_next_run(tmp_path, monkeypatch):
     for i, path in enumerate(paths):
         picture(path, (30 * i, 0, 0))
     where = dict(root=tmp_path / "a", cache=tmp_path / "cache", shared=True)
-    first = data.load("folder", "train", **where)
+    first, plain = data.load("folder", "train", **where), data.load("folder", "train", root=tmp_path / "a")
+    assert torch.equal(first.images, plain.images) and torch.equal(first.aspect, plain.aspect)
     monkeypatch.setattr(data, "decode", None)                                       # not again
     again = data.load("folder", "train", **where)
     assert torch.equal(first.images, again.images) and torch.equal(first.aspect, again.aspect)
@@ -808,7 +809,8 @@ def test_optimisation_comes_closer_to_the_style():
 
 
 def test_recolor_gives_the_moments():
-    x, style = torch.rand(3, 3, 16, 16, generator=generator(0)), torch.rand(3, 3, 16, 16, generator=generator(1)) ** 3
+    mix = lambda seed: torch.einsum("kc,bchw->bkhw", torch.rand(3, 3, generator=generator("mix", seed)), torch.rand(3, 3, 16, 16, generator=generator(seed)))
+    x, style = mix(0), mix(1)
     done = data.recolor(x, style)
     torch.testing.assert_close(done.mean((2, 3)), style.mean((2, 3)), atol=1e-4, rtol=0)
     for a, b in zip(done, style):
@@ -836,9 +838,20 @@ def test_texture_takes_the_drawn_copy():
     assert torch.equal(query, keys[1]) and not torch.equal(query, keys[0])
 
 
+def test_copies_belong_to_their_pictures(tmp_path):
+    for i in range(8):
+        picture(tmp_path / "photos" / "train" / "a" / f"{i}.png", (30 * i, 0, 0))
+        for k in range(2):
+            picture(tmp_path / "copies" / "train" / "a" / f"{i}.{k}.jpg", (30 * i + 7 * k, 0, 0))
+    (tmp_path / "photos" / "train" / "a" / "2.png").write_bytes(b"broken")
+    found = data.load("folder", "train", root=tmp_path / "photos", size=12, canvas=12)
+    copies = data.with_textures("folder", found, tmp_path / "photos", tmp_path / "copies", tmp_path).textures[:, :, 0, 6, 6]
+    assert copies.tolist() == [[30 * i, 30 * i + 7] for i in (0, 1, 3, 4, 5, 6, 7)]
+
+
 def test_stylize_goes_on_and_training_reads_it(here, capsys):
     root = photo_tree(here / "photos", each=12)
-    run(data, f"stylize --root={root} --out=copies --size=32 --copies=2 --features=random --steps=1 --split=train")
+    run(data, f"stylize --root={root} --out=copies --size=32 --copies=2 --features=random --steps=1 --batch=3")
     made = sorted((here / "copies").rglob("*.jpg"))
     texts = {p: p.read_bytes() for p in made}
     assert len(made) % 2 == 0 and all((root / p.relative_to(here / "copies").parent).is_dir() for p in made)
@@ -846,7 +859,7 @@ def test_stylize_goes_on_and_training_reads_it(here, capsys):
     with pytest.raises(SystemExit):
         run(loo, f"train --data=folder --root={root} --groups=color,texture --textures=copies --out=run --size=28 --batch=16 {TINY}")
     assert made[3].name in capsys.readouterr().err and not (here / "run").exists()
-    run(data, f"stylize --root={root} --out=copies --size=32 --copies=2 --features=random --steps=1 --split=train")
+    run(data, f"stylize --root={root} --out=copies --size=32 --copies=2 --features=random --steps=1")
     assert {p: p.read_bytes() for p in made} == texts                          # the same style again, the others untouched
     run(loo, f"train --data=folder --root={root} --groups=color,texture --textures=copies --out=run --size=28 --batch=16 {TINY}")
     assert "spaces all, color, texture" in capsys.readouterr().out
@@ -1383,6 +1396,25 @@ def test_a_full_disk_leaves_what_was_there(here, monkeypatch):
     with pytest.raises(data.UserError, match="x.pt, which needs 3.0 MB: No space left"):
         data.write(here / "x.pt", bytes(3 << 20), keep=here / "y.pt")
     assert [p.name for p in here.iterdir()] == ["x.pt"] and (here / "x.pt").read_bytes() == b"old"
+
+
+def test_features_leave_out_what_cannot_be_read(untrained, tmp_path):
+    for i in range(6):
+        picture(tmp_path / "pictures" / "train" / "a" / f"{i}.png", (40 * i, 200 - 30 * i, 0), side=40)
+    whole = data.find("folder", "train", root=tmp_path / "pictures", size=32, central=True)
+    encoder, _ = loo.load_encoder(untrained)
+    v, z, rows = judge.features(encoder, whole, turns=(0, 1))
+    (tmp_path / "pictures" / "train" / "a" / "2.png").write_bytes(b"broken")
+    w, y, left = judge.features(encoder, whole, turns=(0, 1))
+    assert rows.tolist() == list(range(6)) and left.tolist() == [0, 1, 3, 4, 5]
+    keep = torch.tensor([0, 1, 3, 4, 5, 6, 7, 9, 10, 11])                             # both turns
+    torch.testing.assert_close(w, v[keep]), torch.testing.assert_close(y, z[:, keep])
+
+
+def test_shares_of_a_stream_are_all_of_it(tmp_path):
+    found = data.factors("val", 8, 20)
+    parts = [rows for i in range(3) for rows, *_ in data.stream(found, batch=4, share=(i, 3))]
+    assert sorted(torch.cat(parts).tolist()) == list(range(20)) and [len(p) for p in parts] == [4] * 5
 
 
 def test_your_own_pictures(here, capsys):
