@@ -361,27 +361,32 @@ def decoded(found, workers=2, cache=None, shared=False):
         return found
     n, side = len(found.images), found.images.side
     size = n * 3 * side * side
-    if not cache or size <= 4 << 30 and not shared:
+    path = Path(cache) / f"{fingerprint(found)[:16]}.canvases" if cache else None
+    if not path or size <= 4 << 30 and not shared and not path.exists():
         rows, aspect, images = decode(found, torch.empty(size, dtype=torch.uint8).view(n, 3, side, side), workers)
     else:
-        path = Path(cache) / f"{fingerprint(found)[:16]}.canvases"
         index, aside = path.with_suffix(".pt"), path.with_suffix(f".{os.getpid()}")
-        if not index.exists():
+        if not (index.exists() and path.exists() and path.stat().st_size == size):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                with open(aside, "wb") as file:
+                    if hasattr(os, "posix_fallocate"):           # a full disk is found now, not when a page of the map is written
+                        os.posix_fallocate(file.fileno(), 0, size)
                 rows, aspect, _ = decode(found, mapped(aside, n, side), workers)
                 aside.rename(path)
                 write(index, functools.partial(torch.save, (rows, aspect)))   # written last: what it names is whole
+            except OSError as error:
+                raise UserError(f"cannot write {path}, which needs {size / 2 ** 20:.1f} MB: {error.strerror}") from None
             finally:
                 aside.unlink(missing_ok=True)
-        rows, aspect = torch.load(index, weights_only=True)
+        rows, aspect = read_tensors(index)
         images = mapped(path, n, side)
     missing = tuple(sorted(set(range(n)) - set(rows.tolist())))
     return Data(images[:len(rows)], aspect, {k: y[rows] for k, y in found.labels.items()}, found.classes, missing)
 
 
 def mapped(path, n, side):
-    return torch.from_file(str(path), shared=True, size=n * 3 * side * side, dtype=torch.uint8).view(n, 3, side, side)
+    return torch.from_file(str(path), shared=os.access(path, os.W_OK), size=n * 3 * side * side, dtype=torch.uint8).view(n, 3, side, side)
 
 
 def decode(found, images, workers):
@@ -401,7 +406,7 @@ def fingerprint(found):
     if torch.is_tensor(found.images):
         return hashlib.sha1(found.images.numpy()).hexdigest()
     source = found.images.fetch.args[0]                        # paths, or a data set of torchvision's
-    files = [(str(p), (stat := p.stat()).st_size, stat.st_mtime_ns) for p in source] if isinstance(source, (tuple, list)) else repr(source)
+    files = [(os.path.abspath(p), (stat := p.stat()).st_size, stat.st_mtime_ns) for p in source] if isinstance(source, (tuple, list)) else repr(source)
     return hashlib.sha1(repr((files, found.images.side, found.images.share)).encode()).hexdigest()
 
 
@@ -525,7 +530,7 @@ def stylised(images, styles, features=random_features, steps=10, lr=.01, content
         out.requires_grad_()
         with torch.autocast(out.device.type, torch.bfloat16, enabled=out.is_cuda):
             maps, _ = features(out)
-            loss = sum(apart(gram(m), goal) for m, goal in zip(maps, goals)) + content * apart(maps[at], keep)
+        loss = sum(apart(gram(m), goal) for m, goal in zip(maps, goals)) + content * apart(maps[at], keep)
         gradient, = torch.autograd.grad(loss, out)
         with torch.no_grad():                    # steps of one size for each picture
             push = .8 * push + .2 * gradient / (gradient.square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-12)
@@ -536,11 +541,11 @@ def stylised(images, styles, features=random_features, steps=10, lr=.01, content
 def copies_of(path, top, root, count):
     """Where the stylised copies of a picture below `top` are, below `root`: the same path, numbered."""
     where = Path(root) / Path(path).relative_to(top)
-    return [where.with_name(f"{where.stem}.{k}.jpg") for k in range(count)]
+    return [where.with_name(f"{where.name}.{k}.jpg") for k in range(count)]     # a.png and a.jpg are two pictures
 
 
 def stylize(data: str = "folder", root: str = None, styles: str = None, out: str = "stylised", *, copies: int = 1, size: int = 256, split: str = "train",
-            features: str = "auto", steps: int = 10, strength: float = .7, batch: int = 32, workers: int = 2, device: str = "auto", seed: int = 0):
+            features: str = "auto", steps: int = 10, strength: float = .7, batch: int = 32, device: str = "auto", seed: int = 0):
     """Write stylised copies of a set's pictures, a tree that mirrors it: texture gone, shape kept. For `python loo.py train --groups=texture
     --textures=OUT`. Goes on where it stopped; each file is written whole or not at all.
 
@@ -556,7 +561,6 @@ def stylize(data: str = "folder", root: str = None, styles: str = None, out: str
         steps: of the optimisation
         strength: of the style's detail at the start
         batch: pictures at once
-        workers: processes that decode pictures
         device: auto, cpu or cuda
         seed: which style each picture gets
     """
@@ -568,7 +572,7 @@ def stylize(data: str = "folder", root: str = None, styles: str = None, out: str
         raise UserError(f"--data={data} is not a tree of pictures: factors makes its copies when it is trained on, torchvision's sets cannot have them")
     place, top, paths = device_of(device), folder_of(root, data), found.images.fetch.args[0]
     to_style, name = features_of(features, place)
-    painted = sorted(p for p in Path(styles).rglob("*") if p.suffix.lower() in PICTURES) if styles else []
+    painted = pictures(Path(styles)) if styles else []
     if styles and not painted:
         raise UserError(f"--styles={styles}: no pictures in this folder")
     drawn = None if styles else materials(56, size, seed)
@@ -577,10 +581,10 @@ def stylize(data: str = "folder", root: str = None, styles: str = None, out: str
     begun, shown = time.perf_counter(), 0
     for start in range(0, len(jobs), batch):
         some = jobs[start:start + batch]
-        pictures, aspect, errors = zip(*(found.images[i] for i, _, _ in some))
+        canvases, aspect, errors = zip(*(found.images[i] for i, _, _ in some))
         pick = [int(torch.randint(1 << 30, (1,), generator=generator("style", seed, str(t.relative_to(out))))) for _, _, t in some]
         style = [drawn[p % len(drawn)] if drawn is not None else pil_to_tensor(square(painted, p % len(painted), size)) / 255 for p in pick]
-        done = stylised(torch.stack(pictures).to(place) / 255, torch.stack(style).to(place), to_style, steps, strength=strength)
+        done = stylised(torch.stack(canvases).to(place) / 255, torch.stack(style).to(place), to_style, steps, strength=strength)
         for (_, _, target), picture, shape, error in zip(some, (done * 255).round().byte().cpu(), aspect, errors):
             if error:
                 print(f"warning: skipped {error}", file=sys.stderr)
@@ -618,24 +622,24 @@ def with_textures(name, found, root, textures, cache, workers=2, device="cpu", s
         if not path.exists():
             n, side, made = len(found.images), found.images.shape[-1], []
             print(f"making stylised copies of {n} pictures, once: {path}", flush=True)
-            style = F.avg_pool2d(materials(56, max(64, side)), max(64, side) // side)
+            style = F.interpolate(materials(56, max(64, side)), size=side, mode="area")
             for rows in torch.arange(n).split(64):
                 pick = torch.randint(56, (len(rows),), generator=generator("style", int(rows[0])))
                 done = stylised(found.images[rows].to(device) / 255, style[pick].to(device), keep_color=True)     # hue is another group's
                 made.append((done * 255).round().byte().cpu())
             write(path, functools.partial(torch.save, torch.cat(made)[:, None]))
-        return found._replace(textures=torch.load(path, weights_only=True))
+        return found._replace(textures=read_tensors(path))
+    if name in TORCHVISION:
+        raise UserError(f"--data={name}: torchvision's sets cannot have stylised copies; use a tree of pictures")
     if not textures:
         raise UserError(f"--groups=texture needs --textures=DIR, stylised copies of the pictures; write them with `python data.py stylize --data={name} --root={root} --seed={seed}`")
-    everything = find(name, "pretrain", root=root, canvas=found.images.shape[-1], seed=seed).images
-    gone, top = set(found.missing), folder_of(root, name)
-    paths = [p for i, p in enumerate(everything.fetch.args[0]) if i not in gone]
+    side, top, unread = found.images.shape[-1], folder_of(root, name), set(found.missing)
+    paths = [p for i, p in enumerate(find(name, "pretrain", root=root, canvas=side, seed=seed).images.fetch.args[0]) if i not in unread]
     count = next(k for k in itertools.count() if not copies_of(paths[0], top, textures, k + 1)[-1].exists())
     copies = [one for p in paths for one in copies_of(p, top, textures, max(count, 1))]
-    absent = next((p for p in copies if not p.exists()), None)
-    if absent:
-        raise UserError(f"{absent}: no such file; `python data.py stylize --data={name} --root={root} --out={textures} --seed={seed}` writes what is missing")
-    side = found.images.shape[-1]
+    if gone := absent(copies):
+        raise UserError(f"{gone[0]}: no such file; `python data.py stylize --data={name} --root={root} --out={textures} --copies={max(count, 1)} --seed={seed}` "
+                        "(and the --styles it was made with) writes what is missing")
     canvases = Canvases(functools.partial(read_picture, copies, 0), len(copies), side, strict=True)
     images = decoded(Data(canvases, torch.ones(len(copies)), {}, {}), workers, cache, shared=found.images.is_shared()).images
     return found._replace(textures=images.view(len(paths), -1, 3, side, side))
@@ -977,20 +981,28 @@ def device_of(flag):
     return f"cuda:{index or local}" if index or local else "cuda"
 
 
+def read_tensors(path, device="cpu"):
+    """A file of torch.save; no code in it is run. UserError when it is not whole."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:                   # cut short, not a checkpoint, or a pickle that would run code: torch raises what it likes
+        raise UserError(f"{path} is cut short, or not ours ({(str(error) or type(error).__name__).splitlines()[0][:120]})") from None
+
+
 def write(path, content, keep=None):
     """Whole or not at all: bytes, or what content(file) writes, to a temporary file beside it, flushed, renamed. What was there before
     goes to `keep`. UserError when it cannot be written: then what was there still is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(aside, "wb") as file:
             content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
+    except (OSError, RuntimeError) as error:     # torch.save turns the one into the other
         aside.unlink(missing_ok=True)
         needs = "" if callable(content) else f", which needs {len(content) / 2 ** 20:.1f} MB"
-        raise UserError(f"cannot write {path}{needs}: {error.strerror}") from None
+        raise UserError(f"cannot write {path}{needs}: {getattr(error, 'strerror', None) or error}") from None
     if keep and path.exists():
         os.replace(path, keep)
     os.replace(aside, path)
@@ -1016,7 +1028,7 @@ def pack(data: str = "folder", root: str = None, out: str = "runs", size: int = 
     packed = decoded(found, workers, out, shared=True)
     n, side, seconds = len(packed.images), found.images.side, time.perf_counter() - begun
     print(f"{n} pictures of {side} x {side} ({n * 3 * side ** 2 / 2 ** 30:.2f} GiB) in {out}, in {seconds:.0f} s; train with --data={data}"
-          f"{f' --root={root}' if root else ''} --size={size}{f' --canvas={canvas}' if canvas else ''} --packed={out}")
+          f"{f' --root={root}' if root else ''} --size={size}{f' --canvas={canvas}' if canvas else ''}{f' --seed={seed}' if seed else ''} --packed={out}")
 
 
 # ---------------------------------------------------------------- pictures for people

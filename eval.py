@@ -9,6 +9,7 @@
 Each task prints a Markdown row for each result and appends a JSON line to RUN/results.jsonl.
 Axes: b image, s space, d feature, n sample, r quarter turns, t trial, k class, h w pixel.
 """
+import contextlib
 import functools
 import glob
 import hashlib
@@ -468,6 +469,7 @@ class Bench(NamedTuple):
     workers: int
     key: tuple        # what the cached features depend on, beside the split
     find: functools.partial   # data.find of this data set
+    leader_first: object = contextlib.nullcontext   # a context that rank 0 enters first
 
 
 def bench(run: str = "runs/latest", *, data: str = None, root: str = None, feature: str = "v", download: bool = False, workers: int = 2,
@@ -514,7 +516,7 @@ def frozen(b, split, turns=(0,)):
     name = hashlib.sha1(repr((b.key, split, turns, pixels.fingerprint(found))).encode()).hexdigest()[:16]
     path = b.run / "features" / f"{b.data}-{split}-{name}.pt"
     try:
-        kept = loo.read_tensors(path)
+        kept = pixels.read_tensors(path)
     except UserError:                            # not there, or not whole
         kept = None
     if loo.agreed(kept is None):
@@ -549,8 +551,8 @@ def task(function):
     @functools.wraps(function)
     def command(*args, json=False, **flags):
         begun = time.perf_counter()
-        with loo.processes(pixels.device_of(flags.get("device", "auto"))):
-            b = bench(*args, **{k: v for k, v in flags.items() if k in names})
+        with loo.processes(pixels.device_of(flags.get("device", "auto"))) as leader_first:
+            b = bench(*args, **{k: v for k, v in flags.items() if k in names})._replace(leader_first=leader_first)
             columns = ()
             for found in function(b, **{k: v for k, v in flags.items() if k not in names}):
                 if loo.rank():
@@ -607,7 +609,8 @@ def probe(b, labels, turns, protocol, epochs, lr):
         train, y = known(b, "train", turns)
         train, test = standardise(train, test)
     else:
-        train = pixels.decoded(b.find("train"), b.workers, b.run / "features")
+        with b.leader_first():
+            train = pixels.decoded(b.find("train"), b.workers, b.run / "features", shared=loo.ranks() > 1)
     for label in labels:
         k = len(names_of(b, label))
         w, bias = (fast_probe(train, y[label], k, b.seed) if protocol == "fast" else
@@ -839,7 +842,8 @@ def retrieve(b, against: str = None, label: tuple = (), queries: int = 8, neighb
     pictures = torch.stack([torch.stack([seen(b, y[0]["picture"][i], y[0]["rotation"][i]) for i in row]) for row in shown])
     titles = [", ".join(str(names_of(b, name)[y[0][name][i]]) for name in labels[:2]) for i in rows]
     heads = ["query", *(head for one in both for head in (f"nearest in {one.run.name}", *[""] * (neighbours - 1)))]
-    pixels.picture_grid(pictures, titles, heads, path, zoom=max(1, 64 // b.config["size"]))
+    if loo.rank() == 0:
+        pixels.picture_grid(pictures, titles, heads, path, zoom=max(1, 64 // b.config["size"]))
     for one, found, known_labels in zip(both, near, y):
         for name in labels:
             same = (known_labels[name][found] == known_labels[name][:, None]).double().mean(1) * 100   # (m,)
@@ -955,7 +959,8 @@ def papers_tables(lines):
         print()
 
 
-NAMED = {"seed", "out", "device", "precision", "workers", "root", "download", "method", "groups", "always", "label"}   # not told apart by `table`, or in a column
+NAMED = {"seed", "out", "device", "precision", "workers", "root", "download", "method", "groups", "always", "label",
+         "cache", "compile", "save_every", "textures"}   # not told apart by `table`, or in a column
 
 
 def mean_cell(values):

@@ -36,7 +36,7 @@ from einops import einsum, rearrange, repeat
 from torch import nn
 
 import data as pixels
-from data import UserError, generator, write
+from data import UserError, generator, read_tensors, write
 
 try:
     import fcntl
@@ -95,7 +95,8 @@ def draw_crop(b, generator):
 
 def draw_texture(b, generator):
     """A stylised copy with probability 0.5, and which of them as a share of their number."""
-    return {"stylised": torch.rand(b, generator=generator) < .5, "copy": torch.rand(b, generator=generator)}
+    stylised = torch.rand(b, generator=generator) < .5
+    return {"stylised": stylised, "copy": torch.where(stylised, torch.rand(b, generator=generator), 0.)}
 
 
 def draw_flip(b, generator):
@@ -122,7 +123,7 @@ def draw_blur(b, generator):
 
 
 def on(images, parameter):
-    """A drawn parameter where the images are, in their precision."""
+    """A drawn parameter, or rows, where the images are and in their precision."""
     return parameter.to(images.device, images.dtype if parameter.is_floating_point() else parameter.dtype, non_blocking=True)
 
 
@@ -134,7 +135,7 @@ def resample(images, draw, size=None, aspect=None):
     """
     b, c, h, w = images.shape
     size = size or h
-    odd = (draw["turns"] % 2 == 1).nonzero().squeeze(1).to(images.device) if "turns" in draw else ()    # found on the CPU: no GPU is waited for
+    odd = on(images, (draw["turns"] % 2 == 1).nonzero().squeeze(1)) if "turns" in draw else ()     # found on the CPU: no GPU is waited for
     draw, zeros = {k: on(images, p) for k, p in draw.items()}, images.new_zeros(b)
     top, left, height, width = crop_box(draw, zeros + 1 if aspect is None else aspect) if "area" in draw else (zeros, zeros, zeros + 1, zeros + 1)
     turns = draw.get("turns", zeros)
@@ -183,7 +184,7 @@ def texture(images, draw, textures):
     rows = draw["stylised"].nonzero().squeeze(1)
     copy = (draw["copy"][rows] * textures.shape[1]).long()
     out = images.clone()
-    out[rows.to(images.device)] = textures[(rows % len(textures)).to(images.device), copy.to(images.device)]
+    out[on(images, rows)] = textures[on(images, rows % len(textures)), on(images, copy)]
     return out
 
 
@@ -235,7 +236,7 @@ def color(images, draw):
     The pictures whose turn it is for an op go together; the draw says on the CPU which, so no GPU is waited for.
     """
     factors = {op: on(images, draw[op.__name__]) for op in JITTER}
-    there = lambda rows: rows.to(images.device, non_blocking=True)
+    there = partial(on, images)
     x, which = images, torch.arange(len(images))                           # x[i] is picture which[i]
     for turn in draw["order"].unbind(1):
         rows = [(turn[which] == i).nonzero().squeeze(1) for i in range(-1, len(JITTER))]
@@ -254,7 +255,7 @@ def blur(images, draw):
         return images
     some = draw["blur"].nonzero().squeeze(1)
     rows, cols = (gaussian(on(images, draw["sigma"][some]) * w / 224, n) for n in (h, w))
-    out, some = images.clone(), some.to(images.device)
+    out, some = images.clone(), on(images, some)
     out[some] = products(images[some], rows, cols)
     return out
 
@@ -495,7 +496,7 @@ def own(b):
 
 def gather(x, dim):
     """(... b/N ...) of each rank -> (... b ...), in the order of ranks."""
-    if ranks() == 1:
+    if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks())]
     dist.all_gather(parts, x.contiguous())
@@ -505,7 +506,7 @@ def gather(x, dim):
 @torch.no_grad()
 def average(tensors):
     """In place, over ranks; all on one device. -> tensors"""
-    if ranks() > 1:
+    if dist.is_initialized():
         flat = total(torch.cat([x.flatten() for x in tensors])) / ranks()
         for x, mean in zip(tensors, flat.split([x.numel() for x in tensors])):
             x.copy_(mean.view_as(x))
@@ -514,14 +515,14 @@ def average(tensors):
 
 def total(x):
     """x summed over ranks, in place; on the CPU or each on its own GPU."""
-    if ranks() > 1:
+    if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
 def agreed(number):
     """The largest of the ranks' numbers, so that all do the same."""
-    if ranks() > 1:
+    if dist.is_initialized():
         dist.all_reduce(number := torch.tensor(number), dist.ReduceOp.MAX)     # on the CPU, by Gloo: the GPU does not wait for it
     return int(number)
 
@@ -532,8 +533,8 @@ def bare(module):
 
 
 def parallel(module):
-    """Gradients become their mean over ranks. BatchNorm's running statistics stay apart until they are saved: see `gathered`."""
-    if ranks() == 1 or not any(p.requires_grad for p in module.parameters()):
+    """Gradients become their mean over ranks. BatchNorm's running statistics stay apart until they are saved: see `save`."""
+    if not dist.is_initialized() or not any(p.requires_grad for p in module.parameters()):
         return module
     wrap = nn.parallel.DistributedDataParallel
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(wrap).parameters else "broadcast_buffers"   # its newer name
@@ -560,10 +561,10 @@ def processes(device, patience=60):
     except (RuntimeError, ValueError) as error:
         raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were announced, and not all came within {patience} s "
                         f"({str(error).splitlines()[0][:100]}): start as torchrun does, all of them, with the same MASTER_ADDR and MASTER_PORT") from None
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=me, world_size=size)
+    gpu = torch.device(device)
+    if gpu.type == "cuda":
+        torch.cuda.set_device(gpu.index or 0)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu.type == "cuda" else "gloo", store=store, rank=me, world_size=size)
     turns = itertools.count()
 
     @contextlib.contextmanager
@@ -632,6 +633,10 @@ def start(config, classes=0):
                  0, 0, torch.zeros(max(len(method.spaces), 1), device=config["device"], dtype=dtype_of(config)))
 
 
+def on_gpu(config):
+    return torch.device(config["device"]).type == "cuda"
+
+
 def dtype_of(config):
     """Of weights and pictures; bfloat16 is autocast's."""
     return torch.float64 if config["precision"] == "float64" else torch.float32
@@ -660,22 +665,24 @@ def contrastive(query, key, images, aspect, method, config, step, textures=None)
     b = config["batch"]
     draws = draw_groups(b, method.groups, method.share, generator("views", config["seed"], step), config["always"])
     order, mine, (_, q_at, k_at) = shuffled(b, config, step), own(b), needed(config, step)
+    q_at, k_at, unshuffle, here = (on(images, rows) for rows in (q_at, k_at, order.argsort(), mine))
     view = lambda views, rows, at: apply_groups(images[at], cut(draws, views, rows), config["size"], aspect[at],
                                                 textures if textures is None else textures[at])
+    q_images, k_images = view(slice(0, 1), mine, q_at)[0], view(slice(1, None), order[mine], k_at)
     with autocast(config):
-        q = encode(query, view(slice(0, 1), mine, q_at)[0])[1]
+        q = encode(query, q_images)[1]
     with torch.no_grad(), autocast(config):
-        k = encode(key, rearrange(view(slice(1, None), order[mine], k_at), "v b c h w -> (v b) c h w"))[1]
-    k = gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)), 2)[:, :, order.argsort()]
+        k = encode(key, rearrange(k_images, "v b c h w -> (v b) c h w"))[1]
+    k = gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)), 2)[:, :, unshuffle]
     role = method.role.to(q.device)
     if config["drop_equal"] and (role < 0).any():
         role = drop_equal(role, cut(draws, slice(None), mine), method)
-    return q, k[:, :, mine], k[torch.arange(len(k)), positive_view(role)], role
+    return q, k[:, :, here], k[torch.arange(len(k), device=k.device), positive_view(role)], role
 
 
 def drop_equal(role, draws, method):
     """role (s v) -> (s v b): a near negative that drew the query's own parameters by chance (rotation: often) is not used.
-    Our option; the paper does not speak of it."""
+    Our option; the paper does not speak of it. (Of texture: plain pictures only. That two draws mean the same copy is not known here.)"""
     role = repeat(role, "s v -> s v b", b=next(iter(draws[method.groups[0]].values())).shape[1]).clone()
     for space, name in enumerate(method.groups, 1):
         same = torch.stack([rearrange(x[1:] == x[0], "v b ... -> v b (...)").all(2) for x in draws[name].values()]).all(0)
@@ -850,7 +857,7 @@ def fetch(found, config, rows):
     """-> rows, and on the training device images (m 3 h w) in [0, 1], aspect (m,), textures (m copy 3 h w) or None; bytes travel, not floats."""
     def place(some):
         some = some[rows.to(some.device)]
-        pinned = some if some.is_cuda or torch.device(config["device"]).type == "cpu" else some.pin_memory()
+        pinned = some.pin_memory() if on_gpu(config) and not some.is_cuda else some
         return pinned.to(config["device"], non_blocking=True).to(dtype_of(config))
     return rows, place(found.images) / 255, place(found.aspect), None if found.textures is None else place(found.textures) / 255
 
@@ -869,9 +876,10 @@ def ahead(function, items):
 def hold(found, config):
     """The pictures where --cache says: on the "device", by default if they take less than half of its free memory; in the "host"'s memory, by
     default below 4 GiB and on one process; or "none", a memory map on disk -> Data, and which it is."""
-    cache, mapped, on_gpu = config["cache"], found.images.is_shared(), torch.device(config["device"]).type == "cuda"
+    cache, mapped = config["cache"], found.images.is_shared()
     if cache == "auto":
-        fits = on_gpu and found.images.numel() < torch.cuda.mem_get_info(config["device"])[0] / 2
+        size = sum(x.numel() for x in (found.images, found.textures) if x is not None)
+        fits = on_gpu(config) and size < torch.cuda.mem_get_info(config["device"])[0] / 2
         cache = "device" if fits else "none" if mapped else "host"
     move = lambda x: x if x is None else x.to(config["device"]) if cache == "device" else x.clone() if cache == "host" and x.is_shared() else x
     return found._replace(images=move(found.images), textures=move(found.textures)), cache
@@ -891,7 +899,7 @@ def fit(state, found, labels, table, config, out, asked=()):
     steps, first, begun = config["epochs"] * per_epoch, state.step, time.perf_counter()
     every = max(1, steps // 200)
     save_every, seconds, timed = config["save_every"] or 20 * every, begun, first
-    one_ahead = ahead if torch.device(config["device"]).type == "cuda" else map     # on a CPU a second thread would only be in the way
+    one_ahead = ahead if on_gpu(config) else map     # on a CPU a second thread would only be in the way
     for rows, *some in one_ahead(partial(fetch, found, config), rows_of(config, n, first, steps)):
         lr_now = state.optimizer.param_groups[0]["lr"] = learning_rate(config, state.step / per_epoch)
         if config["method"] == "supervised":
@@ -1083,18 +1091,6 @@ def read_lines(path):
     return lines
 
 
-def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0][:120]
-
-
-def read_tensors(path, device="cpu"):
-    """A file of torch.save; no code in it is run. UserError when it is not whole."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:                   # cut short, not a checkpoint, or a pickle that would run code: torch raises what it likes
-        raise UserError(f"{path} is cut short, or not ours ({first_line(error)})") from None
-
-
 VERSION = 1   # of checkpoints
 
 
@@ -1179,7 +1175,7 @@ def load_encoder(run, device="cpu"):
         encoder = build(config)
         encoder.load_state_dict(state)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:     # UserError is a ValueError
-        raise UserError(f"{run} holds no run of ours, or a file that is not whole ({first_line(error)}); the command it was trained with mends it "
+        raise UserError(f"{run} holds no run of ours, or a file that is not whole ({str(error).splitlines()[0][:120]}); the command it was trained with mends it "
                         "from its checkpoint") from None
     return encoder.eval().to(device, memory_format=torch.channels_last), config
 
@@ -1198,11 +1194,12 @@ def show_methods(groups: tuple = ("color", "rotation"), same: tuple = ("rotation
 
 
 def rig(config):
-    """What `bench` times, {name: a function of no argument}: the phases of a step, "step" (all of them, as `fit` runs it) and "network": the
-    encoder alone, forward and backward of one batch and a bare forward for each key view."""
+    """What `bench` times, {name: a function of no argument}: the phases of a step, "step" (all of them in turn) and "network": the encoder alone, forward and backward of one batch and a bare forward for each key view."""
     method, b, device = method_of(config), config["batch"], config["device"]
     state = start(config)
     bare_key = build(config, config["splits"]).to(device, dtype_of(config), memory_format=torch.channels_last)
+    if config["compile"]:
+        bare_key.compile()
     canvas = config["canvas"] or round(config["size"] / pixels.kept(config["data"]))
     noise = lambda *shape: torch.randint(256, shape, dtype=torch.uint8, generator=generator("bench"))
     found, _ = hold(pixels.Data(noise(2 * b, 3, canvas, canvas), torch.ones(2 * b), {}, {},
@@ -1269,8 +1266,10 @@ def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe
     flags = {name: p.default for name, p in inspect.signature(train).parameters.items()} | given
     keep_freed_memory()
     config = settings(**flags | {"data": recipe})
-    wait = torch.cuda.synchronize if torch.device(config["device"]).type == "cuda" else lambda: None
-    runs, times = rig(config), {}
+    wait = partial(torch.cuda.synchronize, config["device"]) if on_gpu(config) else lambda: None
+    begun, times, runs = time.perf_counter(), {}, rig(config)
+    runs["step"](), runs["network"](), wait()
+    warm, memory = time.perf_counter() - begun, torch.cuda.max_memory_allocated(config["device"]) / 2 ** 30 if on_gpu(config) else None
     fewer = method in ("looc", "looc++") and len(groups) > 1
     if fewer:
         runs["one group less"] = rig(settings(**flags | {"data": recipe, "groups": groups[:-1]}))["step"]
@@ -1281,7 +1280,6 @@ def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe
             run()
             wait()
             times.setdefault(name, []).append((time.perf_counter() - begun) * 1e3)
-    warm = times["step"][0] / 1e3
     times = {name: torch.tensor(some[3:]) for name, some in times.items()}
     quartiles = {name: some.quantile(torch.tensor([.25, .5, .75])).tolist() for name, some in times.items()}
     ratio = (times["step"] / times["network"]).quantile(torch.tensor([.25, .5, .75])).tolist()
@@ -1290,10 +1288,8 @@ def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe
         runs["network"]()
     line = dict(ratio=ratio[1], step_ms=quartiles["step"][1], network_ms=quartiles["network"][1], images_per_s=config["batch"] / quartiles["step"][1] * 1e3,
                 peak=counter.get_total_flops() / quartiles["step"][1] / 1e9 / peak(config), method=method, arch=config["arch"], size=config["size"],
-                batch=config["batch"], groups=list(groups), queue=config["queue"], steps=steps, dtype=config["precision"], compile=compile, first_step_s=warm, torch=str(torch.__version__),
-                device=torch.cuda.get_device_name() if torch.device(config["device"]).type == "cuda" else f"{torch.get_num_threads()} CPU threads")
-    if torch.device(config["device"]).type == "cuda":
-        line["memory_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
+                batch=config["batch"], groups=list(groups), queue=config["queue"], steps=steps, dtype=config["precision"], compile=compile, warm_up_s=warm, memory_gib=memory, torch=str(torch.__version__),
+                device=torch.cuda.get_device_name(config["device"]) if on_gpu(config) else f"{torch.get_num_threads()} CPU threads")
     if fewer:
         line["group_ms"] = (times["step"] - times["one group less"]).median().item()
     if json:
@@ -1302,13 +1298,13 @@ def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe
     print("| phase | ms | quartiles |\n|---|---|---|")
     for name, (low, middle, high) in quartiles.items():
         print(f"| {name} | {middle:.2f} | {low:.2f} to {high:.2f} |")
-    print(f"\nfirst step: {warm:.1f} s; step / network: {ratio[1]:.3f} ({ratio[0]:.3f} to {ratio[2]:.3f}, {steps} pairs); {line['images_per_s']:.0f} images/s, {line['peak']:.0%} of the matrix "
+    print(f"\nwarm-up: {warm:.1f} s; step / network: {ratio[1]:.3f} ({ratio[0]:.3f} to {ratio[2]:.3f}, {steps} pairs); {line['images_per_s']:.0f} images/s, {line['peak']:.0%} of the matrix "
           f"products that {line['device']} can do in {line['dtype']}" + (f"; the last group costs {line['group_ms']:.1f} ms" if fewer else ""))
 
 
 def peak(config):
     """Of a large matrix product here, in TFLOP/s."""
-    n = 8192 if torch.device(config["device"]).type == "cuda" else 1024
+    n = 8192 if on_gpu(config) else 1024
     a = torch.randn(n, n, device=config["device"], dtype=torch.bfloat16 if config["precision"] == "bfloat16" else dtype_of(config))
     seconds = []
     for _ in range(7):

@@ -395,7 +395,8 @@ def test_any_torchvision_resnet_gives_a_backbone_that_torchvision_loads(tmp_path
 def twenty_steps(rank, size, port, out):
     """Of each method in float64, and what is left of each; as process `rank` of `size`."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    if size > 1:                                 # else as without torchrun
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(port))
     images = data.factors("val", 16, 48).images.double() / 255
     with loo.processes("cpu"):
         for method, drop_equal in (("moco", False), ("looc", False), ("looc++", True), ("supervised", False)):
@@ -838,11 +839,33 @@ def test_texture_takes_the_drawn_copy():
     assert torch.equal(query, keys[1]) and not torch.equal(query, keys[0])
 
 
+def test_pack_is_read_by_training_and_whole_or_not_at_all(here, capsys, monkeypatch):
+    root = photo_tree(here / "photos", each=12)
+    run(data, "pack --root=photos --size=28 --out=packed")                                      # by another name of the same folder
+    monkeypatch.setattr(data, "decode", None)
+    flags = f"train --data=folder --root={root} --size=28 --batch=16 {TINY}"
+    for cache, place in (("auto", "on disk"), ("none", "on disk"), ("host", "in memory")):
+        run(loo, f"{flags} --packed=packed --cache={cache} --out={cache}")
+        assert place in capsys.readouterr().out
+    same_run("auto", "host")
+    monkeypatch.undo(), monkeypatch.chdir(here)
+    next((here / "packed").glob("*.canvases")).unlink()                                          # to free the disk, say
+    run(loo, f"{flags} --packed=packed --out=again")
+    same_run("auto", "again")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(SystemExit):
+        run(data, "pack --root=photos --size=28 --out=full")
+    assert "No space left" in capsys.readouterr().err and not list((here / "full").iterdir())
+
+
 def test_copies_belong_to_their_pictures(tmp_path):
     for i in range(8):
         picture(tmp_path / "photos" / "train" / "a" / f"{i}.png", (30 * i, 0, 0))
         for k in range(2):
-            picture(tmp_path / "copies" / "train" / "a" / f"{i}.{k}.jpg", (30 * i + 7 * k, 0, 0))
+            picture(tmp_path / "copies" / "train" / "a" / f"{i}.png.{k}.jpg", (30 * i + 7 * k, 0, 0))
     (tmp_path / "photos" / "train" / "a" / "2.png").write_bytes(b"broken")
     found = data.load("folder", "train", root=tmp_path / "photos", size=12, canvas=12)
     copies = data.with_textures("folder", found, tmp_path / "photos", tmp_path / "copies", tmp_path).textures[:, :, 0, 6, 6]
@@ -1398,11 +1421,41 @@ def test_a_full_disk_leaves_what_was_there(here, monkeypatch):
     assert [p.name for p in here.iterdir()] == ["x.pt"] and (here / "x.pt").read_bytes() == b"old"
 
 
+def test_augmentation_is_float32_whatever_the_network(monkeypatch):
+    seen = []
+    monkeypatch.setattr(loo, "encode", lambda encoder, images: seen.append(images) or (None, torch.zeros(3, len(images), 8)))
+    for precision in ("float32", "bfloat16"):
+        config = {**CONFIG, "precision": precision, "always": ("crop", "flip", "blur"), "size": 64}
+        state = loo.start(CONFIG)
+        loo.contrastive(state.query, state.key, data.factors("val", 64, 16).images / 255, torch.ones(16), loo.method_of(CONFIG), config, 0)
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(seen[:2], seen[2:]))
+
+
+def noise_pictures(n):
+    return data.Data(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator(0)), torch.ones(n), {}, {})
+
+
+def features_of_rank(rank, size, port, run, out):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    with loo.processes("cpu"):
+        torch.save(judge.features(loo.load_encoder(run)[0], noise_pictures(300), batch=64), out / f"{rank}.pt")
+
+
+def test_ranks_share_the_extraction(untrained, tmp_path):
+    run = (untrained / "runs" / "latest").resolve()
+    alone = judge.features(loo.load_encoder(run)[0], noise_pictures(300), batch=64)
+    spawn(features_of_rank, 2, run, tmp_path)
+    for rank in range(2):
+        for one, shared in zip(alone, torch.load(tmp_path / f"{rank}.pt")):
+            torch.testing.assert_close(one, shared)
+
+
 def test_features_leave_out_what_cannot_be_read(untrained, tmp_path):
     for i in range(6):
         picture(tmp_path / "pictures" / "train" / "a" / f"{i}.png", (40 * i, 200 - 30 * i, 0), side=40)
     whole = data.find("folder", "train", root=tmp_path / "pictures", size=32, central=True)
-    encoder, _ = loo.load_encoder(untrained)
+    encoder, _ = loo.load_encoder(untrained / "runs" / "latest")
     v, z, rows = judge.features(encoder, whole, turns=(0, 1))
     (tmp_path / "pictures" / "train" / "a" / "2.png").write_bytes(b"broken")
     w, y, left = judge.features(encoder, whole, turns=(0, 1))
@@ -1593,7 +1646,8 @@ def test_retrieve_counts_neighbours_and_draws_them(untrained, capsys):
 def test_bench_times_a_real_step(here, capsys):
     run(loo, "bench --batch=16 --size=16 --steps=3 --groups=color,texture --json")
     line = json.loads(capsys.readouterr().out)
-    assert line["groups"] == ["color", "texture"] and .5 < line["ratio"] < 20 and line["images_per_s"] > 0
+    assert line["groups"] == ["color", "texture"] and line["images_per_s"] == pytest.approx(16e3 / line["step_ms"])
+    assert line["step_ms"] > line["network_ms"] / 2 and 0 < line["peak"] < 1
     for name in ("step_ms", "network_ms", "arch", "size", "batch", "device", "dtype", "group_ms"):
         assert name in line
 
