@@ -26,6 +26,7 @@ import eval as judge
 import loo
 from data import generator
 
+torch.set_num_threads(1)   # the tensors are small: other threads would only wait for each other
 ALL = ("color", "rotation")
 
 
