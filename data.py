@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale, to_pil_image
 
 
 fire.decorators.FIRE_METADATA = "_fire"   # under its own name, --help lists it as a sub-command
@@ -198,9 +198,11 @@ def find(name, split, *, root=None, size=32, canvas=None, central=False, downloa
     return Data(images, torch.ones(len(labels)), {"class": torch.as_tensor(labels).long()}, {"class": list(classes)})
 
 
-def load(name, split, *, workers=2, cache=None, shared=False, **where):
-    """The same, decoded: what training reads. cache, shared: see `decoded`."""
-    return decoded(find(name, split, **where), workers, cache, shared)
+def load(name, split, *, root=None, seed=0, workers=2, cache=None, shared=False, texture=False, textures=None, device="cpu", **where):
+    """The same, decoded: what training reads. cache, shared: see `decoded`; texture: with stylised copies, see `with_textures`."""
+    files = find(name, split, root=root, seed=seed, **where)
+    found = decoded(files, workers, cache, shared)
+    return with_textures(name, files, found, root, textures, cache, workers, device, seed) if texture else found
 
 
 def kept(name):
@@ -374,7 +376,7 @@ def decoded(found, workers=2, cache=None, shared=False):
                         os.posix_fallocate(file.fileno(), 0, size)
                 rows, aspect, _ = decode(found, mapped(aside, n, side), workers)
                 aside.rename(path)
-                write(index, functools.partial(torch.save, (rows, aspect)))   # written last: what it names is whole
+                write_tensors(index, (rows, aspect))             # written last: what it names is whole
             except OSError as error:
                 raise UserError(f"cannot write {path}, which needs {size / 2 ** 20:.1f} MB: {error.strerror}") from None
             finally:
@@ -386,6 +388,7 @@ def decoded(found, workers=2, cache=None, shared=False):
 
 
 def mapped(path, n, side):
+    """The file as images (n 3 side side) uint8."""
     return torch.from_file(str(path), shared=os.access(path, os.W_OK), size=n * 3 * side * side, dtype=torch.uint8).view(n, 3, side, side)
 
 
@@ -449,16 +452,12 @@ def materials(n, size, seed=0):
     return (image * (1 + (dx - dy) * rand(1, 1, high=.8) * size / 64).clamp(.4, 1.6)[:, None]).clamp(0, 1)
 
 
-def luminance(images):
-    return (images * images.new_tensor([.299, .587, .114])[:, None, None]).sum(1, keepdim=True)
-
-
 def structure(images, radius, flat=.003, times=2):
-    """images (b c h w) without their texture: He et al.'s guided filter, by their own luminance. What varies less than `flat` within
+    """images (b c h w) without their texture: He et al.'s guided filter, by their own luminance -> (b c h w). What varies less than `flat` within
     `radius` pixels becomes even, edges stay."""
     box = lambda x: F.avg_pool2d(F.pad(x, (radius,) * 4, mode="reflect"), 2 * radius + 1, stride=1)
     for _ in range(times):
-        guide = luminance(images)
+        guide = rgb_to_grayscale(images)
         middle, mean = box(guide), box(images)
         slope = (box(guide * images) - middle * mean) / (box(guide * guide) - middle * middle + flat)
         images = box(slope) * guide + box(mean - slope * middle)
@@ -493,7 +492,8 @@ def random_features(images, filters=48):
 
 
 def vgg_features(net, images):
-    """conv1_1, 2_1, 3_1, 4_1, 4_2 and 5_1 of torchvision's VGG-19 (Gatys et al. 2016); conv4_2 is the content."""
+    """conv1_1, 2_1, 3_1, 4_1, 4_2 and 5_1 of torchvision's VGG-19 (Gatys et al. 2016): (b 3 h w) -> [(b f h w), ...],
+    and which of them is the content: conv4_2."""
     mean, std = images.new_tensor([[.485, .456, .406], [.229, .224, .225]])[:, :, None, None]
     maps, x = [], (images - mean) / std
     for i, layer in enumerate(net.features[:30]):
@@ -576,16 +576,16 @@ def stylize(data: str = "folder", root: str = None, styles: str = None, out: str
     if styles and not painted:
         raise UserError(f"--styles={styles}: no pictures in this folder")
     drawn = None if styles else materials(56, size, seed)
-    jobs = [(i, k, target) for i, path in enumerate(paths) for k, target in enumerate(copies_of(path, top, out, copies)) if not target.exists()]
+    jobs = [(i, target) for i, path in enumerate(paths) for target in copies_of(path, top, out, copies) if not target.exists()]
     print(f"{len(paths) * copies - len(jobs)} of {len(paths) * copies} copies are there; styles from {styles or 'code'}, features {name}, {place}", flush=True)
     begun, shown = time.perf_counter(), 0
     for start in range(0, len(jobs), batch):
         some = jobs[start:start + batch]
-        canvases, aspect, errors = zip(*(found.images[i] for i, _, _ in some))
-        pick = [int(torch.randint(1 << 30, (1,), generator=generator("style", seed, str(t.relative_to(out))))) for _, _, t in some]
+        canvases, aspect, errors = zip(*(found.images[i] for i, _ in some))
+        pick = [int(torch.randint(1 << 30, (1,), generator=generator("style", seed, str(t.relative_to(out))))) for _, t in some]
         style = [drawn[p % len(drawn)] if drawn is not None else pil_to_tensor(square(painted, p % len(painted), size)) / 255 for p in pick]
         done = stylised(torch.stack(canvases).to(place) / 255, torch.stack(style).to(place), to_style, steps, strength=strength)
-        for (_, _, target), picture, shape, error in zip(some, (done * 255).round().byte().cpu(), aspect, errors):
+        for (_, target), picture, shape, error in zip(some, (done * 255).round().byte().cpu(), aspect, errors):
             if error:
                 print(f"warning: skipped {error}", file=sys.stderr)
                 continue
@@ -615,8 +615,9 @@ def features_of(name, device):
     return random_features, "random"
 
 
-def with_textures(name, found, root, textures, cache, workers=2, device="cpu", seed=0):
-    """A decoded Data with its stylised copies: those below the folder `textures`; of `factors`, made now and kept in `cache`."""
+def with_textures(name, files, found, root, textures, cache, workers=2, device="cpu", seed=0):
+    """A decoded Data, `files` before it was decoded, with its stylised copies: those below the folder `textures`; of `factors`, made now
+    and kept in `cache`."""
     if name == "factors":
         path = Path(cache) / f"factors-textures-{fingerprint(found)[:16]}.pt"
         if not path.exists():
@@ -627,14 +628,15 @@ def with_textures(name, found, root, textures, cache, workers=2, device="cpu", s
                 pick = torch.randint(56, (len(rows),), generator=generator("style", int(rows[0])))
                 done = stylised(found.images[rows].to(device) / 255, style[pick].to(device), keep_color=True)     # hue is another group's
                 made.append((done * 255).round().byte().cpu())
-            write(path, functools.partial(torch.save, torch.cat(made)[:, None]))
+            write_tensors(path, torch.cat(made)[:, None])
         return found._replace(textures=read_tensors(path))
     if name in TORCHVISION:
         raise UserError(f"--data={name}: torchvision's sets cannot have stylised copies; use a tree of pictures")
     if not textures:
-        raise UserError(f"--groups=texture needs --textures=DIR, stylised copies of the pictures; write them with `python data.py stylize --data={name} --root={root} --seed={seed}`")
+        raise UserError(f"--groups=texture needs --textures=DIR, stylised copies of the pictures; write them with "
+                        f"`python data.py stylize --data={name} --root={root} --seed={seed}`")
     side, top, unread = found.images.shape[-1], folder_of(root, name), set(found.missing)
-    paths = [p for i, p in enumerate(find(name, "pretrain", root=root, canvas=side, seed=seed).images.fetch.args[0]) if i not in unread]
+    paths = [p for i, p in enumerate(files.images.fetch.args[0]) if i not in unread]
     count = next(k for k in itertools.count() if not copies_of(paths[0], top, textures, k + 1)[-1].exists())
     copies = [one for p in paths for one in copies_of(p, top, textures, max(count, 1))]
     if gone := absent(copies):
@@ -987,6 +989,10 @@ def read_tensors(path, device="cpu"):
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:                   # cut short, not a checkpoint, or a pickle that would run code: torch raises what it likes
         raise UserError(f"{path} is cut short, or not ours ({(str(error) or type(error).__name__).splitlines()[0][:120]})") from None
+
+
+def write_tensors(path, content):
+    write(path, functools.partial(torch.save, content))
 
 
 def write(path, content, keep=None):

@@ -41,14 +41,12 @@ def features(encoder, found, turns=(0,), workers=2, batch=256):
     """The frozen encoder on a Data of central crops, decoded batch by batch -> v ((r n) d), z (s (r n) c) on the CPU, and the rows (n,)
     of the pictures that could be read. turns: every picture is seen once for each, in quarter turns. Ranks share the work."""
     encoder.eval()
-    spaces, dim, _ = encoder.w2.shape
-    out = [(torch.zeros(len(turns), 0, encoder.features), torch.zeros(spaces, len(turns), 0, dim), torch.zeros(0, dtype=torch.long))]
+    n, (spaces, dim, _) = len(found.images), encoder.w2.shape
+    v, z, seen = torch.zeros(len(turns), n, encoder.features), torch.zeros(spaces, len(turns), n, dim), torch.zeros(n)
     for rows, crops in on_device(encoder, found, workers, batch):
-        v, z = zip(*(loo.encode(encoder, crops.rot90(turn, (2, 3))) for turn in turns))
-        out.append((torch.stack(v).float().cpu(), torch.stack(z, 1).float().cpu(), rows))
-    v, z, rows = map(torch.cat, zip(*out), (1, 2, 0))
-    v, z, seen = (loo.total(x.new_zeros(*x.shape[:dim], len(found.images), *x.shape[dim + 1:]).index_copy_(dim, rows, x))
-                  for dim, x in ((1, v), (2, z), (0, torch.ones_like(rows))))
+        some_v, some_z = zip(*(loo.encode(encoder, crops.rot90(turn, (2, 3))) for turn in turns))
+        v[:, rows], z[:, :, rows], seen[rows] = torch.stack(some_v).float().cpu(), torch.stack(some_z, 1).float().cpu(), torch.ones(len(rows))
+    v, z, seen = map(loo.summed, (v, z, seen))
     rows = seen.nonzero().squeeze(1)
     return rearrange(v[:, rows], "r n d -> (r n) d"), rearrange(z[:, :, rows], "s r n c -> s (r n) c"), rows
 
@@ -522,7 +520,7 @@ def frozen(b, split, turns=(0,)):
     if loo.agreed(kept is None):
         kept = features(b.encoder, found, turns, b.workers)
         if loo.rank() == 0:
-            loo.write_tensors(path, kept)
+            pixels.write_tensors(path, kept)
     v, z, rows = kept
     own = {"rotation": torch.tensor(turns).repeat_interleave(len(rows)), "picture": rows.repeat(len(turns))}
     return v, z, {k: y[rows].repeat(len(turns)) for k, y in found.labels.items()} | own
@@ -750,7 +748,7 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
             logits = logits_of(one, x).cpu()
             right[one][cell, rows] = torch.stack([hits(logits, truth[one]), hits(logits, truth[one], 5), torch.ones(len(rows))], 1).float()
     for one in labels:
-        *right[one], seen = loo.total(right[one]).unbind(2)
+        *right[one], seen = loo.summed(right[one]).unbind(2)
         right[one] = torch.stack(right[one], 2).masked_fill(seen[..., None] == 0, math.nan)
         for on, belongs in SUMMARIES.items():
             each = right[one][[belongs(*cell) for cell in CELLS]].nanmean(0)              # (n 2)

@@ -36,7 +36,7 @@ from einops import einsum, rearrange, repeat
 from torch import nn
 
 import data as pixels
-from data import UserError, generator, read_tensors, write
+from data import UserError, generator, read_tensors, write, write_tensors
 
 try:
     import fcntl
@@ -86,17 +86,17 @@ def uniform(low, high, *shape, generator):
     return torch.rand(*shape, generator=generator) * (high - low) + low
 
 
+def draw_texture(b, generator):
+    """A stylised copy with probability 0.5, and which of them as a share of their number."""
+    stylised = torch.rand(b, generator=generator) < .5
+    return {"stylised": stylised, "copy": torch.where(stylised, torch.rand(b, generator=generator), 0.)}
+
+
 def draw_crop(b, generator):
     """Random-resized-crop's ten attempts: area and shape of the box, and where it goes in the room that is left."""
     return {"area": uniform(.2, 1, b, 10, generator=generator),
             "ratio": uniform(math.log(3 / 4), math.log(4 / 3), b, 10, generator=generator).exp(),
             "place": torch.rand(b, 2, generator=generator)}
-
-
-def draw_texture(b, generator):
-    """A stylised copy with probability 0.5, and which of them as a share of their number."""
-    stylised = torch.rand(b, generator=generator) < .5
-    return {"stylised": stylised, "copy": torch.where(stylised, torch.rand(b, generator=generator), 0.)}
 
 
 def draw_flip(b, generator):
@@ -180,7 +180,10 @@ def interpolation(start, extent, mirror, n, size):
 
 
 def texture(images, draw, textures):
-    """Style transfer (section 3), made beforehand: textures (n copy c h w) are the stylised copies; images (b c h w), b a multiple of n."""
+    """Style transfer (section 3), made beforehand: textures (n copy c h w) are the stylised copies; images (b c h w), b a multiple of n
+    -> (b c h w). ValueError without textures."""
+    if textures is None:
+        raise ValueError("the group texture needs `textures`, the stylised copies (b copy c h w)")
     rows = draw["stylised"].nonzero().squeeze(1)
     copy = (draw["copy"][rows] * textures.shape[1]).long()
     out = images.clone()
@@ -281,7 +284,8 @@ def augment_groups(images, groups, share, generator, *, always=("crop", "flip", 
 
     images (b c h w) float in [0, 1]; groups: names in GROUPS; share (v g) bool, True where key view v copies the query's draw
     of group g; `always` are drawn independently for every view; aspect (b,) width / height before the picture was squashed
-    into its canvas; textures (b copy c h w) stylised copies, for the group of that name; rows (first, total): images are rows first.. of a global batch of `total`, and get its draws.
+    into its canvas; textures (b copy c h w) stylised copies, for the group of that name; rows (first, total): images are rows
+    first.. of a global batch of `total`, and get its draws.
     -> query (b c size size), keys (v b c size size), draws {group: {parameter: (1+v b ...)}}, row 0 the query's.
     Raises KeyError for an unknown name, ValueError for the group texture without textures.
     """
@@ -305,7 +309,7 @@ def draw_groups(b, groups, share, generator, always):
 
 
 def cut(draws, views, rows):
-    """The draws of some views, and of some rows of the batch."""
+    """The draws of some views, and of some rows of the batch: {group: {parameter: (v b ...)}} -> the same, smaller."""
     return {name: {k: x[views][:, rows] for k, x in draw.items()} for name, draw in draws.items()}
 
 
@@ -313,16 +317,10 @@ def apply_groups(images, draws, size=None, aspect=None, textures=None):
     """The second half of augment_groups: images (b c h w), draws {group: {parameter: (v b ...)}} -> views (v b c size size)."""
     views = next((len(x) for draw in draws.values() for x in draw.values()), 1)
     x = repeat(images, "b c h w -> (v b) c h w", v=views)
+    more = {resample: (size, None if aspect is None else repeat(aspect, "b -> (v b)", v=views)), texture: (textures,)}    # what is not drawn
     for apply, names in itertools.groupby(draws, key=lambda name: GROUPS[name][1]):
         draw = {k: rearrange(p, "v b ... -> (v b) ...") for name in names for k, p in draws[name].items()}
-        if apply is resample:
-            x = resample(x, draw, size, None if aspect is None else repeat(aspect, "b -> (v b)", v=views))
-        elif apply is texture:
-            if textures is None:
-                raise ValueError("the group texture needs `textures`, the stylised copies (b copy c h w)")
-            x = texture(x, draw, textures)
-        else:
-            x = apply(x, draw)
+        x = apply(x, draw, *more.get(apply, ()))
     if size and size != x.shape[-1]:             # nothing that resamples was asked for
         x = resample(x, {}, size)
     return rearrange(x, "(v b) c h w -> v b c h w", v=views)
@@ -507,13 +505,13 @@ def gather(x, dim):
 def average(tensors):
     """In place, over ranks; all on one device. -> tensors"""
     if dist.is_initialized():
-        flat = total(torch.cat([x.flatten() for x in tensors])) / ranks()
+        flat = summed(torch.cat([x.flatten() for x in tensors])) / ranks()
         for x, mean in zip(tensors, flat.split([x.numel() for x in tensors])):
             x.copy_(mean.view_as(x))
     return tensors
 
 
-def total(x):
+def summed(x):
     """x summed over ranks, in place; on the CPU or each on its own GPU."""
     if dist.is_initialized():
         dist.all_reduce(x)
@@ -664,20 +662,21 @@ def contrastive(query, key, images, aspect, method, config, step, textures=None)
     """
     b = config["batch"]
     draws = draw_groups(b, method.groups, method.share, generator("views", config["seed"], step), config["always"])
-    order, mine, (_, q_at, k_at) = shuffled(b, config, step), own(b), needed(config, step)
-    q_at, k_at, unshuffle, here = (on(images, rows) for rows in (q_at, k_at, order.argsort(), mine))
-    view = lambda views, rows, at: apply_groups(images[at], cut(draws, views, rows), config["size"], aspect[at],
-                                                textures if textures is None else textures[at])
-    q_images, k_images = view(slice(0, 1), mine, q_at)[0], view(slice(1, None), order[mine], k_at)
+    rows, q_at, k_at = needed(config, step)
+
+    def seen(views, at):
+        there = on(images, at)
+        return apply_groups(images[there], cut(draws, views, rows[at]), config["size"], aspect[there], None if textures is None else textures[there])
+    q_images, k_images = seen(slice(0, 1), q_at)[0], seen(slice(1, None), k_at)
     with autocast(config):
         q = encode(query, q_images)[1]
     with torch.no_grad(), autocast(config):
         k = encode(key, rearrange(k_images, "v b c h w -> (v b) c h w"))[1]
-    k = gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)), 2)[:, :, unshuffle]
+    k = gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)), 2)[:, :, on(images, shuffled(b, config, step).argsort())]
     role = method.role.to(q.device)
     if config["drop_equal"] and (role < 0).any():
-        role = drop_equal(role, cut(draws, slice(None), mine), method)
-    return q, k[:, :, here], k[torch.arange(len(k), device=k.device), positive_view(role)], role
+        role = drop_equal(role, cut(draws, slice(None), own(b)), method)
+    return q, k[:, :, on(images, own(b))], k[torch.arange(len(k), device=k.device), positive_view(role)], role
 
 
 def drop_equal(role, draws, method):
@@ -794,11 +793,9 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
     out, table = Path(config["out"]), method_of(config)
     with processes(config["device"]) as leader_first, contextlib.ExitStack() as held:
         with leader_first():
-            found = pixels.load(data, "train" if method == "supervised" else "pretrain", root=root, size=config["size"], canvas=canvas,
-                                download=download, workers=workers, seed=seed, cache=packed or out.parent,
-                                shared=ranks() > 1 or cache == "none" or bool(packed))
-            if "texture" in config["groups"] + config["always"]:
-                found = pixels.with_textures(data, found, root, textures, packed or out.parent, workers, config["device"], seed)
+            found = pixels.load(data, "train" if method == "supervised" else "pretrain", root=root, size=config["size"], canvas=canvas, seed=seed,
+                                download=download, workers=workers, cache=packed or out.parent, shared=ranks() > 1 or cache == "none" or bool(packed),
+                                texture="texture" in config["groups"] + config["always"], textures=textures, device=config["device"])
             found, kept = hold(found, config)
             labels, classes = supervision(found, config)
             n, batch = len(found.images), config["batch"]
@@ -900,12 +897,12 @@ def fit(state, found, labels, table, config, out, asked=()):
     every = max(1, steps // 200)
     save_every, seconds, timed = config["save_every"] or 20 * every, begun, first
     one_ahead = ahead if on_gpu(config) else map     # on a CPU a second thread would only be in the way
-    for rows, *some in one_ahead(partial(fetch, found, config), rows_of(config, n, first, steps)):
+    for rows, images, aspect, textures in one_ahead(partial(fetch, found, config), rows_of(config, n, first, steps)):
         lr_now = state.optimizer.param_groups[0]["lr"] = learning_rate(config, state.step / per_epoch)
         if config["method"] == "supervised":
-            state, (loss,) = supervised_step(state, *some[:2], None if labels is None else labels[rows].to(config["device"]), table, config, some[2])
+            state, (loss,) = supervised_step(state, images, aspect, None if labels is None else labels[rows].to(config["device"]), table, config, textures)
         else:
-            state, (loss, *spaces) = step(state, *some[:2], table, config, some[2])
+            state, (loss, *spaces) = step(state, images, aspect, table, config, textures)
         state = state._replace(total=state.total + loss)
         number = agreed(asked[0] if asked else 0)
         saving = state.step % save_every == 0 or state.step == steps or number
@@ -1022,8 +1019,8 @@ def settings(*, method, groups, data, recipe, out, always, label, device, precis
         raise UserError(f"--momentum={config['momentum']}: expected 0 to 1; it is the key encoder's, not SGD's")
     if config["batch"] % config["splits"] or config["batch"] == config["splits"]:
         raise UserError(f"--batch={config['batch']} does not divide into --splits={config['splits']} parts of two pictures or more")
-    if config["splits"] % (processes := int(os.environ.get("WORLD_SIZE", 1))):
-        raise UserError(f"--splits={config['splits']} does not divide among {processes} processes: the parts of a batch with BatchNorm statistics of their "
+    if config["splits"] % (world := int(os.environ.get("WORLD_SIZE", 1))):
+        raise UserError(f"--splits={config['splits']} does not divide among {world} processes: the parts of a batch with BatchNorm statistics of their "
                         f"own belong to the recipe, not to the machine; start a number that divides, or change --splits")
     try:
         learning_rate(config, 0.)
@@ -1074,10 +1071,6 @@ def show(line, spaces, steps, last, plain):
 
 
 # ---------------------------------------------------------------- the run folder
-
-
-def write_tensors(path, content):
-    write(path, partial(torch.save, content))
 
 
 def read_lines(path):
@@ -1194,7 +1187,8 @@ def show_methods(groups: tuple = ("color", "rotation"), same: tuple = ("rotation
 
 
 def rig(config):
-    """What `bench` times, {name: a function of no argument}: the phases of a step, "step" (all of them in turn) and "network": the encoder alone, forward and backward of one batch and a bare forward for each key view."""
+    """What `bench` times, {name: a function of no argument}: the phases of a step, "step" (all of them in turn) and "network": the encoder
+    alone, forward and backward of one batch and a bare forward for each key view."""
     method, b, device = method_of(config), config["batch"], config["device"]
     state = start(config)
     bare_key = build(config, config["splits"]).to(device, dtype_of(config), memory_format=torch.channels_last)
@@ -1232,8 +1226,8 @@ def rig(config):
 
     def whole():
         nonlocal state
-        _, *some, textures = get()
-        state, _ = step(state, *some, method, config, textures)
+        _, images, aspect, textures = get()
+        state, _ = step(state, images, aspect, method, config, textures)
     return {"fetch": get, "augment": views, "query": query, "keys": lambda: forward(state.key, len(method.share)), "loss": loss,
             "queue": lambda: queue_update(state.queue, 0, positives), "ema": lambda: ema(state.key, state.query, config["momentum"]),
             "optimizer": state.optimizer.step, "step": whole, "network": network}
@@ -1283,12 +1277,13 @@ def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe
     times = {name: torch.tensor(some[3:]) for name, some in times.items()}
     quartiles = {name: some.quantile(torch.tensor([.25, .5, .75])).tolist() for name, some in times.items()}
     ratio = (times["step"] / times["network"]).quantile(torch.tensor([.25, .5, .75])).tolist()
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode         # half a second that no other command should pay
     with FlopCounterMode(display=False) as counter:
         runs["network"]()
     line = dict(ratio=ratio[1], step_ms=quartiles["step"][1], network_ms=quartiles["network"][1], images_per_s=config["batch"] / quartiles["step"][1] * 1e3,
                 peak=counter.get_total_flops() / quartiles["step"][1] / 1e9 / peak(config), method=method, arch=config["arch"], size=config["size"],
-                batch=config["batch"], groups=list(groups), queue=config["queue"], steps=steps, dtype=config["precision"], compile=compile, warm_up_s=warm, memory_gib=memory, torch=str(torch.__version__),
+                batch=config["batch"], groups=list(groups), queue=config["queue"], steps=steps, dtype=config["precision"],
+                compile=compile, warm_up_s=warm, memory_gib=memory, torch=str(torch.__version__),
                 device=torch.cuda.get_device_name(config["device"]) if on_gpu(config) else f"{torch.get_num_threads()} CPU threads")
     if fewer:
         line["group_ms"] = (times["step"] - times["one group less"]).median().item()
@@ -1298,8 +1293,9 @@ def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe
     print("| phase | ms | quartiles |\n|---|---|---|")
     for name, (low, middle, high) in quartiles.items():
         print(f"| {name} | {middle:.2f} | {low:.2f} to {high:.2f} |")
-    print(f"\nwarm-up: {warm:.1f} s; step / network: {ratio[1]:.3f} ({ratio[0]:.3f} to {ratio[2]:.3f}, {steps} pairs); {line['images_per_s']:.0f} images/s, {line['peak']:.0%} of the matrix "
-          f"products that {line['device']} can do in {line['dtype']}" + (f"; the last group costs {line['group_ms']:.1f} ms" if fewer else ""))
+    print(f"\nwarm-up: {warm:.1f} s; step / network: {ratio[1]:.3f} ({ratio[0]:.3f} to {ratio[2]:.3f}, {steps} pairs); "
+          f"{line['images_per_s']:.0f} images/s, {line['peak']:.0%} of the matrix products that {line['device']} can do in {line['dtype']}"
+          + (f"; the last group costs {line['group_ms']:.1f} ms" if fewer else ""))
 
 
 def peak(config):

@@ -786,7 +786,7 @@ def gram_distance(images, style):
 def outline(images):
     """Sobel magnitude of luminance, blurred by side / 64 -> (b, pixels), mean 0, deviation 1."""
     side, sobel = images.shape[-1], torch.tensor([[1., 2, 1], [0, 0, 0], [-1, -2, -1]])
-    edges = F.conv2d(F.pad(data.luminance(images), (1,) * 4, mode="reflect"), torch.stack([sobel, sobel.T])[:, None]).square().sum(1, keepdim=True).sqrt()
+    edges = F.conv2d(F.pad(TF.rgb_to_grayscale(images), (1,) * 4, mode="reflect"), torch.stack([sobel, sobel.T])[:, None]).square().sum(1, keepdim=True).sqrt()
     edges = TF.gaussian_blur(edges, 2 * math.ceil(3 * side / 64) + 1, side / 64).flatten(1)
     return (edges - edges.mean(1, keepdim=True)) / edges.std(1, keepdim=True)
 
@@ -798,7 +798,7 @@ def test_texture_goes_and_shape_stays():
     assert (1 - gram_distance(done, styles) / gram_distance(images, styles)).median() > .8
     assert (outline(done) * outline(images)).mean(1).median() > .5
     kept = data.stylised(images, styles, keep_color=True)                    # the picture's own colours
-    colour = lambda x: (x - data.luminance(x)).mean((2, 3))
+    colour = lambda x: (x - TF.rgb_to_grayscale(x)).mean((2, 3))
     assert (colour(kept) - colour(images)).abs().mean() < .3 * (colour(done) - colour(images)).abs().mean()
     assert (outline(kept) * outline(images)).mean(1).median() < .95          # and still another texture
 
@@ -868,8 +868,8 @@ def test_copies_belong_to_their_pictures(tmp_path):
         for k in range(2):
             picture(tmp_path / "copies" / "train" / "a" / f"{i}.png.{k}.jpg", (30 * i + 7 * k, 0, 0))
     (tmp_path / "photos" / "train" / "a" / "2.png").write_bytes(b"broken")
-    found = data.load("folder", "train", root=tmp_path / "photos", size=12, canvas=12)
-    copies = data.with_textures("folder", found, tmp_path / "photos", tmp_path / "copies", tmp_path).textures[:, :, 0, 6, 6]
+    files = data.find("folder", "train", root=tmp_path / "photos", size=12, canvas=12)
+    copies = data.with_textures("folder", files, data.decoded(files), tmp_path / "photos", tmp_path / "copies", tmp_path).textures[:, :, 0, 6, 6]
     assert copies.tolist() == [[30 * i, 30 * i + 7] for i in (0, 1, 3, 4, 5, 6, 7)]
 
 
