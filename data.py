@@ -80,7 +80,7 @@ OBJECTS = {
 }
 TEXTURES = ("plain", "stripes", "checks", "dots")
 HUES = 16      # neighbouring bins are 0.0625 of the circle apart: closer than the 0.1 that colour jitter moves
-FACTORS = {"train": 8192, "val": 2048, "test": 4096}
+FACTORS = {"train": 8192, "val": 2048, "test": 4096, "viewpoint": 4096}
 
 
 def factors(split, size=32, count=None):
@@ -88,7 +88,8 @@ def factors(split, size=32, count=None):
 
     Labels: object (12), hue (16 bins), texture (4 fills), species = object x hue (192). Nuisances: position, scale, tilt,
     light, background, noise. Every object has details of its own (bent strokes, four gray marks), so that an image can be told
-    from all others without its colour. Splits are disjoint draws.
+    from all others without its colour. Splits are disjoint draws; "viewpoint" is what ObjectNet is to ImageNet: objects seen from
+    other sides (tilted by 40 degrees rather than 11) on other backgrounds (coloured rather than nearly gray).
     """
     n = count or FACTORS[split]
     g = generator("factors", split)
@@ -103,6 +104,8 @@ def factors(split, size=32, count=None):
         hue=(hue + rand(low=.2, high=.8)) / HUES, saturation=rand(low=.4), value=rand(low=.5),
         centre=normal(2, std=.08), scale=rand(low=.75, high=1.), tilt=normal(std=.2), light=normal(std=.5), relief=rand(low=.2, high=.5),
         ground=torch.stack([rand(), rand(high=.1), rand(low=.25, high=.85)], -1), horizon=normal(std=.3), haze=rand(low=-.02, high=.08))
+    if split == "viewpoint":
+        look |= dict(tilt=normal(std=.7), ground=torch.stack([rand(), rand(high=.3), rand(low=.25, high=.85)], -1))
     noise = generator("noise", split, size)
     images = torch.cat([render({k: v[i:i + 256] for k, v in look.items()}, size, noise) for i in range(0, n, 256)])
     labels = dict(object=obj, hue=hue, texture=fill, species=obj * HUES + hue)
@@ -219,7 +222,7 @@ def splits(name, root=None):
         if not others:
             raise UserError(f"{root} has a train folder, so evaluations need a val or test folder beside it")
         return ("train", *others)
-    return tuple(FACTORS if name == "factors" else PUBLISHED[name][0] if name in PUBLISHED else (s for s in TORCHVISION[name][1] if s != "pretrain"))
+    return tuple(("train", "val", "test") if name == "factors" else PUBLISHED[name][0] if name in PUBLISHED else (s for s in TORCHVISION[name][1] if s != "pretrain"))
 
 
 def folder_of(root, name="folder"):
@@ -325,13 +328,13 @@ class Canvases(torch.utils.data.Dataset):
         return pil_to_tensor(canvas), 1. if half else w / h, ""
 
 
-def stream(found, workers=2, batch=256, share=(0, 1)):
-    """The pictures of a Data in order, decoded in `workers` processes a few batches ahead and never kept: yields rows (b,),
-    images (b 3 h w) uint8, aspect (b,). share (i, of): every of-th batch from the i-th on.
+def stream(found, workers=2, batch=256, share=(0, 1), count=None):
+    """The (first `count`) pictures of a Data in order, decoded in `workers` processes a few batches ahead and never kept: yields
+    rows (b,), images (b 3 h w) uint8, aspect (b,). share (i, of): every of-th batch from the i-th on.
 
     A picture that cannot be read is named in a warning and left out; in a published set, or when none can, UserError.
     """
-    every = torch.arange(len(found.images)).split(batch)[share[0]::share[1]]
+    every = torch.arange(len(found.images))[:count].split(batch)[share[0]::share[1]]
     if torch.is_tensor(found.images):
         yield from ((rows, found.images[rows], found.aspect[rows]) for rows in every)
         return

@@ -5,6 +5,7 @@
     python eval.py rotation | knn | robust | spaces
     python eval.py retrieve --against=runs/OTHER         # a picture of nearest neighbours, two runs side by side
     python eval.py table --runs='runs/*'                 # all results so far as one Markdown table; --paper: as the paper's tables
+    python eval.py claims                                # train the rows of the paper's tables on factors: which of its claims hold?
 
 Each task prints a Markdown row for each result and appends a JSON line to RUN/results.jsonl.
 Axes: b image, s space, d feature, n sample, r quarter turns, t trial, k class, h w pixel.
@@ -18,6 +19,11 @@ import io
 import itertools
 import json as json_
 import math
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -51,9 +57,9 @@ def features(encoder, found, turns=(0,), workers=2, batch=256):
     return rearrange(v[:, rows], "r n d -> (r n) d"), rearrange(z[:, :, rows], "s r n c -> s (r n) c"), rows
 
 
-def on_device(encoder, found, workers=2, batch=256):
-    """This rank's pictures of a Data on the encoder's device: yields rows (b,), images (b 3 h w) in [0, 1]."""
-    for rows, images, _ in pixels.stream(found, workers, batch, (loo.rank(), loo.ranks())):
+def on_device(encoder, found, workers=2, batch=256, count=None):
+    """This rank's part of the (first `count`) pictures of a Data on the encoder's device: yields rows (b,), images (b 3 h w) in [0, 1]."""
+    for rows, images, _ in pixels.stream(found, workers, batch, (loo.rank(), loo.ranks()), count):
         yield rows, images.to(device_of(encoder), non_blocking=True).float() / 255
 
 
@@ -692,24 +698,25 @@ SUMMARIES = {**{name: lambda n, s, name=name: n == name for names in pixels.IMAG
                 for c, names in [*pixels.IMAGENETC.items(), ("all corruptions", [n for n, _ in CELLS])] for more, least in (("", 1), (", severity 3+", 3))}}
 
 
-def corrupted_pictures(b, published):
+def corrupted_pictures(b, published, count=None):
     """Yields the index of a cell of CELLS, rows (b,), images (b 3 h w) in [0, 1] and labels {name: (b,)}.
 
-    published: a Data for each cell; where there are none, the test pictures are corrupted here, a batch at a time.
+    published: a Data for each cell; where there are none, the (first `count`) test pictures are corrupted here, a batch at a time.
     """
     for cell, found in enumerate(published):
-        for rows, crops in on_device(b.encoder, found, b.workers):
+        for rows, crops in on_device(b.encoder, found, b.workers, count=count):
             yield cell, rows, crops, {k: y[rows] for k, y in found.labels.items()}
     if not published:
-        for rows, crops in on_device(b.encoder, b.split["test"], b.workers):
+        for rows, crops in on_device(b.encoder, b.split["test"], b.workers, count=count):
             labels = {k: y[rows] for k, y in b.split["test"].labels.items()}
             for cell, (name, severity) in enumerate(CELLS):
                 yield cell, rows, corrupt(crops, name, severity, pixels.generator("corrupt", name, severity, int(rows[0]))), labels
 
 
 @task
-def robust(b, label: tuple = (), source: str = None, corrupted: str = None, objectnet: str = None):
-    """A linear classifier trained on clean pictures, tested on corrupted ones (ImageNet-C) and on ObjectNet (section 4).
+def robust(b, label: tuple = (), source: str = None, corrupted: str = None, objectnet: str = None, pictures: int = None):
+    """A linear classifier trained on clean pictures, tested on corrupted ones (ImageNet-C) and on new viewpoints and backgrounds:
+    ObjectNet's (section 4), or those of factors.
 
     The interval is that of the mean over pictures, each with all its corruptions.
 
@@ -718,7 +725,10 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
         source: generated (the 15 corruptions made here from the test pictures) or folder (the published ImageNet-C); folder on imagenet100
         corrupted: source=folder: where ImageNet-C is
         objectnet: where ObjectNet is, to test on its 13 classes too
+        pictures: how many to see corrupted, by default all
     """
+    if pictures is not None and pictures < 1:
+        raise UserError(f"--pictures={pictures}: expected 1 or more")
     source = choose("source", source or ("folder" if b.data == "imagenet100" else "generated"), ("folder", "generated"))
     if (source == "folder") != bool(corrupted):
         raise UserError("--source=folder reads the published ImageNet-C: name it with --corrupted=DIR, or make the corruptions here with --source=generated")
@@ -726,7 +736,8 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
         raise UserError(f"ImageNet-C and ObjectNet have the classes of imagenet100, not of {b.data}: use --data=imagenet100, or --source=generated")
     where = dict(size=b.config["size"], central=True)           # all is found before hours are spent on the first of it
     published = [pixels.find("imagenetc100", f"{name}/{severity}", root=corrupted, **where) for name, severity in CELLS] if corrupted else []
-    thirteen = pixels.find("objectnet13", "test", root=objectnet, **where) if objectnet else None
+    beyond = ({"objectnet13": pixels.find("objectnet13", "test", root=objectnet, **where)} if objectnet else
+              {"new viewpoint": b.find("viewpoint", central=True)} if b.data == "factors" else {})
     labels, (train, y), (test, y_test) = labels_of(b, label), known(b, "train"), known(b, "test")
     n = len((published[0] if published else b.split["test"]).images)
     mean, deviation = moments(train)
@@ -736,12 +747,14 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
     for one in labels:
         say = f"the lengths in the corruptions' constants are scaled by {b.config['size']} / {SIDE}" if not published and one == labels[-1] else None
         yield result(logits_of(one, test), y_test[one], one, len(train), on="clean", protocol=source, say=say)
-    if thirteen:
-        v, z, rows = features(b.encoder, thirteen, workers=b.workers)
-        logits, truth = logits_of("class", pick(v, z, b.config, b.feature).to(train)).cpu(), thirteen.labels["class"][rows]
-        yield result(logits, truth, "class", len(train), on="objectnet13")
-        yield result(among(logits, truth.unique()), truth, "class", len(train), on="objectnet13, of its 13")
-    for cell, rows, crops, truth in corrupted_pictures(b, published):
+    for on, found in beyond.items():
+        v, z, rows = features(b.encoder, found, workers=b.workers)
+        for one in labels:
+            logits, truth = logits_of(one, pick(v, z, b.config, b.feature).to(train)).cpu(), found.labels[one][rows]
+            yield result(logits, truth, one, len(train), on=on)
+            if objectnet:
+                yield result(among(logits, truth.unique()), truth, one, len(train), on=f"{on}, of its 13")
+    for cell, rows, crops, truth in corrupted_pictures(b, published, pictures):
         with torch.no_grad():
             x = pick(*loo.encode(b.encoder, crops), b.config, b.feature).float()
         for one in labels:
@@ -885,7 +898,7 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
         lines = [(config, line) for config, line in lines if config["data"] == "imagenet100"]
         if differs := unlike([config for config, _ in lines]):
             raise UserError(f"--paper: these runs differ in {', '.join(differs)}: name those that belong together with --runs")
-        return papers_tables(lines)
+        return papers_tables([line | {"seed": config["seed"]} for config, line in lines])
     cells, differs = defaultdict(dict), unlike(list(configs.values()))
     for config, line in lines:
         setting = ", ".join(f"{k} {config.get(k)}" for k in differs)
@@ -934,26 +947,30 @@ TABLES = (
         "+".join(some): ("looc++", ALL3, "+".join(some)) for r in range(4) for some in (("all", *rest) for rest in itertools.combinations(ALL3, r))}))
 
 
+def by_protocol(lines, row, column):
+    """Where the results hold a cell of TABLES, {protocol: {seed: value}}; the last of equal lines counts."""
+    (method, groups, feature, *_), (task, data, label, shots, on, value) = row, column
+    task, found = task if feature == "v" else "spaces", defaultdict(dict)
+    for line in lines:
+        if (line["method"], line["task"], line["data"], line["label"], line["shots"], line.get("on")) == (method, task, data, label, shots, on) \
+                and set(line["feature"].split("+")) == set(feature.split("+")) and (groups is None or set(groups) == set(line["groups"])):
+            found[line["protocol"]][line["seed"]] = line[value]
+    return found
+
+
 def papers_tables(lines):
-    """lines: (configuration, result) pairs. Prints TABLES: what the paper reports and what these runs give, each in its own column."""
-    def cell_of(method, groups, feature, column):
-        task, data, label, shots, on, value = COLUMNS[column]
-        task = "spaces" if "+" in feature or feature == "all" else task
-        by_protocol = defaultdict(dict)
-        for config, line in lines:
-            if (line["method"], line["task"], line["data"], line["label"], line["shots"]) == (method, task, data, label, shots) \
-                    and set(line["feature"].split("+")) == set(feature.split("+")) and (groups is None or set(groups) == set(line["groups"])) \
-                    and (task == "spaces" or line.get("on") == on):
-                by_protocol[line["protocol"]][config["seed"]] = line[value]
-        protocol = next((p for p in ("paper", "folder", *by_protocol) if p in by_protocol), None)
-        return mean_cell(list(by_protocol[protocol].values())) + f" ({protocol})" * (protocol in ("fast", "generated") and task != "spaces") if protocol else "-"
+    """Prints TABLES: what the paper reports and what these runs give, each in its own column. lines: results, `seed` the training's."""
+    def cell_of(row, column):
+        found = by_protocol(lines, row, COLUMNS[column])
+        protocol = next((p for p in ("paper", "folder", *found) if p in found), None)
+        return mean_cell(list(found[protocol].values())) + f" ({protocol})" * (protocol in ("fast", "generated") and row[2] == "v") if protocol else "-"
 
     for title, columns, rows in TABLES:
         heads = " | ".join(f"{c}, reported by the paper | {c}, these runs" for c in columns)
         print(f"{title}\n\n| method | {heads} |\n" + "|---" * (1 + 2 * len(columns)) + "|")
-        for name, (method, groups, feature, *reported) in rows.items():
-            values = itertools.zip_longest(columns, reported)
-            print(f"| {name} | " + " | ".join(f"{'-' if told is None else told} | {cell_of(method, groups, feature, c)}" for c, told in values) + " |")
+        for name, row in rows.items():
+            values = itertools.zip_longest(columns, row[3:])
+            print(f"| {name} | " + " | ".join(f"{'-' if told is None else told} | {cell_of(row, c)}" for c, told in values) + " |")
         print()
 
 
@@ -965,5 +982,168 @@ def mean_cell(values):
     return "-" if not values else f"{sum(values) / len(values):.1f}" + (f" +- {interval(values):.1f}" if len(values) > 1 else "")
 
 
+# ---------------------------------------------------------------- claims: does it do what the paper says?
+
+# The columns of TABLES on factors.
+DRAWN = {
+    **{label: ("linear", "factors", label, None, None, "top1") for label in ("object", "hue", "texture", "species")},
+    "rotation": ("rotation", "factors", "rotation", None, None, "top1"),
+    **{f"species {n}-shot": ("fewshot", "factors", "species", n, None, "top1") for n in (5, 10)},
+    **{f"object, {on}": ("robust", "factors", "object", None, on, "top1") for on in ("new viewpoint", *pixels.IMAGENETC, "all corruptions")}}
+
+# For each of TABLES: its columns on factors, and what the paper says of it as comparisons, {claim: ((rows, sign, rows, columns), ...)}.
+# The sign is data for `decide`: > is more, >= is not more than MARGIN below.
+MARGIN = 1
+CLAIMS = (
+    (("rotation", "object"), {
+        "adding rotation to MoCo lowers rotation accuracy": ((("MoCo",), ">", ("MoCo + rotation",), ("rotation",)),),
+        "sharing the rotation between query and key does not bring it back": ((("MoCo",), ">", ("MoCo + rotation, same for q and k",), ("rotation",)),),
+        "LooC does": ((("LooC + rotation",), ">=", ("MoCo",), ("rotation",)),)}),
+    (("hue", "species", "species 5-shot", "species 10-shot", "rotation", "texture", "object"), {
+        "LooC (color) beats MoCo on what color changes, without losing object":
+            ((("LooC (color)",), ">", ("MoCo (color)",), ("hue", "species")), (("LooC (color)",), ">=", ("MoCo (color)",), ("object",))),
+        "LooC (color, rotation) beats MoCo on what color and rotation change, without losing object":
+            ((("LooC (color, rotation)",), ">", ("MoCo (color)",), ("hue", "species", "rotation")),
+             (("LooC (color, rotation)",), ">=", ("MoCo (color)",), ("object",))),
+        "LooC++, the spaces side by side, is best or tied on all labels at once":
+            ((("LooC++ (color, rotation)",), ">=", ("MoCo (color)", "LooC (color)", "LooC (rotation)", "LooC (color, rotation)"),
+              ("hue", "species", "rotation", "texture", "object")),)}),
+    (("object", *(c for c in DRAWN if c.startswith("object, "))), {
+        "rotation helps under new viewpoints": ((("LooC (rotation)",), ">", ("MoCo",), ("object, new viewpoint",)),),
+        "texture helps under corruptions": ((("LooC (texture)",), ">", ("MoCo",), ("object, all corruptions",)),),
+        "both together help on both": ((("LooC (rotation, texture)",), ">", ("MoCo",), ("object, new viewpoint", "object, all corruptions")),)}),
+    (("object", "hue", "species", "texture", "rotation"), {
+        "LooC beats MoCo trained with the same groups, without losing object":
+            ((("LooC (color, rotation)",), ">", ("MoCo (color, rotation)",), ("hue", "species", "rotation")),
+             (("LooC (color, rotation)",), ">=", ("MoCo (color, rotation)",), ("object",))),
+        "and MoCo trained with all groups":
+            ((("LooC (color, rotation)",), ">", ("MoCo (all)",), ("hue", "species", "rotation")), (("LooC (color, rotation)",), ">=", ("MoCo (all)",), ("object",))),
+        "MoCo++, as wide as LooC++, does not close the gap":
+            ((("LooC++ (color, rotation)",), ">", ("MoCo++ (color, rotation)",), ("hue", "species", "rotation")),)}),
+    (("rotation", "object", "hue", "texture"), {
+        "different labels prefer different spaces":
+            ((("all+color",), ">", ("all+rotation", "all+texture"), ("hue",)), (("all+rotation",), ">", ("all+color", "all+texture"), ("rotation",)),
+             (("all+texture",), ">", ("all+color", "all+rotation"), ("texture",)))}))
+
+BUDGETS = {"small": (), "large": ("--arch=resnet18", "--size=64", "--epochs=200")}   # more flags of `train`
+
+
+def claims(budget: str = "small", *, seeds: int = 5, first: int = 21, jobs: int = None, out: str = "runs/claims", results: str = None):
+    """Train and judge the rows of the paper's tables on factors, print the tables, and whether each claim of the paper holds.
+
+    Each run is the commands that are printed. What is there already is not done again; a stopped one goes on where it was. A cell is the
+    mean +- half of Student's 95% interval over seeds. A claim is decided by paired differences, seed by seed: it holds when the intervals of all its
+    comparisons lie above zero (of "without losing", "tied": above -1 point), it does not hold when one lies below, else one cannot tell.
+
+    Args:
+        budget: small (the default recipe, minutes a run on a CPU) or large (ResNet-18, 64 pixels, 200 epochs, for a GPU)
+        seeds: how many
+        first: the first of them; no setting was ever chosen on 21 and above
+        jobs: runs at a time; by default one for each core, or one on a GPU
+        out: where the runs are, and all results of a budget in one file, OUT/BUDGET.jsonl
+        results: print the tables of this file and train nothing
+    """
+    choose("budget", budget, tuple(BUDGETS))
+    if seeds < 1 or (jobs is not None and jobs < 1):
+        raise UserError(f"--seeds={seeds} --jobs={jobs}: expected 1 or more")
+    if results and not Path(results).is_file():
+        raise UserError(f"--results={results}: no such file; leave the flag out to train")
+    if not results:
+        jobs = jobs or (1 if torch.cuda.is_available() else min(os.cpu_count(), 2))
+        runs = plan(Path(out) / budget, range(first, first + seeds), BUDGETS[budget])
+        run_all(list(filter(None, runs.values())), jobs)
+        results = Path(out) / f"{budget}.jsonl"
+        lines = [json_.dumps(line | {"budget": budget}) for run in runs for line in loo.read_lines(run / "results.jsonl")]
+        pixels.write(results, "\n".join([*lines, ""]).encode())
+    claimed_tables([line for line in loo.read_lines(Path(results)) if line["budget"] == budget and first <= line["seed"] < first + seeds])
+
+
+def plan(out, seeds, flags):
+    """What the rows of TABLES need on factors, seed by seed -> {run folder: its commands that are not done yet, in order}."""
+    wanted = defaultdict(lambda: defaultdict(list))             # {(method, groups): {task: [(row, column), ...]}}
+    for (_, _, rows), (columns, _) in zip(TABLES, CLAIMS):
+        for row, column in itertools.product(rows.values(), columns):
+            method, groups, feature, *_ = row
+            wanted[method, groups or ("color",)][DRAWN[column][0] if feature == "v" else "spaces"].append((row, DRAWN[column]))
+    runs = {}
+    for seed, ((method, groups), tasks) in itertools.product(seeds, wanted.items()):
+        run = out / f"{method}-{'+'.join(groups)}-{seed}"
+        train = ["loo.py", "train", f"--method={method}", f"--groups={','.join(groups)}", f"--seed={seed}", f"--out={run}", *flags]
+        runs[run], lines = [] if (run / "heads.pt").exists() else [train], loo.read_lines(run / "results.jsonl")
+        for task, cells in tasks.items():
+            labels = dict.fromkeys(label for _, (_, _, label, *_) in cells)
+            more = [] if task == "rotation" else [f"--label={','.join(labels)}", *["--pictures=1024"] * (task == "robust")]
+            if not all(by_protocol(lines, *cell) for cell in cells):
+                runs[run].append(["eval.py", task, f"--run={run}", f"--seed={seed}", *more])
+    return runs
+
+
+def run_all(chains, jobs):
+    """Run chains of commands, those of a chain one after another, `jobs` chains at a time. UserError when one fails; a signal stops all,
+    and what trains saves itself."""
+    total, started, running, begun = sum(map(len, chains)), 0, {}, time.perf_counter()
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
+    with loo.signals() as asked:
+        try:
+            while (chains or running) and not asked:
+                while chains and len(running) < jobs:
+                    command, *rest = chains.pop(0)
+                    started += 1
+                    print(f"[{started}/{total}, {time.perf_counter() - begun:.0f} s] python {shlex.join(command)}", flush=True)
+                    said = tempfile.TemporaryFile("w+")
+                    script = str(Path(__file__).with_name(command[0]))
+                    process = subprocess.Popen([sys.executable, script, *command[1:]], stdout=said, stderr=said, env=os.environ | threads, start_new_session=True)
+                    running[process] = rest, said
+                time.sleep(.1)
+                for process in [p for p in running if p.poll() is not None]:
+                    rest, said = running.pop(process)
+                    if process.returncode and not asked:
+                        said.seek(0)
+                        raise UserError(f"python {shlex.join(map(str, process.args[1:]))} ended with {process.returncode}: {(said.read().splitlines() or ['-'])[-1]}")
+                    if rest:
+                        chains.insert(0, rest)
+        finally:
+            for process in running:              # a trainer saves its last step first
+                process.terminate()
+            for process in running:
+                process.wait()
+    if asked:
+        print("stopped; all that was done is kept, and the same command goes on", file=sys.stderr)
+        raise SystemExit(128 + asked[0])
+
+
+def claimed_tables(lines):
+    """Prints TABLES on factors, and under each what becomes of the paper's claims. lines: results, `seed` the training's."""
+    for (title, _, rows), (columns, claims) in zip(TABLES, CLAIMS):
+        values = {(name, c): {seed: x for some in by_protocol(lines, row, DRAWN[c]).values() for seed, x in some.items()}
+                  for (name, row), c in itertools.product(rows.items(), columns)}
+        print(f"{title}, on factors\n\n| method | seeds | {' | '.join(columns)} |\n" + "|---" * (2 + len(columns)) + "|")
+        for name in rows:
+            print(f"| {name} | {max(len(values[name, c]) for c in columns)} | " + " | ".join(mean_cell(list(values[name, c].values())) for c in columns) + " |")
+        print()
+        for claim, comparisons in claims.items():
+            print(f"- {claim}: " + decide(values, comparisons))
+        print()
+
+
+def decide(values, comparisons):
+    """values {(row, column): {seed: value}}, comparisons as in CLAIMS -> a verdict, and the comparisons that decided it."""
+    found = defaultdict(list)
+    for better, sign, worse, columns in comparisons:
+        for a, b, c in itertools.product(better, worse, columns):
+            some, least = paired_seeds(values[a, c], values[b, c]), -MARGIN * (sign == ">=")
+            mean, half = sum(some) / len(some) if some else math.nan, interval(some) if len(some) > 1 else math.inf
+            says = "holds" if mean - half > least else "does not hold" if mean + half < least else "cannot tell"
+            found[says].append((mean - least, f"{c}: {a} {mean:+.1f} +- {half:.1f} against {b}"))
+    verdict = next(says for says in ("does not hold", "cannot tell", "holds") if says in found)
+    some = sorted(found[verdict])
+    return f"**{verdict}** ({'; '.join(text for _, text in some[:3])}" + f"; and {len(some) - 3} more" * (len(some) > 3) + ")"
+
+
+def paired_seeds(some, others):
+    """{seed: value} twice -> differences, for the seeds that both have."""
+    return [some[seed] - others[seed] for seed in some if seed in others]
+
+
 if __name__ == "__main__":
-    pixels.command_line({f.__name__: f for f in (linear, rotation, fewshot, knn, robust, spaces, retrieve, table)})
+    pixels.command_line({f.__name__: f for f in (linear, rotation, fewshot, knn, robust, spaces, retrieve, table, claims)})

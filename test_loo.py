@@ -449,6 +449,15 @@ def test_factors_are_drawn_again_alike_and_splits_are_disjoint():
     assert len(data.OBJECTS) >= 10 and 1 / data.HUES < .1 and all(len(a.classes[k]) > v.max() for k, v in a.labels.items())
 
 
+def test_viewpoint_is_tilted_and_on_coloured_grounds():
+    """By what can be measured: the chroma of the corners, and how far outlines are from mirror images of themselves."""
+    assert data.splits("factors") == ("train", "val", "test")
+    seen = {split: data.factors(split, 32, 512).images.float() / 255 for split in ("test", "viewpoint")}
+    chroma = {k: (x.amax(1) - x.amin(1))[:, :2, :2].mean() for k, x in seen.items()}
+    lopsided = {k: ((x - x.mean((2, 3), keepdim=True)) - (x - x.mean((2, 3), keepdim=True)).flip(3)).square().mean() / x.var((2, 3)).mean() for k, x in seen.items()}
+    assert chroma["viewpoint"] > 1.5 * chroma["test"] and lopsided["viewpoint"] > 1.1 * lopsided["test"]
+
+
 def test_factors_objects_know_up_and_not_left():
     """Outlines, drawn plainly: a flip leaves each as it is, a quarter turn does not."""
     n = len(data.OBJECTS)
@@ -1191,14 +1200,14 @@ def test_jpeg_is_pils(tmp_path):
 def here(tmp_path, monkeypatch):
     """A folder of its own, and a factors set that trains in seconds."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "FACTORS", {"train": 256, "val": 1024, "test": 128})
+    monkeypatch.setattr(data, "FACTORS", {"train": 256, "val": 1024, "test": 128, "viewpoint": 64})
     monkeypatch.setattr(data, "HUES", 4)
     return tmp_path
 
 
 def run(module, line):
     commands = {loo: {"train": loo.train, "methods": loo.show_methods, "bench": loo.bench}, data: {"stylize": data.stylize, "pack": data.pack},
-                judge: {t.__name__: t for t in (judge.linear, judge.rotation, judge.fewshot, judge.knn, judge.robust, judge.spaces, judge.retrieve, judge.table)}}[module]
+                judge: {t.__name__: t for t in (judge.linear, judge.rotation, judge.fewshot, judge.knn, judge.robust, judge.spaces, judge.retrieve, judge.table, judge.claims)}}[module]
     data.command_line(commands, line.split())
 
 
@@ -1577,9 +1586,9 @@ def test_among_leaves_the_other_classes_out():
 
 
 def test_robust_summarises_by_severity_and_category(untrained, capsys):
-    run(judge, "robust --label=object --json")
+    run(judge, "robust --label=object --pictures=100 --json")
     found = {x["on"]: x for x in results(untrained)}
-    assert found["fog"]["n_test"] == 128 and found["clean"]["n_test"] == 128
+    assert found["fog"]["n_test"] == 100 and found["clean"]["n_test"] == 128 and found["new viewpoint"]["n_test"] == 64
     mean = lambda names: sum(found[n]["top1"] for n in names) / len(names)
     for category, names in data.IMAGENETC.items():
         assert found[category]["top1"] == pytest.approx(mean(names))
