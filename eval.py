@@ -991,39 +991,37 @@ DRAWN = {
     **{f"species {n}-shot": ("fewshot", "factors", "species", n, None, "top1") for n in (5, 10)},
     **{f"object, {on}": ("robust", "factors", "object", None, on, "top1") for on in ("new viewpoint", *pixels.IMAGENETC, "all corruptions")}}
 
-# For each of TABLES: its columns on factors, and what the paper says of it as comparisons, {claim: ((rows, sign, rows, columns), ...)}.
-# The sign is data for `decide`: > is more, >= is not more than MARGIN below.
+# For each of TABLES: its columns on factors, and what the paper says of it as comparisons: {claim: [(row, sign, rows, columns), ...]},
+# with > for more than, and >= for at most MARGIN points below.
 MARGIN = 1
 CLAIMS = (
     (("rotation", "object"), {
-        "adding rotation to MoCo lowers rotation accuracy": ((("MoCo",), ">", ("MoCo + rotation",), ("rotation",)),),
-        "sharing the rotation between query and key does not bring it back": ((("MoCo",), ">", ("MoCo + rotation, same for q and k",), ("rotation",)),),
-        "LooC does": ((("LooC + rotation",), ">=", ("MoCo",), ("rotation",)),)}),
+        "adding rotation to MoCo lowers rotation accuracy": [("MoCo", ">", "MoCo + rotation", "rotation")],
+        "sharing the rotation between query and key does not bring it back": [("MoCo", ">", "MoCo + rotation, same for q and k", "rotation")],
+        "LooC does": [("LooC + rotation", ">=", "MoCo", "rotation")]}),
     (("hue", "species", "species 5-shot", "species 10-shot", "rotation", "texture", "object"), {
         "LooC (color) beats MoCo on what color changes, without losing object":
-            ((("LooC (color)",), ">", ("MoCo (color)",), ("hue", "species")), (("LooC (color)",), ">=", ("MoCo (color)",), ("object",))),
+            [("LooC (color)", ">", "MoCo (color)", "hue & species"), ("LooC (color)", ">=", "MoCo (color)", "object")],
         "LooC (color, rotation) beats MoCo on what color and rotation change, without losing object":
-            ((("LooC (color, rotation)",), ">", ("MoCo (color)",), ("hue", "species", "rotation")),
-             (("LooC (color, rotation)",), ">=", ("MoCo (color)",), ("object",))),
-        "LooC++, the spaces side by side, is best or tied on all labels at once":
-            ((("LooC++ (color, rotation)",), ">=", ("MoCo (color)", "LooC (color)", "LooC (rotation)", "LooC (color, rotation)"),
-              ("hue", "species", "rotation", "texture", "object")),)}),
+            [("LooC (color, rotation)", ">", "MoCo (color)", "hue & species & rotation"), ("LooC (color, rotation)", ">=", "MoCo (color)", "object")],
+        "LooC++, all spaces side by side, is best or tied on all labels at once":
+            [("LooC++ (color, rotation)", ">=", "MoCo (color) & LooC (color) & LooC (rotation) & LooC (color, rotation)", "hue & species & rotation & texture & object")]}),
     (("object", *(c for c in DRAWN if c.startswith("object, "))), {
-        "rotation helps under new viewpoints": ((("LooC (rotation)",), ">", ("MoCo",), ("object, new viewpoint",)),),
-        "texture helps under corruptions": ((("LooC (texture)",), ">", ("MoCo",), ("object, all corruptions",)),),
-        "both together help on both": ((("LooC (rotation, texture)",), ">", ("MoCo",), ("object, new viewpoint", "object, all corruptions")),)}),
+        "rotation helps under new viewpoints": [("LooC (rotation)", ">", "MoCo", "object, new viewpoint")],
+        "texture helps under corruptions": [("LooC (texture)", ">", "MoCo", "object, all corruptions")],
+        "both together help on both": [("LooC (rotation, texture)", ">", "MoCo", "object, new viewpoint & object, all corruptions")]}),
     (("object", "hue", "species", "texture", "rotation"), {
-        "LooC beats MoCo trained with the same groups, without losing object":
-            ((("LooC (color, rotation)",), ">", ("MoCo (color, rotation)",), ("hue", "species", "rotation")),
-             (("LooC (color, rotation)",), ">=", ("MoCo (color, rotation)",), ("object",))),
-        "and MoCo trained with all groups":
-            ((("LooC (color, rotation)",), ">", ("MoCo (all)",), ("hue", "species", "rotation")), (("LooC (color, rotation)",), ">=", ("MoCo (all)",), ("object",))),
+        "LooC beats MoCo with the same groups, without losing object":
+            [("LooC (color, rotation)", ">", "MoCo (color, rotation)", "hue & species & rotation"),
+             ("LooC (color, rotation)", ">=", "MoCo (color, rotation)", "object")],
+        "LooC beats MoCo with all groups, without losing object":
+            [("LooC (color, rotation)", ">", "MoCo (all)", "hue & species & rotation"), ("LooC (color, rotation)", ">=", "MoCo (all)", "object")],
         "MoCo++, as wide as LooC++, does not close the gap":
-            ((("LooC++ (color, rotation)",), ">", ("MoCo++ (color, rotation)",), ("hue", "species", "rotation")),)}),
+            [("LooC++ (color, rotation)", ">", "MoCo++ (color, rotation)", "hue & species & rotation")]}),
     (("rotation", "object", "hue", "texture"), {
         "different labels prefer different spaces":
-            ((("all+color",), ">", ("all+rotation", "all+texture"), ("hue",)), (("all+rotation",), ">", ("all+color", "all+texture"), ("rotation",)),
-             (("all+texture",), ">", ("all+color", "all+rotation"), ("texture",)))}))
+            [("all+color", ">", "all+rotation & all+texture", "hue"), ("all+rotation", ">", "all+color & all+texture", "rotation"),
+             ("all+texture", ">", "all+color & all+rotation", "texture")]}))
 
 BUDGETS = {"small": (), "large": ("--arch=resnet18", "--size=64", "--epochs=200")}   # more flags of `train`
 
@@ -1122,27 +1120,25 @@ def claimed_tables(lines):
             print(f"| {name} | {max(len(values[name, c]) for c in columns)} | " + " | ".join(mean_cell(list(values[name, c].values())) for c in columns) + " |")
         print()
         for claim, comparisons in claims.items():
-            print(f"- {claim}: " + decide(values, comparisons))
+            verdict, evidence = decide(values, comparisons)
+            print(f"- **{verdict}**: {claim} ({evidence})")
         print()
 
 
 def decide(values, comparisons):
-    """values {(row, column): {seed: value}}, comparisons as in CLAIMS -> a verdict, and the comparisons that decided it."""
+    """values {(row, column): {seed: value}}, comparisons as in CLAIMS -> the verdict, and the (three weakest of the) comparisons that
+    decided it: differences within a seed, their mean and half of its 95% interval over the seeds that both rows have."""
     found = defaultdict(list)
-    for better, sign, worse, columns in comparisons:
-        for a, b, c in itertools.product(better, worse, columns):
-            some, least = paired_seeds(values[a, c], values[b, c]), -MARGIN * (sign == ">=")
-            mean, half = sum(some) / len(some) if some else math.nan, interval(some) if len(some) > 1 else math.inf
-            says = "holds" if mean - half > least else "does not hold" if mean + half < least else "cannot tell"
-            found[says].append((mean - least, f"{c}: {a} {mean:+.1f} +- {half:.1f} against {b}"))
-    verdict = next(says for says in ("does not hold", "cannot tell", "holds") if says in found)
-    some = sorted(found[verdict])
-    return f"**{verdict}** ({'; '.join(text for _, text in some[:3])}" + f"; and {len(some) - 3} more" * (len(some) > 3) + ")"
-
-
-def paired_seeds(some, others):
-    """{seed: value} twice -> differences, for the seeds that both have."""
-    return [some[seed] - others[seed] for seed in some if seed in others]
+    for row, sign, others, columns in comparisons:
+        for other, column in itertools.product(others.split(" & "), columns.split(" & ")):
+            ours, theirs, least = values[row, column], values[other, column], -MARGIN * (sign == ">=")
+            gain = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+            mean, half = sum(gain) / len(gain) if gain else math.nan, interval(gain) if len(gain) > 1 else math.inf
+            verdict = "holds" if mean - half > least else "does not hold" if mean + half < least else "cannot tell"
+            found[verdict].append((mean + half - least, f"{column} {mean:+.1f} +- {half:.1f}, {row} over {other}"))
+    verdict = next(v for v in ("does not hold", "cannot tell", "holds") if v in found)
+    shown = [text for _, text in sorted(found[verdict])]
+    return verdict, "; ".join(shown[:3]) + f"; and {len(shown) - 3} more" * (len(shown) > 3)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Every clever line's slow twin. `python -m pytest`"""
 import colorsys
+import itertools
 import json
 import math
 import multiprocessing
@@ -10,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -24,7 +26,7 @@ from PIL import Image
 import data
 import eval as judge
 import loo
-from data import generator
+from data import UserError, generator
 
 torch.set_num_threads(1)   # the tensors are small: other threads would only wait for each other
 ALL = ("color", "rotation")
@@ -1597,6 +1599,79 @@ def test_robust_summarises_by_severity_and_category(untrained, capsys):
     with pytest.raises(SystemExit):
         run(judge, "robust --source=folder")
     assert "--source=generated" in capsys.readouterr().err
+
+
+def test_claims_name_rows_and_columns_that_there_are():
+    for (_, _, rows), (columns, claims) in zip(judge.TABLES, judge.CLAIMS, strict=True):
+        assert set(columns) <= set(judge.DRAWN)
+        for row, sign, others, some in sum(claims.values(), []):
+            assert {row, *others.split(" & ")} <= set(rows) and set(some.split(" & ")) <= set(columns) and sign in (">", ">=")
+
+
+def test_claims_train_each_row_once_and_go_on(tmp_path):
+    runs = judge.plan(tmp_path, (1, 2), ("--epochs=3",))
+    assert len(runs) == 2 * len({(m, g) for _, _, rows in judge.TABLES for m, g, *_ in rows.values()})
+    run = tmp_path / "moco-color-2"
+    train, *tasks = runs[run]
+    assert train == ["loo.py", "train", "--method=moco", "--groups=color", "--seed=2", f"--out={run}", "--epochs=3"]
+    assert ["eval.py", "robust", f"--run={run}", "--seed=2", "--label=object", "--pictures=1024"] in tasks
+    run.mkdir()
+    (run / "heads.pt").touch()
+    line = dict(run=run.name, task="rotation", data="factors", label="rotation", on=None, shots=None, method="moco", groups=["color"], feature="v", protocol="fast", seed=2, top1=50.)
+    (run / "results.jsonl").write_text(json.dumps(line))
+    assert judge.plan(tmp_path, (1, 2), ())[run] == [task for task in tasks if task[1] != "rotation"]
+    (run / "results.jsonl").write_text(json.dumps(line | dict(task="robust", label="object", on="clean")))       # stopped in the middle of robust
+    assert judge.plan(tmp_path, (1, 2), ())[run] == tasks
+
+
+def test_a_claim_is_decided_by_paired_intervals():
+    seeds = lambda *values: dict(enumerate(values))
+    values = {("a", "x"): seeds(60., 70, 80), ("b", "x"): seeds(58., 68.5, 77.5), ("c", "x"): seeds(60.5, 70.4, 80.6), ("d", "x"): seeds(50., 70, 90)}
+    of = lambda row, sign, others: judge.decide(values, [(row, sign, others, "x")])
+    mean, half = 2., 4.302653 * .5 / math.sqrt(3)                       # differences 2, 1.5, 2.5; Student's t of two degrees of freedom
+    assert of("a", ">", "b") == ("holds", f"x {mean:+.1f} +- {half:.1f}, a over b") and of("b", ">", "a")[0] == "does not hold"
+    assert of("a", ">", "d")[0] == "cannot tell" and of("a", ">=", "c")[0] == "holds" and of("a", ">", "c")[0] == "does not hold"
+    assert of("a", ">", "b & d")[0] == "cannot tell" and of("a", ">", "b & c & d")[0] == "does not hold"
+    values["a", "x"].pop(0), values["b", "x"].pop(1)                    # only one seed is left that both have
+    assert of("a", ">", "b")[0] == "cannot tell"
+
+
+def test_claims_print_what_the_results_hold(here, capsys):
+    """Every cell of every table, from lines whose values are known; a row that is not there is a dash."""
+    lines, value = [], lambda row, column, seed: 10 + seed + 7 * len(column) % 13 + 30 * (row[0] == "looc")
+    for (_, _, rows), (columns, _) in zip(judge.TABLES, judge.CLAIMS):
+        for row, column in itertools.product(list(rows.values())[1:], columns):
+            task, where, label, shots, on, _ = judge.DRAWN[column]
+            lines += [dict(task=task if row[2] == "v" else "spaces", data=where, label=label, shots=shots, on=on, method=row[0], groups=row[1], feature=row[2],
+                           protocol="p", seed=seed, budget=budget, top1=value(row, column, seed) if budget == "small" else 0.)
+                      for seed in (1, 2, 3) for budget in ("small", "large")]
+    Path("all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(judge, "claims --results=all.jsonl --first=1 --seeds=2")
+    said = capsys.readouterr().out
+    half = 12.7062 * math.sqrt(.5) / math.sqrt(2)
+    assert f"| LooC (color) | 2 | {41.5 + 7 * len('hue') % 13:.1f} +- {half:.1f} |" in said.replace(" |  |", " |")
+    assert "| MoCo (color) | 2 |" in said and "| supervised | 0 | - | - |" in said
+    assert "**holds**: LooC beats MoCo with the same groups, without losing object" in said
+    assert said.count("**") == 2 * sum(len(claims) for _, claims in judge.CLAIMS) and not Path("runs").exists()
+    for flags in ("--results=none.jsonl", "--budget=tiny", "--seeds=0"):
+        with pytest.raises(SystemExit, match="2"):
+            run(judge, f"claims {flags}")
+
+
+def test_claims_run_commands_side_by_side_and_stop_together(here):
+    with pytest.raises(UserError, match="--groups=colour.*ended with 2: error: .*did you mean color"):
+        judge.run_all([[["loo.py", "methods"], ["loo.py", "methods", "--groups=colour"]], [["loo.py", "methods"]]], 2)
+    out = here / "run"
+
+    def stop():
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not loo.read_lines(out / "log.jsonl"):
+            time.sleep(.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(SystemExit, match="143"):
+        judge.run_all([[["loo.py", "train", "--epochs=3", *TINY.split()[1:], f"--out={out}"], ["loo.py", "nothing"]]], 1)
+    assert (out / "checkpoint.pt").exists() and not (out / "heads.pt").exists()
 
 
 def test_spaces_give_a_verdict(untrained, capsys, monkeypatch):
