@@ -1660,7 +1660,7 @@ def test_claims_print_what_the_results_hold(here, capsys):
 
 def test_claims_run_commands_side_by_side_and_stop_together(here):
     with pytest.raises(UserError, match="--groups=colour.*ended with 2: error: .*did you mean color"):
-        judge.run_all([[["loo.py", "methods"], ["loo.py", "methods", "--groups=colour"]], [["loo.py", "methods"]]], 2)
+        judge.run_all([[["loo.py", "methods"], ["loo.py", "methods", "--groups=colour"]]], 2)
     out = here / "run"
 
     def stop():
