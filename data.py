@@ -88,8 +88,8 @@ def factors(split, size=32, count=None):
 
     Labels: object (12), hue (16 bins), texture (4 fills), species = object x hue (192). Nuisances: position, scale, tilt,
     light, background, noise. Every object has details of its own (bent strokes, four gray marks), so that an image can be told
-    from all others without its colour. Splits are disjoint draws; "viewpoint" is what ObjectNet is to ImageNet: objects seen from
-    other sides (tilted by 40 degrees rather than 11) on other backgrounds (coloured rather than nearly gray).
+    from all others without its colour. Splits are disjoint draws; "viewpoint" stands for what ObjectNet is to ImageNet: objects turned
+    further in the picture plane (a deviation of 40 degrees, not 11) on other backgrounds (coloured, not nearly gray).
     """
     n = count or FACTORS[split]
     g = generator("factors", split)

@@ -566,8 +566,9 @@ def task(function):
                             groups=b.config["groups"], protocol="fast", shots=None, top1=None, top5=None, ci95=None, n_train=None, n_test=None,
                             seed=b.seed, seconds=round(time.perf_counter() - begun, 1)) | found
                 begun = time.perf_counter()
-                with open(into / "results.jsonl", "a") as file:
-                    file.write(json_.dumps(line) + "\n")
+                with open(into / "results.jsonl", "ab+") as file:
+                    cut = file.tell() and (file.seek(-1, 2), file.read())[1] != b"\n"       # a line that a kill cut short stays alone
+                    file.write(b"\n" * bool(cut) + json_.dumps(line).encode() + b"\n")
                 if not columns:
                     columns = [k for k in PRINTED if k not in ("on", "shots", "gain", "gain95", "n_train") or line.get(k) is not None]
                     if not json:
@@ -614,7 +615,7 @@ def probe(b, labels, turns, protocol, epochs, lr):
         train, test = standardise(train, test)
     else:
         with b.leader_first():
-            train = pixels.decoded(b.find("train"), b.workers, b.run / "features", shared=loo.ranks() > 1)
+            train = pixels.decoded(b.find("train"), b.workers, b.run.parent, shared=loo.ranks() > 1)     # where training left them, if it did
     for label in labels:
         k = len(names_of(b, label))
         w, bias = (fast_probe(train, y[label], k, b.seed) if protocol == "fast" else
@@ -751,9 +752,9 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
         v, z, rows = features(b.encoder, found, workers=b.workers)
         for one in labels:
             logits, truth = logits_of(one, pick(v, z, b.config, b.feature).to(train)).cpu(), found.labels[one][rows]
-            yield result(logits, truth, one, len(train), on=on)
+            yield result(logits, truth, one, len(train), on=on, protocol=source)
             if objectnet:
-                yield result(among(logits, truth.unique()), truth, one, len(train), on=f"{on}, of its 13")
+                yield result(among(logits, truth.unique()), truth, one, len(train), on=f"{on}, of its 13", protocol=source)
     for cell, rows, crops, truth in corrupted_pictures(b, published, pictures):
         with torch.no_grad():
             x = pick(*loo.encode(b.encoder, crops), b.config, b.feature).float()
@@ -985,28 +986,29 @@ def mean_cell(values):
 # ---------------------------------------------------------------- claims: does it do what the paper says?
 
 # The columns of TABLES on factors.
-DRAWN = {
+ON_FACTORS = {
     **{label: ("linear", "factors", label, None, None, "top1") for label in ("object", "hue", "texture", "species")},
     "rotation": ("rotation", "factors", "rotation", None, None, "top1"),
     **{f"species {n}-shot": ("fewshot", "factors", "species", n, None, "top1") for n in (5, 10)},
     **{f"object, {on}": ("robust", "factors", "object", None, on, "top1") for on in ("new viewpoint", *pixels.IMAGENETC, "all corruptions")}}
 
-# For each of TABLES: its columns on factors, and what the paper says of it as comparisons: {claim: [(row, sign, rows, columns), ...]},
-# with > for more than, and >= for at most MARGIN points below.
+# For each of TABLES: its columns on factors, and what the paper says of it, {claim: [(row, sign, other rows, columns), ...]}. The sign is > for
+# more than, >= for at most MARGIN points less; where several rows or columns are named, with & between, it is said of each.
 MARGIN = 1
 CLAIMS = (
     (("rotation", "object"), {
         "adding rotation to MoCo lowers rotation accuracy": [("MoCo", ">", "MoCo + rotation", "rotation")],
         "sharing the rotation between query and key does not bring it back": [("MoCo", ">", "MoCo + rotation, same for q and k", "rotation")],
-        "LooC does": [("LooC + rotation", ">=", "MoCo", "rotation")]}),
+        "LooC brings it back": [("LooC + rotation", ">", "MoCo + rotation & MoCo + rotation, same for q and k", "rotation"), ("LooC + rotation", ">=", "MoCo", "rotation")]}),
     (("hue", "species", "species 5-shot", "species 10-shot", "rotation", "texture", "object"), {
         "LooC (color) beats MoCo on what color changes, without losing object":
             [("LooC (color)", ">", "MoCo (color)", "hue & species"), ("LooC (color)", ">=", "MoCo (color)", "object")],
         "LooC (color, rotation) beats MoCo on what color and rotation change, without losing object":
             [("LooC (color, rotation)", ">", "MoCo (color)", "hue & species & rotation"), ("LooC (color, rotation)", ">=", "MoCo (color)", "object")],
         "LooC++, all spaces side by side, is best or tied on all labels at once":
-            [("LooC++ (color, rotation)", ">=", "MoCo (color) & LooC (color) & LooC (rotation) & LooC (color, rotation)", "hue & species & rotation & texture & object")]}),
-    (("object", *(c for c in DRAWN if c.startswith("object, "))), {
+            [("LooC++ (color, rotation)", ">=", "MoCo (color) & LooC (color) & LooC (rotation) & LooC (color, rotation)",
+              "hue & species & species 5-shot & species 10-shot & rotation & texture & object")]}),
+    (("object", *(c for c in ON_FACTORS if c.startswith("object, "))), {
         "rotation helps under new viewpoints": [("LooC (rotation)", ">", "MoCo", "object, new viewpoint")],
         "texture helps under corruptions": [("LooC (texture)", ">", "MoCo", "object, all corruptions")],
         "both together help on both": [("LooC (rotation, texture)", ">", "MoCo", "object, new viewpoint & object, all corruptions")]}),
@@ -1014,73 +1016,102 @@ CLAIMS = (
         "LooC beats MoCo with the same groups, without losing object":
             [("LooC (color, rotation)", ">", "MoCo (color, rotation)", "hue & species & rotation"),
              ("LooC (color, rotation)", ">=", "MoCo (color, rotation)", "object")],
-        "LooC beats MoCo with all groups, without losing object":
+        "LooC (color, rotation) beats MoCo with all groups, without losing object":
             [("LooC (color, rotation)", ">", "MoCo (all)", "hue & species & rotation"), ("LooC (color, rotation)", ">=", "MoCo (all)", "object")],
         "MoCo++, as wide as LooC++, does not close the gap":
-            [("LooC++ (color, rotation)", ">", "MoCo++ (color, rotation)", "hue & species & rotation")]}),
+            [("LooC++ (color, rotation)", ">", "MoCo++ (color, rotation)", "hue & species & rotation"),
+             ("LooC++ (color, rotation)", ">=", "MoCo++ (color, rotation)", "object")]}),
     (("rotation", "object", "hue", "texture"), {
-        "different labels prefer different spaces":
-            [("all+color", ">", "all+rotation & all+texture", "hue"), ("all+rotation", ">", "all+color & all+texture", "rotation"),
-             ("all+texture", ">", "all+color & all+rotation", "texture")]}))
+        **{f"of two spaces, {label} prefers {one} for the second": [(f"all+{one}", ">", " & ".join(f"all+{g}" for g in ALL3 if g != one), label)]
+           for label, one in (("hue", "color"), ("rotation", "rotation"), ("texture", "texture"))},
+        "all spaces side by side are best or tied on all labels at once":
+            [("all+color+rotation+texture", ">=", " & ".join(name for name in TABLES[4][2] if name != "all+color+rotation+texture"), "rotation & object & hue & texture")]}))
 
-BUDGETS = {"small": (), "large": ("--arch=resnet18", "--size=64", "--epochs=200")}   # more flags of `train`
+BUDGETS = {"small": {}, "large": dict(arch="resnet18", size=64, epochs=100)}    # flags of `train`
 
 
 def claims(budget: str = "small", *, seeds: int = 5, first: int = 21, jobs: int = None, out: str = "runs/claims", results: str = None):
     """Train and judge the rows of the paper's tables on factors, print the tables, and whether each claim of the paper holds.
 
-    Each run is the commands that are printed. What is there already is not done again; a stopped one goes on where it was. A cell is the
-    mean +- half of Student's 95% interval over seeds. A claim is decided by paired differences, seed by seed: it holds when the intervals of all its
-    comparisons lie above zero (of "without losing", "tied": above -1 point), it does not hold when one lies below, else one cannot tell.
+    It runs the commands that it prints. What is there already is not done again, and a training that was stopped goes on where it was. A cell is the
+    mean +- half of Student's 95% interval over seeds. A claim is decided by differences within a seed: it holds when the intervals of all its
+    comparisons lie above zero (of "without losing" and "tied", above -1 point), it does not hold when one lies below, else one cannot tell.
 
     Args:
-        budget: small (the default recipe, minutes a run on a CPU) or large (ResNet-18, 64 pixels, 200 epochs, for a GPU)
+        budget: small (the default recipe, minutes a run on a CPU) or large (ResNet-18, 64 pixels, 100 epochs, for a GPU)
         seeds: how many
         first: the first of them; no setting was ever chosen on 21 and above
-        jobs: runs at a time; by default one for each core, or one on a GPU
-        out: where the runs are, and all results of a budget in one file, OUT/BUDGET.jsonl
-        results: print the tables of this file and train nothing
+        jobs: commands at a time; by default one for each core and 8 at most, or one on a GPU
+        out: where the runs are, and the results of all of them in one file, OUT/BUDGET.jsonl
+        results: print the tables of such a file, and train nothing
     """
     choose("budget", budget, tuple(BUDGETS))
     if seeds < 1 or (jobs is not None and jobs < 1):
         raise UserError(f"--seeds={seeds} --jobs={jobs}: expected 1 or more")
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("claims starts processes of its own: call it with python, not torchrun")
     if results and not Path(results).is_file():
         raise UserError(f"--results={results}: no such file; leave the flag out to train")
-    if not results:
-        jobs = jobs or (1 if torch.cuda.is_available() else min(os.cpu_count(), 2))
-        runs = plan(Path(out) / budget, range(first, first + seeds), BUDGETS[budget])
-        run_all(list(filter(None, runs.values())), jobs)
-        results = Path(out) / f"{budget}.jsonl"
-        lines = [json_.dumps(line | {"budget": budget}) for run in runs for line in loo.read_lines(run / "results.jsonl")]
-        pixels.write(results, "\n".join([*lines, ""]).encode())
-    claimed_tables([line for line in loo.read_lines(Path(results)) if line["budget"] == budget and first <= line["seed"] < first + seeds])
+    chosen, path = range(first, first + seeds), Path(results or f"{out}/{budget}.jsonl")
+    if results:
+        return claimed_tables([line for line in loo.read_lines(path) if line.get("budget") == budget and line["seed"] in chosen], path)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    chains, jobs = plan(Path(out) / budget, chosen, BUDGETS[budget]), jobs or (1 if torch.cuda.is_available() else min(cores, 8))
+    try:
+        run_all(list(filter(None, chains)), jobs, max(1, cores // jobs))
+    finally:                                     # the tables so far, whatever ended it
+        lines = [line | {"budget": budget} for run in sorted((Path(out) / budget).iterdir()) for line in results_of(run)] if path.with_suffix("").is_dir() else []
+        pixels.write(path, "".join(json_.dumps(line) + "\n" for line in lines).encode())
+        if lines:
+            claimed_tables([line for line in lines if line["seed"] in chosen], path)
+
+
+def results_of(run):
+    """The results in a run folder, `seed` the training's."""
+    seed = json_.loads((run / "config.json").read_text())["seed"] if (run / "results.jsonl").exists() else None
+    return [line | {"seed": seed} for line in loo.read_lines(run / "results.jsonl")]
 
 
 def plan(out, seeds, flags):
-    """What the rows of TABLES need on factors, seed by seed -> {run folder: its commands that are not done yet, in order}."""
+    """What the rows of TABLES need on factors -> for each run a list of the commands that are not done yet, seed by seed. UserError where
+    a run was trained with other settings."""
     wanted = defaultdict(lambda: defaultdict(list))             # {(method, groups): {task: [(row, column), ...]}}
     for (_, _, rows), (columns, _) in zip(TABLES, CLAIMS):
         for row, column in itertools.product(rows.values(), columns):
             method, groups, feature, *_ = row
-            wanted[method, groups or ("color",)][DRAWN[column][0] if feature == "v" else "spaces"].append((row, DRAWN[column]))
-    runs = {}
+            wanted[method, groups or ("color",)][ON_FACTORS[column][0] if feature == "v" else "spaces"].append((row, ON_FACTORS[column]))
+    chains = []
     for seed, ((method, groups), tasks) in itertools.product(seeds, wanted.items()):
         run = out / f"{method}-{'+'.join(groups)}-{seed}"
-        train = ["loo.py", "train", f"--method={method}", f"--groups={','.join(groups)}", f"--seed={seed}", f"--out={run}", *flags]
-        runs[run], lines = [] if (run / "heads.pt").exists() else [train], loo.read_lines(run / "results.jsonl")
+        given = dict(method=method, groups=groups, seed=seed, out=str(run), **{"label": "object"} if method == "supervised" else {}, **flags)
+        if (run / "config.json").exists():
+            defaults = {name: p.default for name, p in inspect.signature(loo.train).parameters.items()}
+            loo.same_settings(loo.settings(**defaults | given), json_.loads((run / "config.json").read_text()), run)
+        chain = [] if (run / "heads.pt").exists() else [command_of("loo.py", "train", **given)]
+        lines = results_of(run)
         for task, cells in tasks.items():
-            labels = dict.fromkeys(label for _, (_, _, label, *_) in cells)
-            more = [] if task == "rotation" else [f"--label={','.join(labels)}", *["--pictures=1024"] * (task == "robust")]
-            if not all(by_protocol(lines, *cell) for cell in cells):
-                runs[run].append(["eval.py", task, f"--run={run}", f"--seed={seed}", *more])
-    return runs
+            label = {} if task == "rotation" else {"label": tuple(dict.fromkeys(label for _, (_, _, label, *_) in cells))}
+            if not all(seed in drawn_cell(lines, *cell) for cell in cells):
+                chain.append(command_of("eval.py", task, run=run, seed=seed, **label, **{"pictures": 1024} if task == "robust" else {}))
+        chains.append(chain)
+    return chains
 
 
-def run_all(chains, jobs):
-    """Run chains of commands, those of a chain one after another, `jobs` chains at a time. UserError when one fails; a signal stops all,
-    and what trains saves itself."""
-    total, started, running, begun = sum(map(len, chains)), 0, {}, time.perf_counter()
-    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
+def command_of(*words, **flags):
+    """As it is typed after `python`, in a list."""
+    return [*words, *(f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in flags.items())]
+
+
+def drawn_cell(lines, row, column):
+    """A cell of TABLES on factors, {seed: value}, by the protocol that its task has when none is named."""
+    return by_protocol(lines, row, column)[{"fewshot": "adam", "robust": "generated"}.get(column[0], "fast")]
+
+
+def run_all(chains, jobs, threads):
+    """Run lists of commands, each list in order, `jobs` commands at a time of `threads` threads each. UserError at the end where some failed;
+    a signal stops all, and what trains saves itself."""
+    chains, running, failed, started, begun = list(chains), {}, [], 0, time.perf_counter()
+    total = sum(map(len, chains))
     with loo.signals() as asked:
         try:
             while (chains or running) and not asked:
@@ -1089,16 +1120,18 @@ def run_all(chains, jobs):
                     started += 1
                     print(f"[{started}/{total}, {time.perf_counter() - begun:.0f} s] python {shlex.join(command)}", flush=True)
                     said = tempfile.TemporaryFile("w+")
-                    script = str(Path(__file__).with_name(command[0]))
-                    process = subprocess.Popen([sys.executable, script, *command[1:]], stdout=said, stderr=said, env=os.environ | threads, start_new_session=True)
-                    running[process] = rest, said
+                    process = subprocess.Popen([sys.executable, Path(__file__).with_name(command[0]), *command[1:]], stdout=said, stderr=said,
+                                               env={"OMP_NUM_THREADS": str(threads)} | os.environ, start_new_session=True)
+                    running[process] = command, rest, said
                 time.sleep(.1)
                 for process in [p for p in running if p.poll() is not None]:
-                    rest, said = running.pop(process)
-                    if process.returncode and not asked:
+                    command, rest, said = running.pop(process)
+                    if process.returncode:       # its own chain ends, the others go on
                         said.seek(0)
-                        raise UserError(f"python {shlex.join(map(str, process.args[1:]))} ended with {process.returncode}: {(said.read().splitlines() or ['-'])[-1]}")
-                    if rest:
+                        text, total = said.read(), total - len(rest)
+                        failed.append(f"python {shlex.join(command)} ended with {process.returncode}: {(text.splitlines() or ['-'])[-1]}")
+                        print(text, file=sys.stderr)
+                    elif rest:
                         chains.insert(0, rest)
         finally:
             for process in running:              # a trainer saves its last step first
@@ -1108,34 +1141,40 @@ def run_all(chains, jobs):
     if asked:
         print("stopped; all that was done is kept, and the same command goes on", file=sys.stderr)
         raise SystemExit(128 + asked[0])
+    if failed:
+        raise UserError(f"{len(failed)} of {total} commands failed; the first: {failed[0]}")
 
 
-def claimed_tables(lines):
-    """Prints TABLES on factors, and under each what becomes of the paper's claims. lines: results, `seed` the training's."""
-    for (title, _, rows), (columns, claims) in zip(TABLES, CLAIMS):
-        values = {(name, c): {seed: x for some in by_protocol(lines, row, DRAWN[c]).values() for seed, x in some.items()}
-                  for (name, row), c in itertools.product(rows.items(), columns)}
+def claimed_tables(lines, path):
+    """Prints TABLES on factors, and under each what becomes of the paper's claims. lines: results, `seed` the training's, of the file `path`."""
+    if not lines:
+        raise UserError(f"{path}: no results of this budget and these seeds")
+    for (title, _, rows), (columns, said) in zip(TABLES, CLAIMS):
+        cells = {(name, c): drawn_cell(lines, row, ON_FACTORS[c]) for (name, row), c in itertools.product(rows.items(), columns)}
         print(f"{title}, on factors\n\n| method | seeds | {' | '.join(columns)} |\n" + "|---" * (2 + len(columns)) + "|")
         for name in rows:
-            print(f"| {name} | {max(len(values[name, c]) for c in columns)} | " + " | ".join(mean_cell(list(values[name, c].values())) for c in columns) + " |")
+            print(f"| {name} | {max(len(cells[name, c]) for c in columns)} | " + " | ".join(mean_cell(list(cells[name, c].values())) for c in columns) + " |")
         print()
-        for claim, comparisons in claims.items():
-            verdict, evidence = decide(values, comparisons)
+        for claim, comparisons in said.items():
+            verdict, evidence = decide(cells, comparisons)
             print(f"- **{verdict}**: {claim} ({evidence})")
         print()
 
 
-def decide(values, comparisons):
-    """values {(row, column): {seed: value}}, comparisons as in CLAIMS -> the verdict, and the (three weakest of the) comparisons that
-    decided it: differences within a seed, their mean and half of its 95% interval over the seeds that both rows have."""
+def decide(cells, comparisons):
+    """cells {(row, column): {seed: value}}, comparisons as in CLAIMS -> "holds", "does not hold" or "cannot tell", and the (three weakest of
+    the) comparisons that decided it: differences within a seed, their mean and half of its 95% interval, and with how many seeds it is so."""
     found = defaultdict(list)
     for row, sign, others, columns in comparisons:
         for other, column in itertools.product(others.split(" & "), columns.split(" & ")):
-            ours, theirs, least = values[row, column], values[other, column], -MARGIN * (sign == ">=")
-            gain = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-            mean, half = sum(gain) / len(gain) if gain else math.nan, interval(gain) if len(gain) > 1 else math.inf
+            ours, theirs, least = cells[row, column], cells[other, column], -MARGIN * (sign == ">=")
+            gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+            mean, half = sum(gains) / max(1, len(gains)), interval(gains) if len(gains) > 1 else math.inf
             verdict = "holds" if mean - half > least else "does not hold" if mean + half < least else "cannot tell"
-            found[verdict].append((mean + half - least, f"{column} {mean:+.1f} +- {half:.1f}, {row} over {other}"))
+            bound = mean + half if verdict == "does not hold" else mean - half
+            number = f"{mean:+.1f} +- {half:.1f}" if len(gains) > 1 else f"{mean:+.1f}" if gains else "-"
+            found[verdict].append((bound - least, f"{column} {number}, {'at most 1 less' if least else 'more'} with {sum(g > least for g in gains)} of {len(gains)} "
+                                   f"seeds, {row} against {other}"))
     verdict = next(v for v in ("does not hold", "cannot tell", "holds") if v in found)
     shown = [text for _, text in sorted(found[verdict])]
     return verdict, "; ".join(shown[:3]) + f"; and {len(shown) - 3} more" * (len(shown) > 3)

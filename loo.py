@@ -947,11 +947,12 @@ def finite(state, out):
 
 @contextlib.contextmanager
 def signals():
-    """A list that SIGTERM, SIGINT and SLURM's SIGUSR1 append themselves to, instead of ending the program in the middle of a step."""
+    """A list that SIGTERM, SIGINT, SIGHUP and SLURM's SIGUSR1 append themselves to, instead of ending the program in the middle of a step."""
     asked, old = [], {}
     if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-        old = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in numbers}
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+        old = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in numbers
+               if signal.getsignal(number) != signal.SIG_IGN}           # as nohup ignores SIGHUP
     try:
         yield asked
     finally:
@@ -1111,13 +1112,18 @@ def resume(state, config, out):
     saved = next(filter(None, (read_checkpoint(path, config["device"]) for path in there)), None)
     if not saved:
         raise UserError(f"{there[0]} cannot be read: start over with --fresh, which keeps the folder under another name")
-    free = {"device", "precision", "workers", "download", "out", "save_every", "cache", "compile"}     # may change without changing what is trained
-    other = [f"--{k}={v} (the run has {saved['config'].get(k)})" for k, v in config.items() if k not in free and saved["config"].get(k) != v]
-    if other:
-        raise UserError(f"{out} holds a run with other settings: {', '.join(other)}; name another --out, or start over with --fresh")
+    same_settings(config, saved["config"], out)
     for part in ("query", "key", "classifier", "optimizer"):
         bare(getattr(state, part)).load_state_dict(saved[part])
     return state._replace(**{k: saved[k] for k in ("queue", "pointer", "step", "total")})
+
+
+def same_settings(config, saved, out):
+    """UserError where what is saved in the run folder `out` was trained with other settings."""
+    free = {"device", "precision", "workers", "download", "out", "save_every", "cache", "compile"}     # may change without changing what is trained
+    other = [f"--{k}={v} (the run has {saved.get(k)})" for k, v in config.items() if k not in free and saved.get(k) != v]
+    if other:
+        raise UserError(f"{out} holds a run with other settings: {', '.join(other)}; name another --out, or start over with --fresh")
 
 
 def read_checkpoint(path, device):
@@ -1142,8 +1148,9 @@ def link_latest(out):
     link = Path("runs/latest")
     link.parent.mkdir(exist_ok=True)
     if link.is_symlink() or not link.exists():
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(out, link.parent), target_is_directory=True)
+        own_link = link.with_name(f"latest.{os.getpid()}")
+        own_link.symlink_to(os.path.relpath(out, link.parent), target_is_directory=True)
+        os.replace(own_link, link)               # at once: another run may start at the same moment
 
 
 def export(encoder, out):

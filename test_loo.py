@@ -1,11 +1,13 @@
 """Every clever line's slow twin. `python -m pytest`"""
 import colorsys
+import inspect
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import random
+import shlex
 import signal
 import socket
 import struct
@@ -1603,37 +1605,49 @@ def test_robust_summarises_by_severity_and_category(untrained, capsys):
 
 def test_claims_name_rows_and_columns_that_there_are():
     for (_, _, rows), (columns, claims) in zip(judge.TABLES, judge.CLAIMS, strict=True):
-        assert set(columns) <= set(judge.DRAWN)
+        assert set(columns) <= set(judge.ON_FACTORS)
         for row, sign, others, some in sum(claims.values(), []):
             assert {row, *others.split(" & ")} <= set(rows) and set(some.split(" & ")) <= set(columns) and sign in (">", ">=")
 
 
 def test_claims_train_each_row_once_and_go_on(tmp_path):
-    runs = judge.plan(tmp_path, (1, 2), ("--epochs=3",))
-    assert len(runs) == 2 * len({(m, g) for _, _, rows in judge.TABLES for m, g, *_ in rows.values()})
     run = tmp_path / "moco-color-2"
-    train, *tasks = runs[run]
+    mine = lambda flags={}: next(chain for chain in judge.plan(tmp_path, (1, 2), flags) if f"--run={run}" in str(chain))
+    assert len(judge.plan(tmp_path, (1, 2), {})) == 2 * len({(m, g) for _, _, rows in judge.TABLES for m, g, *_ in rows.values()})
+    train, *tasks = mine({"epochs": 3})
     assert train == ["loo.py", "train", "--method=moco", "--groups=color", "--seed=2", f"--out={run}", "--epochs=3"]
     assert ["eval.py", "robust", f"--run={run}", "--seed=2", "--label=object", "--pictures=1024"] in tasks
+    flags = {name: p.default for name, p in inspect.signature(loo.train).parameters.items()} | dict(method="moco", groups=("color",), seed=2, out=str(run))
     run.mkdir()
+    (run / "config.json").write_text(json.dumps(loo.settings(**flags)))
     (run / "heads.pt").touch()
-    line = dict(run=run.name, task="rotation", data="factors", label="rotation", on=None, shots=None, method="moco", groups=["color"], feature="v", protocol="fast", seed=2, top1=50.)
+    assert mine() == tasks
+    line = dict(run=run.name, task="rotation", data="factors", label="rotation", on=None, shots=None, method="moco", groups=["color"], feature="v", protocol="fast", seed=0, top1=50.)
     (run / "results.jsonl").write_text(json.dumps(line))
-    assert judge.plan(tmp_path, (1, 2), ())[run] == [task for task in tasks if task[1] != "rotation"]
-    (run / "results.jsonl").write_text(json.dumps(line | dict(task="robust", label="object", on="clean")))       # stopped in the middle of robust
-    assert judge.plan(tmp_path, (1, 2), ())[run] == tasks
+    assert mine() == [task for task in tasks if task[1] != "rotation"]
+    (run / "results.jsonl").write_text(json.dumps(line | dict(protocol="paper")))
+    assert mine() == tasks
+    (run / "results.jsonl").write_text(json.dumps(line | dict(task="robust", label="object", on="clean", protocol="generated")))       # stopped in the middle of robust
+    assert mine() == tasks
+    with pytest.raises(UserError, match="--epochs=3 .the run has 18."):
+        mine({"epochs": 3})
 
 
 def test_a_claim_is_decided_by_paired_intervals():
     seeds = lambda *values: dict(enumerate(values))
-    values = {("a", "x"): seeds(60., 70, 80), ("b", "x"): seeds(58., 68.5, 77.5), ("c", "x"): seeds(60.5, 70.4, 80.6), ("d", "x"): seeds(50., 70, 90)}
-    of = lambda row, sign, others: judge.decide(values, [(row, sign, others, "x")])
+    cells = {("a", "x"): seeds(60., 70, 80), ("b", "x"): seeds(58., 68.5, 77.5), ("c", "x"): seeds(60.5, 70.4, 80.6), ("d", "x"): seeds(50., 70, 90),
+             ("e", "x"): seeds(61.5, 71.5, 81.6), ("f", "x"): {}}
+    of = lambda row, sign, others: judge.decide(cells, [(row, sign, others, "x")])
     mean, half = 2., 4.302653 * .5 / math.sqrt(3)                       # differences 2, 1.5, 2.5; Student's t of two degrees of freedom
-    assert of("a", ">", "b") == ("holds", f"x {mean:+.1f} +- {half:.1f}, a over b") and of("b", ">", "a")[0] == "does not hold"
+    assert of("a", ">", "b") == ("holds", f"x {mean:+.1f} +- {half:.1f}, more with 3 of 3 seeds, a against b") and of("b", ">", "a")[0] == "does not hold"
     assert of("a", ">", "d")[0] == "cannot tell" and of("a", ">=", "c")[0] == "holds" and of("a", ">", "c")[0] == "does not hold"
-    assert of("a", ">", "b & d")[0] == "cannot tell" and of("a", ">", "b & c & d")[0] == "does not hold"
-    values["a", "x"].pop(0), values["b", "x"].pop(1)                    # only one seed is left that both have
-    assert of("a", ">", "b")[0] == "cannot tell"
+    assert of("a", ">=", "e") == ("does not hold", "x -1.5 +- 0.1, at most 1 less with 0 of 3 seeds, a against e")
+    assert of("a", ">", "b & d")[0] == "cannot tell" and of("a", ">", "b & c & d")[0] == "does not hold" and of("a", ">", "f")[0] == "cannot tell"
+    assert of("b", ">=", "a & c & d & e")[1].startswith("x -3.5 +- 1.4") and "x -2.5 +- 1.5" in of("b", ">=", "c & e")[1]
+    weakest = of("a", ">", "b & f & d")[1]
+    assert weakest.index("against f") < weakest.index("against d")      # nothing known at all comes first
+    cells["a", "x"].pop(0), cells["b", "x"].pop(1)                      # only one seed is left that both have
+    assert of("a", ">", "b") == ("cannot tell", "x +2.5, more with 1 of 1 seeds, a against b")
 
 
 def test_claims_print_what_the_results_hold(here, capsys):
@@ -1641,26 +1655,49 @@ def test_claims_print_what_the_results_hold(here, capsys):
     lines, value = [], lambda row, column, seed: 10 + seed + 7 * len(column) % 13 + 30 * (row[0] == "looc")
     for (_, _, rows), (columns, _) in zip(judge.TABLES, judge.CLAIMS):
         for row, column in itertools.product(list(rows.values())[1:], columns):
-            task, where, label, shots, on, _ = judge.DRAWN[column]
+            task, where, label, shots, on, _ = judge.ON_FACTORS[column]
+            protocol = {"fewshot": "adam", "robust": "generated"}.get(task, "fast")
             lines += [dict(task=task if row[2] == "v" else "spaces", data=where, label=label, shots=shots, on=on, method=row[0], groups=row[1], feature=row[2],
-                           protocol="p", seed=seed, budget=budget, top1=value(row, column, seed) if budget == "small" else 0.)
-                      for seed in (1, 2, 3) for budget in ("small", "large")]
+                           protocol=protocol, seed=seed, budget=budget, top1=value(row, column, seed) if budget == "small" else 0.)
+                      for seed in (0, 1, 2, 3) for budget in ("small", "large")]
+    lines += [line | dict(protocol="paper", top1=99.) for line in lines]
     Path("all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run(judge, "claims --results=all.jsonl --first=1 --seeds=2")
     said = capsys.readouterr().out
     half = 12.7062 * math.sqrt(.5) / math.sqrt(2)
-    assert f"| LooC (color) | 2 | {41.5 + 7 * len('hue') % 13:.1f} +- {half:.1f} |" in said.replace(" |  |", " |")
+    assert f"| LooC (color) | 2 | {41.5 + 7 * len('hue') % 13:.1f} +- {half:.1f} |" in said
     assert "| MoCo (color) | 2 |" in said and "| supervised | 0 | - | - |" in said
-    assert "**holds**: LooC beats MoCo with the same groups, without losing object" in said
-    assert said.count("**") == 2 * sum(len(claims) for _, claims in judge.CLAIMS) and not Path("runs").exists()
-    for flags in ("--results=none.jsonl", "--budget=tiny", "--seeds=0"):
+    assert [line.split("**")[1] for line in said.splitlines() if line.startswith("- **")] == [*["cannot tell"] * 5, "does not hold", *["holds"] * 5, *["cannot tell"] * 5]
+    assert not Path("runs").exists()
+    for flags in ("--results=none.jsonl", "--results=all.jsonl --first=7", "--budget=tiny", "--seeds=0"):
         with pytest.raises(SystemExit, match="2"):
             run(judge, f"claims {flags}")
 
 
+def test_claims_from_training_to_tables(here, monkeypatch, capsys):
+    """Two rows: the commands that it plans fill every cell that the tables have of them, and are not planned again."""
+    moco, pair = {"MoCo": ("moco", ("color",), "v")}, {some: ("looc++", ("color",), some) for some in ("all", "all+color")}
+    monkeypatch.setattr(judge, "TABLES", tuple((title, columns, pair if "all" in rows else moco) for title, columns, rows in judge.TABLES))
+    monkeypatch.setattr(judge, "CLAIMS", tuple((columns, {}) for columns, _ in judge.CLAIMS))
+    monkeypatch.setitem(judge.BUDGETS, "small", dict(epochs=1, size=16, queue=16, hidden=16, dim=8))
+    done = []
+
+    def run_all(chains, jobs, threads):
+        for script, *words in itertools.chain(*chains):
+            done.append(words[0])
+            run({"loo.py": loo, "eval.py": judge}[script], shlex.join(words))
+    monkeypatch.setattr(judge, "run_all", run_all)
+    run(judge, "claims --seeds=1 --out=claims")
+    assert sorted(done) == ["fewshot", "linear", "robust", "rotation", "spaces", "train", "train"]
+    said = capsys.readouterr().out.split("Table 1", 1)[1]
+    assert " - |" not in said and said.count("| 1 |") == 6
+    run(judge, "claims --seeds=1 --out=claims")
+    assert len(done) == 7 and {line["budget"] for line in loo.read_lines(Path("claims/small.jsonl"))} == {"small"}
+
+
 def test_claims_run_commands_side_by_side_and_stop_together(here):
-    with pytest.raises(UserError, match="--groups=colour.*ended with 2: error: .*did you mean color"):
-        judge.run_all([[["loo.py", "methods"], ["loo.py", "methods", "--groups=colour"]]], 2)
+    with pytest.raises(UserError, match="1 of 2 commands failed.*--groups=colour ended with 2: error: .*did you mean color"):
+        judge.run_all([[["loo.py", "methods", "--groups=colour"], ["loo.py", "methods"]], [["loo.py", "methods"]]], 2, 1)
     out = here / "run"
 
     def stop():
@@ -1670,7 +1707,7 @@ def test_claims_run_commands_side_by_side_and_stop_together(here):
         os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(SystemExit, match="143"):
-        judge.run_all([[["loo.py", "train", "--epochs=3", *TINY.split()[1:], f"--out={out}"], ["loo.py", "nothing"]]], 1)
+        judge.run_all([[["loo.py", "train", "--epochs=30", "--size=8", *TINY.split()[1:], f"--out={out}"], ["loo.py", "nothing"]]], 1, 1)
     assert (out / "checkpoint.pt").exists() and not (out / "heads.pt").exists()
 
 
