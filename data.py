@@ -351,9 +351,9 @@ def stream(found, workers=2, batch=256, share=(0, 1), count=None):
     if wrong and len(wrong) == n:
         raise UserError(f"none of the {n} pictures can be read; the first: {wrong[0]}")
     for error in wrong[:5]:
-        print(f"warning: skipped {error}", file=sys.stderr)
+        print(f"warning: unreadable: {error}", file=sys.stderr)
     if len(wrong) > 5:
-        print(f"warning: skipped {len(wrong) - 5} more pictures that cannot be read", file=sys.stderr)
+        print(f"warning: {len(wrong) - 5} more pictures cannot be read", file=sys.stderr)
 
 
 def decoded(found, workers=2, cache=None, shared=False):
@@ -590,7 +590,7 @@ def stylize(data: str = "folder", root: str = None, styles: str = None, out: str
         done = stylised(torch.stack(canvases).to(place) / 255, torch.stack(style).to(place), to_style, steps, strength=strength)
         for (_, target), picture, shape, error in zip(some, (done * 255).round().byte().cpu(), aspect, errors):
             if error:
-                print(f"warning: skipped {error}", file=sys.stderr)
+                print(f"warning: unreadable: {error}", file=sys.stderr)
                 continue
             sides = round(size * max(shape, 1)), round(size * max(1 / shape, 1))
             write(target, functools.partial(to_pil_image(picture).resize(sides, Image.Resampling.BICUBIC).save, format="JPEG", quality=95))
@@ -894,7 +894,8 @@ def nearest(word, words):
 def choose(flag, word, words):
     """word if it is one of words, else UserError with the nearest."""
     if word not in words:
-        raise UserError(f"--{flag}={word}: {nearest(word, words)}expected one of {', '.join(words)}")
+        hint = f"did you mean --data=folder --root={word}? " if flag == "data" and Path(str(word)).is_dir() else nearest(word, words)
+        raise UserError(f"--{flag}={word}: {hint}expected one of {', '.join(words)}")
     return word
 
 

@@ -561,14 +561,15 @@ def task(function):
             for found in function(b, **{k: v for k, v in flags.items() if k not in names}):
                 if loo.rank():
                     continue
-                say, into = found.pop("say", None), found.pop("into", b.run)
-                line = dict(run=b.run.name, task=function.__name__, data=b.data, label=None, on=None, feature=b.feature, method=b.config["method"],
+                say, keep = found.pop("say", None), found.pop("keep", True)
+                line = dict(run=b.run.name, task=function.__name__, data=b.data, root=b.key[1], label=None, on=None, feature=b.feature, method=b.config["method"],
                             groups=b.config["groups"], protocol="fast", shots=None, top1=None, top5=None, ci95=None, n_train=None, n_test=None,
                             seed=b.seed, seconds=round(time.perf_counter() - begun, 1)) | found
                 begun = time.perf_counter()
-                with open(into / "results.jsonl", "ab+") as file:
-                    cut = file.tell() and (file.seek(-1, 2), file.read())[1] != b"\n"       # a line that a kill cut short stays alone
-                    file.write(b"\n" * bool(cut) + json_.dumps(line).encode() + b"\n")
+                if keep:
+                    with open(b.run / "results.jsonl", "ab+") as file:
+                        cut = file.tell() and (file.seek(-1, 2), file.read())[1] != b"\n"   # a line that a kill cut short stays alone
+                        file.write(b"\n" * bool(cut) + json_.dumps(line).encode() + b"\n")
                 if not columns:
                     columns = [k for k in PRINTED if k not in ("on", "shots", "gain", "gain95", "n_train") or line.get(k) is not None]
                     if not json:
@@ -585,15 +586,21 @@ def task(function):
 
 # A result's keys and the heads of their columns.
 PRINTED = dict(run="run", data="data", task="task", label="label", on="on", feature="feature", protocol="protocol", shots="shots", top1="top-1",
-               top5="top-5", ci95="+- 95%", gain="over Z_0 alone", gain95="+- 95%", n_train="train", n_test="test", seconds="seconds")
+               top5="top-5", ci95="+- 95%", gain="over all alone", gain95="+- 95%", n_train="train", n_test="test", seconds="seconds")
 
 
 def cell(x):
     return "-" if x is None else f"{x:.1f}" if isinstance(x, float) else str(x)
 
 
-def labels_of(b, label):
-    return [choose("label", one, tuple(b.split["train"].labels)) for one in label] or list(b.split["train"].labels)
+def labels_of(b, label, least=1):
+    """The labels that are named, or else all that tell pictures apart. UserError where they are fewer than `least`."""
+    classes = b.split["train"].classes
+    found = [choose("label", one, tuple(classes)) for one in label] or [one for one, names in classes.items() if len(names) > 1]
+    if len(found) < least:
+        raise UserError(f"the pictures of {b.key[1] or b.data} have no labels, which a sub-folder for each class would give them; without labels there are "
+                        "the tasks rotation, spaces and retrieve --turn")
+    return found
 
 
 def result(logits, y, label, n_train, turns=1, **more):
@@ -774,8 +781,8 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
 
 @task
 def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.):
-    """Which invariances a task wants (the paper's table on concatenating spaces): a linear classifier on Z_0 with any of the other
-    spaces beside it and on each space alone, every one against Z_0 alone, on the same pictures.
+    """Which invariances a task wants (the paper's table on concatenating spaces): a linear classifier on Z_0, the space named all, with any of
+    the other spaces beside it and on each space alone, every one against Z_0 alone, on the same pictures.
 
     The verdict under each label compares spaces of one size: what a group's space, invariant to all but that group, knows more than Z_0,
     invariant to that group too. It "wants" a group if the whole paired 95% interval is above zero, is "better without" it if below. If the
@@ -792,7 +799,7 @@ def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.):
     all_, *groups = loo.method_of(b.config).spaces or ("none",)
     if all_ != "all" or not groups:
         raise UserError(f"{b.run.name} was trained with {b.config['method']}, which has no space for each augmentation: use a looc or looc++ run")
-    for one in ["rotation" if one == "rotation" else labels_of(b, (one,))[0] for one in label] or [*labels_of(b, ()), "rotation"]:
+    for one in ["rotation" if one == "rotation" else labels_of(b, (one,))[0] for one in label] or [*labels_of(b, (), 0), "rotation"]:
         turns = (0, 1, 2, 3) if one == "rotation" else (0,)
         (v, z, y), (v_test, z_test, y_test) = frozen(b, "train", turns), frozen(b, "test", turns)
         train, test = of_spaces(b.encoder, v, z, b.config, layer), of_spaces(b.encoder, v_test, z_test, b.config, layer)
@@ -828,7 +835,7 @@ def retrieve(b, against: str = None, label: tuple = (), queries: int = 8, neighb
     top-1 is the share of neighbours that have the query's label, over all test pictures.
 
     Args:
-        against: another run, shown beside this one
+        against: another run, shown beside this one; its numbers are printed, not kept
         label: labels to count; every label if none is named
         queries: rows of the picture
         neighbours: of each query
@@ -839,7 +846,7 @@ def retrieve(b, against: str = None, label: tuple = (), queries: int = 8, neighb
         raise UserError(f"--queries={queries} --neighbours={neighbours}: expected 1 or more")
     if neighbours >= len(b.split["test"].images):
         raise UserError(f"--neighbours={neighbours}: there are {len(b.split['test'].images)} test pictures")
-    labels, path = [*labels_of(b, label), *["rotation"] * turn], Path(out or b.run / "retrieve.png")
+    labels, path = [*labels_of(b, label, 0), *["rotation"] * turn], Path(out or b.run / "retrieve.png")
     if path.is_dir():
         raise UserError(f"--out={out} is a folder; name a .png file")
     both = [b]
@@ -860,8 +867,9 @@ def retrieve(b, against: str = None, label: tuple = (), queries: int = 8, neighb
         for name in labels:
             same = (known_labels[name][found] == known_labels[name][:, None]).double().mean(1) * 100   # (m,)
             yield dict(run=one.run.name, method=one.config["method"], groups=one.config["groups"], label=name, on="turned" if turn else None, protocol="cosine",
-                       top1=same.mean().item(), ci95=spread(same), n_test=len(same), into=one.run,
-                       say=f"wrote {path}" if one is both[-1] and name == labels[-1] else None)
+                       top1=same.mean().item(), ci95=spread(same), n_test=len(same), keep=one is b)     # the other may have been trained on some of these
+    if loo.rank() == 0:
+        print(f"wrote {path}", file=sys.stderr)
 
 
 def neighbours_of(b, k, turn):
@@ -894,7 +902,8 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
         raise UserError(f"--runs={','.join(runs)}: no results there; `python eval.py linear --run=DIR` writes some")
     configs = {p: json_.loads((p.parent / "config.json").read_text()) for p in found}
     lines = [(configs[p], line) for p in sorted(found, key=lambda p: p.stat().st_mtime) for line in loo.read_lines(p)]
-    unlike = lambda configs: [k for k in sorted({k for c in configs for k in c} - NAMED) if len({repr(c.get(k)) for c in configs}) > 1]
+    value = lambda c, k: None if k == "root" and c["data"] != "folder" else c.get(k)      # a published set is the same wherever it is
+    unlike = lambda configs: [k for k in sorted({k for c in configs for k in c} - NAMED) if len({repr(value(c, k)) for c in configs}) > 1]
     if paper:
         lines = [(config, line) for config, line in lines if config["data"] == "imagenet100"]
         if differs := unlike([config for config, _ in lines]):
@@ -902,13 +911,14 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
         return papers_tables([line | {"seed": config["seed"]} for config, line in lines])
     cells, differs = defaultdict(dict), unlike(list(configs.values()))
     for config, line in lines:
-        setting = ", ".join(f"{k} {config.get(k)}" for k in differs)
+        setting = ", ".join(f"{k} {value(config, k)}" for k in differs)
         row = (line["method"], ", ".join(line["groups"]), line["feature"], setting)
-        column = (line["data"], line["task"], line["label"], line["shots"] or 0, line.get("on") or "", line["protocol"])
+        elsewhere = line["data"] == "folder" and line.get("root", config["root"]) not in (None, config["root"])
+        column = (line["data"] + f" {line.get('root')}" * elsewhere, line["task"], line["label"], line["shots"] or 0, line.get("on") or "", line["protocol"])
         cells[row, column][config["seed"]] = line["top1"]   # the last one counts
     rows, columns = sorted({r for r, _ in cells}), sorted({c for _, c in cells})
     several = len({c[0] for c in columns}) > 1
-    head = [f"{t} {l}" + f", {s} shots" * bool(s) + f" {o}" * bool(o) + f" ({p})" * (p in ("paper", "folder")) + f" on {d}" * several for d, t, l, s, o, p in columns]
+    head = [f"{t} {l}" * (t != l) + t * (t == l) + f", {s} shots" * bool(s) + f" {o}" * bool(o) + f" ({p})" * (p in ("paper", "folder")) + f" on {d}" * several for d, t, l, s, o, p in columns]
     print("| method | groups | feature | differs in | seeds | " + " | ".join(head) + " |\n" + "|---" * (5 + len(head)) + "|")
     for row in rows:
         values = [list(cells[row, c].values()) for c in columns]
@@ -975,7 +985,7 @@ def papers_tables(lines):
         print()
 
 
-NAMED = {"seed", "out", "device", "precision", "workers", "root", "download", "method", "groups", "always", "label",
+NAMED = {"seed", "out", "device", "precision", "workers", "download", "method", "groups", "always", "label",
          "cache", "compile", "save_every", "textures"}   # not told apart by `table`, or in a column
 
 

@@ -800,7 +800,8 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
             labels, classes = supervision(found, config)
             n, batch = len(found.images), config["batch"]
             if n < batch:
-                raise UserError(f"--batch={batch} is more than the {n} pictures of {root or data}: take a smaller multiple of --splits={config['splits']}")
+                raise UserError(f"--batch={batch} is more than the {n} training pictures of {root or data}: take a smaller multiple of "
+                                f"--splits={config['splits']}, two times that at least")
             if rank() == 0:
                 if fresh and out.exists():
                     with alone(out):
@@ -816,29 +817,31 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
             link_latest(out)
             log = [line for line in read_lines(out / "log.jsonl") if line["step"] <= state.step]
             write(out / "log.jsonl", "".join(dumps(line) + "\n" for line in log).encode())
-            introduce(state, config, n, kept)
+            introduce(state, config, found, kept)
         begun = time.perf_counter()
         query = fit(state, found, labels, table, config, out, asked).query
         if rank() == 0:
             export(query, out)
             print(f"trained in {time.perf_counter() - begun:.0f} s; wrote {out}: backbone.pt, heads.pt, checkpoint.pt, log.jsonl, config.json, views.png\n"
-                  f"next: python eval.py fewshot" + ("" if out.resolve() == Path("runs/latest").resolve() else f" --run={out}"))
+                  f"next: python eval.py {'fewshot' if any(len(names) > 1 for names in found.classes.values()) else 'rotation'}" + ("" if out.resolve() == Path("runs/latest").resolve() else f" --run={out}"))
 
 
-def introduce(state, config, n, kept):
+def introduce(state, config, found, kept):
     """The first lines of a run."""
-    batch, out, spaces = config["batch"], config["out"], method_of(config).spaces
+    n, batch, out, spaces = len(found.images), config["batch"], config["out"], method_of(config).spaces
     steps, among = config["epochs"] * (n // batch), f" on {ranks()} processes" if ranks() > 1 else ""
     if state.step:
-        print(f"resuming {out} at step {state.step}{among}", flush=True)
+        print(f"{out} is trained already; --fresh starts over" if state.step == steps else f"resuming {out} at step {state.step}{among}", flush=True)
     else:
         place = {"device": "on the device", "host": "in memory", "none": "on disk"}[kept]
-        print(f"{config['method']} on {config['data']}: {n} pictures {place}, {steps} steps of {batch}{among}, "
-              f"spaces {', '.join(spaces) or config['label']}; {config['device']}, {config['precision']}; see {out}/views.png", flush=True)
+        classes = {label: len(names) for label, names in found.classes.items() if len(names) > 1}
+        labels = f", {classes['class']} classes" if "class" in classes else "" if classes else ", no labels"
+        print(f"{config['method']} on {config['data']}: {n} training pictures {place}{labels}; {config['arch']} on views of {config['size']} pixels, {steps} steps "
+              f"of {batch}{among}, spaces {', '.join(spaces) or config['label']}; {config['device']}, {config['precision']}; see {out}/views.png", flush=True)
     if spaces and not state.step:
         print(f"the queue holds random directions until step {-(-config['queue'] // batch)}, then {config['queue']} keys a space", flush=True)
     if spaces and config["queue"] > n:
-        print(f"warning: --queue={config['queue']} is more than the {n} pictures: it holds keys of the query's own picture as negatives", file=sys.stderr)
+        print(f"warning: --queue={config['queue']} is more than the {n} pictures: it holds keys of the query's own picture as negatives; take a smaller one", file=sys.stderr)
 
 
 def rows_of(config, n, first, steps):
@@ -1049,14 +1052,15 @@ def fast_bfloat16(device):
 
 def save_views(found, method, config, path, count=12):
     """Rows of the query and key views of a few pictures, each named by its space and what it shares with the query."""
-    images, aspect = found.images[:count].cpu().float() / 255, found.aspect[:count]
-    textures = None if found.textures is None else found.textures[:count].cpu().float() / 255
+    some = torch.linspace(0, len(found.images) - 1, min(count, len(found.images))).long()    # of all classes, where they lie in order
+    images, aspect, textures = (None if x is None else x[some.to(x.device)].cpu() for x in (found.images, found.aspect, found.textures))
+    images, textures = images.float() / 255, None if textures is None else textures.float() / 255
     query, keys, _ = augment_groups(images, config["groups"], method.share, generator("views", config["seed"], 0), always=config["always"],
                                     size=config["size"], aspect=aspect, textures=textures)
     shared = [" + ".join(g for g, same in zip(method.groups, row) if same) or "nothing" for row in method.share.tolist()]
     spaces = [", ".join(name for name, row in zip(method.spaces, method.role.tolist()) if row[v] == 1) for v in range(len(shared))]
     rows = ["query", *(f"key of space {names}: shares {groups}" for names, groups in zip(spaces, shared))]
-    pixels.picture_grid(torch.cat([query[None], keys]), rows, [""] * count, path, zoom=max(1, 64 // config["size"]))
+    pixels.picture_grid(torch.cat([query[None], keys]), rows, [""] * len(some), path, zoom=max(1, 64 // config["size"]))
 
 
 def show(line, spaces, steps, last, plain):
@@ -1167,6 +1171,8 @@ def load_encoder(run, device="cpu"):
     run = Path(run)
     for name in ("config.json", "backbone.pt", "heads.pt"):
         if not (run / name).exists():
+            if (run / "checkpoint.pt").exists():
+                raise UserError(f"{run} has not finished training: give its command again, it goes on where it was")
             raise UserError(f"{run / name}: no such file; name a folder that `python loo.py train` has finished, with --run=DIR")
     try:
         config = loads((run / "config.json").read_text())

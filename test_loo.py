@@ -513,7 +513,7 @@ def test_folder_splits_by_path_and_skips_what_it_cannot_read(tmp_path, capsys):
     train, val = (data.load("folder", s, root=root, size=28) for s in ("train", "val"))
     assert len(train.images) + len(val.images) == 42 and train.images.shape[1:] == (3, 32, 32)
     assert train.classes["class"] == ["class0", "class1", "class2"]
-    assert capsys.readouterr().err.count("warning: skipped") == 1
+    assert capsys.readouterr().err.count("warning: unreadable") == 1
     again = data.load("folder", "train", root=root, size=28)
     assert torch.equal(again.images, train.images)
     names = lambda split: set(data.folder("folder", split, root)[0])
@@ -1750,9 +1750,11 @@ def test_fewshot_interval_covers_the_truth():
 
 
 def test_retrieve_counts_neighbours_and_draws_them(untrained, capsys):
-    run(judge, "retrieve --against=runs/latest --queries=3 --neighbours=4 --turn --out=near.png")
-    assert "wrote near.png" in capsys.readouterr().out and Image.open(untrained / "near.png").size[0] > 9 * 64
-    found = results(untrained)
+    run(judge, "retrieve --against=runs/latest --queries=3 --neighbours=4 --turn --out=near.png --json")
+    out, err = capsys.readouterr()
+    assert "wrote near.png" in err and Image.open(untrained / "near.png").size[0] > 9 * 64
+    found = [json.loads(line) for line in out.splitlines()]
+    assert len(found) == 10 and results(untrained) == found[:5]         # the other run's are printed, not kept
     assert [x["label"] for x in found[:5]] == ["object", "hue", "texture", "species", "rotation"] and found[0]["top1"] == found[5]["top1"]
     turns = torch.randint(4, (128,), generator=generator("turns", 0))                          # a slow twin
     test = data.factors("test")
@@ -1763,6 +1765,58 @@ def test_retrieve_counts_neighbours_and_draws_them(untrained, capsys):
     same = (test.labels["object"][similar.topk(4).indices] == test.labels["object"][:, None]).float().mean().item() * 100
     assert found[0]["top1"] == pytest.approx(same, abs=.5)
     assert found[4]["top1"] == pytest.approx((turns[similar.topk(4).indices] == turns[:, None]).float().mean().item() * 100, abs=.5)
+
+
+def test_pictures_without_labels_have_what_needs_none(here, capsys):
+    photo_tree(here / "photos", 1, 40)
+    run(loo, f"train --data=folder --root=photos/class0 --batch=16 --out=plain --epochs=1 {TINY.split(maxsplit=1)[1]}")
+    said = capsys.readouterr().out
+    assert ", no labels; small on views of 32 pixels" in said and "next: python eval.py rotation" in said
+    run(loo, f"train --data=folder --root=photos/class0 --batch=16 --out=plain --epochs=1 {TINY.split(maxsplit=1)[1]}")
+    assert "plain is trained already" in capsys.readouterr().out
+    run(judge, "spaces --run=plain")
+    run(judge, "retrieve --run=plain --neighbours=2 --turn")
+    assert {line["label"] for line in loo.read_lines(Path("plain/results.jsonl"))} == {"rotation"}
+    run(judge, "retrieve --run=plain --neighbours=2 --out=alone.png")
+    assert Path("alone.png").exists()
+    capsys.readouterr()
+    for task in ("linear", "knn", "fewshot", "robust"):
+        with pytest.raises(SystemExit, match="2"):
+            run(judge, f"{task} --run=plain")
+        assert "photos/class0 have no labels, which a sub-folder for each class would give them" in capsys.readouterr().err
+    (here / "plain" / "heads.pt").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        run(judge, "rotation --run=plain")
+    assert "plain has not finished training: give its command again" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run(loo, "train --data=photos")
+    assert "did you mean --data=folder --root=photos?" in capsys.readouterr().err
+
+
+def test_table_keeps_folders_apart(here, capsys):
+    """Runs on different folders, and one run judged on two, each in a cell of their own."""
+    for name, root, line_root, top1 in (("a", "x", "x", 11.), ("b", "y", "y", 22.), ("b", "y", "x", 33.)):
+        (here / name).mkdir(exist_ok=True)
+        (here / name / "config.json").write_text(json.dumps(dict(data="folder", root=root, seed=0)))
+        with open(here / name / "results.jsonl", "a") as file:
+            file.write(json.dumps(dict(task="linear", data="folder", root=line_root, label="class", on=None, shots=None, method="looc", groups=["color"], feature="v",
+                                       protocol="fast", top1=top1)) + "\n")
+    run(judge, "table --runs=a,b")
+    said = capsys.readouterr().out
+    assert "| looc | color | v | root x | 1 | 11.0 | - |" in said and "| looc | color | v | root y | 1 | 22.0 | 33.0 |" in said and "linear class on folder x" in said
+
+
+def test_readmes_examples_run(here, monkeypatch):
+    blocks = [text.split("```")[0] for text in (Path(loo.__file__).parent / "README.md").read_text().split("```python\n")[1:]]
+    own, loop = next(text for text in blocks if "loo.GROUPS[" in text), next(text for text in blocks if "loo.multi_space_loss(" in text)
+    monkeypatch.setattr(loo, "GROUPS", dict(loo.GROUPS))
+    train = loo.train
+    monkeypatch.setattr(loo, "train", lambda **flags: train(epochs=1, queue=16, hidden=16, dim=8, **flags))
+    exec(own, {})
+    assert loo.load_encoder("runs/latest")[1]["groups"] == ["color", "invert"]
+    names = {"loader": [torch.rand(8, 3, 32, 32, generator=generator(i)) for i in range(2)]}
+    exec(loop, names)
+    assert names["pointer"] == 16 and torch.equal(names["queue"][0, 8:16], names["k"][0, 0]) and torch.equal(names["queue"][2, 8:16], names["k"][2, 2])
 
 
 def test_bench_times_a_real_step(here, capsys):
