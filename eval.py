@@ -1167,7 +1167,7 @@ def claimed_tables(lines, path):
         print()
         for claim, comparisons in said.items():
             verdict, evidence = decide(cells, comparisons)
-            print(f"- **{verdict}**: {claim} ({evidence})")
+            print(f"- {claim}: **{verdict}**. {evidence}")
         print()
 
 
@@ -1183,8 +1183,8 @@ def decide(cells, comparisons):
             verdict = "holds" if mean - half > least else "does not hold" if mean + half < least else "cannot tell"
             bound = mean + half if verdict == "does not hold" else mean - half
             number = f"{mean:+.1f} +- {half:.1f}" if len(gains) > 1 else f"{mean:+.1f}" if gains else "-"
-            found[verdict].append((bound - least, f"{column} {number}, {'at most 1 less' if least else 'more'} with {sum(g > least for g in gains)} of {len(gains)} "
-                                   f"seeds, {row} against {other}"))
+            above = f" above {least}" if least else ""
+            found[verdict].append((bound - least, f"{column} {number} ({sum(g > least for g in gains)} of {len(gains)} seeds{above}), {row} over {other}"))
     verdict = next(v for v in ("does not hold", "cannot tell", "holds") if v in found)
     shown = [text for _, text in sorted(found[verdict])]
     return verdict, "; ".join(shown[:3]) + f"; and {len(shown) - 3} more" * (len(shown) > 3)
