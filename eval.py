@@ -1065,12 +1065,12 @@ def claims(budget: str = "small", *, seeds: int = 5, first: int = 21, jobs: int 
     chosen, path = range(first, first + seeds), Path(results or f"{out}/{budget}.jsonl")
     if results:
         return claimed_tables([line for line in loo.read_lines(path) if line.get("budget") == budget and line["seed"] in chosen], path)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    chains, jobs = plan(Path(out) / budget, chosen, BUDGETS[budget]), jobs or (1 if torch.cuda.is_available() else min(cores, 8))
+    folder, cores = Path(out) / budget, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    chains, jobs = plan(folder, chosen, BUDGETS[budget]), jobs or (1 if torch.cuda.is_available() else min(cores, 8))
     try:
         run_all(list(filter(None, chains)), jobs, max(1, cores // jobs))
     finally:                                     # the tables so far, whatever ended it
-        lines = [line | {"budget": budget} for run in sorted((Path(out) / budget).iterdir()) for line in results_of(run)] if path.with_suffix("").is_dir() else []
+        lines = [line | {"budget": budget} for run in sorted(folder.glob("*/")) for line in results_of(run)]
         pixels.write(path, "".join(json_.dumps(line) + "\n" for line in lines).encode())
         if lines:
             claimed_tables([line for line in lines if line["seed"] in chosen], path)
