@@ -55,6 +55,11 @@ def generator(*key):
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
 
 
+def told_apart(classes):
+    """classes {label: names of its classes} -> the labels that tell pictures apart."""
+    return [label for label, names in classes.items() if len(names) > 1]
+
+
 def batches(n, batch, seed, epoch):
     """The epoch's order of n images -> (steps b) int64, the incomplete last batch dropped."""
     return torch.randperm(n, generator=generator("order", seed, epoch))[: n - n % batch].view(-1, batch)
@@ -992,7 +997,11 @@ def read_tensors(path, device="cpu"):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:                   # cut short, not a checkpoint, or a pickle that would run code: torch raises what it likes
-        raise UserError(f"{path} is cut short, or not ours ({(str(error) or type(error).__name__).splitlines()[0][:120]})") from None
+        raise UserError(f"{path} is cut short, or not ours ({first_line(error)})") from None
+
+
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
 
 
 def write_tensors(path, content):

@@ -596,7 +596,7 @@ def cell(x):
 def labels_of(b, label, least=1):
     """The labels that are named, or else all that tell pictures apart. UserError where they are fewer than `least`."""
     classes = b.split["train"].classes
-    found = [choose("label", one, tuple(classes)) for one in label] or [one for one, names in classes.items() if len(names) > 1]
+    found = [choose("label", one, tuple(classes)) for one in label] or pixels.told_apart(classes)
     if len(found) < least:
         raise UserError(f"the pictures of {b.key[1] or b.data} have no labels, which a sub-folder for each class would give them; without labels there are "
                         "the tasks rotation, spaces and retrieve --turn")
@@ -1095,8 +1095,7 @@ def plan(out, seeds, flags):
         run = out / f"{method}-{'+'.join(groups)}-{seed}"
         given = dict(method=method, groups=groups, seed=seed, out=str(run), **{"label": "object"} if method == "supervised" else {}, **flags)
         if (run / "config.json").exists():
-            defaults = {name: p.default for name, p in inspect.signature(loo.train).parameters.items()}
-            loo.same_settings(loo.settings(**defaults | given), json_.loads((run / "config.json").read_text()), run)
+            loo.same_settings(loo.settings_with(**given), json_.loads((run / "config.json").read_text()), run)
         chain = [] if (run / "heads.pt").exists() else [command_of("loo.py", "train", **given)]
         lines = results_of(run)
         for task, cells in tasks.items():

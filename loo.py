@@ -823,7 +823,7 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
         if rank() == 0:
             export(query, out)
             print(f"trained in {time.perf_counter() - begun:.0f} s; wrote {out}: backbone.pt, heads.pt, checkpoint.pt, log.jsonl, config.json, views.png\n"
-                  f"next: python eval.py {'fewshot' if any(len(names) > 1 for names in found.classes.values()) else 'rotation'}" + ("" if out.resolve() == Path("runs/latest").resolve() else f" --run={out}"))
+                  f"next: python eval.py {'fewshot' if pixels.told_apart(found.classes) else 'rotation'}" + ("" if out.resolve() == Path("runs/latest").resolve() else f" --run={out}"))
 
 
 def introduce(state, config, found, kept):
@@ -834,8 +834,8 @@ def introduce(state, config, found, kept):
         print(f"{out} is trained already; --fresh starts over" if state.step == steps else f"resuming {out} at step {state.step}{among}", flush=True)
     else:
         place = {"device": "on the device", "host": "in memory", "none": "on disk"}[kept]
-        classes = {label: len(names) for label, names in found.classes.items() if len(names) > 1}
-        labels = f", {classes['class']} classes" if "class" in classes else "" if classes else ", no labels"
+        known = pixels.told_apart(found.classes)
+        labels = f", {len(found.classes['class'])} classes" if "class" in known else "" if known else ", no labels"
         print(f"{config['method']} on {config['data']}: {n} training pictures {place}{labels}; {config['arch']} on views of {config['size']} pixels, {steps} steps "
               f"of {batch}{among}, spaces {', '.join(spaces) or config['label']}; {config['device']}, {config['precision']}; see {out}/views.png", flush=True)
     if spaces and not state.step:
@@ -1033,6 +1033,11 @@ def settings(*, method, groups, data, recipe, out, always, label, device, precis
     return config
 
 
+def settings_with(**flags):
+    """The configuration that `train` makes of these flags."""
+    return settings(**{name: p.default for name, p in inspect.signature(train).parameters.items()} | flags)
+
+
 def supervision(found, config):
     """-> labels (n,) or None, how many classes: of "supervised" alone. label "rotation" is drawn with the query."""
     if config["method"] != "supervised":
@@ -1181,7 +1186,7 @@ def load_encoder(run, device="cpu"):
         encoder = build(config)
         encoder.load_state_dict(state)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:     # UserError is a ValueError
-        raise UserError(f"{run} holds no run of ours, or a file that is not whole ({str(error).splitlines()[0][:120]}); the command it was trained with mends it "
+        raise UserError(f"{run} holds no run of ours, or a file that is not whole ({pixels.first_line(error)}); the command it was trained with mends it "
                         "from its checkpoint") from None
     return encoder.eval().to(device, memory_format=torch.channels_last), config
 
@@ -1270,16 +1275,15 @@ def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe
     given = {k: v for k, v in locals().items() if k not in ("steps", "json")}
     if method == "supervised" or steps < 2:
         raise UserError(f"--method={method} --steps={steps}: expected a contrastive method and two steps or more")
-    flags = {name: p.default for name, p in inspect.signature(train).parameters.items()} | given
     keep_freed_memory()
-    config = settings(**flags | {"data": recipe})
+    config = settings_with(**given, data=recipe)
     wait = partial(torch.cuda.synchronize, config["device"]) if on_gpu(config) else lambda: None
     begun, times, runs = time.perf_counter(), {}, rig(config)
     runs["step"](), runs["network"](), wait()
     warm, memory = time.perf_counter() - begun, torch.cuda.max_memory_allocated(config["device"]) / 2 ** 30 if on_gpu(config) else None
     fewer = method in ("looc", "looc++") and len(groups) > 1
     if fewer:
-        runs["one group less"] = rig(settings(**flags | {"data": recipe, "groups": groups[:-1]}))["step"]
+        runs["one group less"] = rig(settings_with(**given | {"data": recipe, "groups": groups[:-1]}))["step"]
     for i in range(steps + 3):                   # the first backward passes are slow
         for name, run in runs.items():
             wait()

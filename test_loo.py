@@ -1,6 +1,5 @@
 """Every clever line's slow twin. `python -m pytest`"""
 import colorsys
-import inspect
 import itertools
 import json
 import math
@@ -1617,9 +1616,8 @@ def test_claims_train_each_row_once_and_go_on(tmp_path):
     train, *tasks = mine({"epochs": 3})
     assert train == ["loo.py", "train", "--method=moco", "--groups=color", "--seed=2", f"--out={run}", "--epochs=3"]
     assert ["eval.py", "robust", f"--run={run}", "--seed=2", "--label=object", "--pictures=1024"] in tasks
-    flags = {name: p.default for name, p in inspect.signature(loo.train).parameters.items()} | dict(method="moco", groups=("color",), seed=2, out=str(run))
     run.mkdir()
-    (run / "config.json").write_text(json.dumps(loo.settings(**flags)))
+    (run / "config.json").write_text(json.dumps(loo.settings_with(method="moco", groups=("color",), seed=2, out=str(run))))
     (run / "heads.pt").touch()
     assert mine() == tasks
     line = dict(run=run.name, task="rotation", data="factors", label="rotation", on=None, shots=None, method="moco", groups=["color"], feature="v", protocol="fast", seed=0, top1=50.)
