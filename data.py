@@ -1,22 +1,24 @@
 """Where pixels come from: data sets by name, as fixed-size uint8 canvases. Everything random happens later, on the training device.
 
     python data.py sheet                       # docs/factors.png, a labelled sheet of the pictures drawn by code
-    python data.py sheet --data=folder --root=DIR --out=sheet.png
     python data.py check --data=cub200 --root=DIR   # is a downloaded set whole?
+    python data.py pack --data=folder --root=DIR    # decode once, for every later training
+    python data.py stylize --data=folder --root=DIR # copies without their texture, for --groups=texture
 
 Axes, one legend for the whole project: b image, v key view, g group, s space, d feature, c embedding (or colour channel),
 n queue slot or sample, t trial, h w pixel.
 """
+import contextlib
 import difflib
 import functools
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
 import random
+import signal
 import struct
 import sys
 import time
@@ -102,8 +104,10 @@ def factors(split, size=32, count=None):
     normal = lambda *shape, std=1.: torch.randn(n, *shape, generator=g) * std
     obj, hue, fill = (torch.randint(k, (n,), generator=g) for k in (len(OBJECTS), HUES, len(TEXTURES)))
     table = torch.tensor([(strokes * 4)[:4] for strokes in OBJECTS.values()])   # repeating a stroke draws nothing new
+    strokes = table[obj] + normal(4, 6) * torch.tensor([.05, .1, .1, .1, .03, .03])       # (n 4 6), bent
+    strokes[..., 4:] *= rand(1, 1, low=.6, high=1.5)                            # all of an object's radii thinner or thicker
     look = dict(
-        strokes=(table[obj] + normal(4, 6) * torch.tensor([.05, .1, .1, .1, .03, .03])) * torch.cat([torch.ones(n, 1, 4), rand(1, 1, low=.6, high=1.5).expand(n, 1, 2)], 2),
+        strokes=strokes,
         marks=torch.cat([rand(4, 2, low=-.8, high=.8), rand(4, 1, low=.15, high=.3), rand(4, 1)], -1),
         fill=fill, fill_angle=rand(high=math.tau), fill_period=rand(low=.4, high=.9), fill_depth=rand(low=.2, high=.6), fill_shift=rand(2),
         hue=(hue + rand(low=.2, high=.8)) / HUES, saturation=rand(low=.4), value=rand(low=.5),
@@ -188,21 +192,29 @@ def find(name, split, *, root=None, size=32, canvas=None, central=False, downloa
     Raises UserError when the data is not there.
     """
     choose("data", name, NAMES)
+    if split == "pretrain" and "pretrain" not in TORCHVISION.get(name, ((), ()))[1]:       # of all sets, stl10 alone has it
+        split = "train"
     if name == "factors":
         if root:
             raise UserError(f"--root={root}: factors is drawn by code and reads no folder; use --data=folder for pictures of your own")
-        return factors("train" if split == "pretrain" else split, size)
+        return factors(split, size)
+    read, mend = read_picture, ""
     if name in TORCHVISION:
-        fetch, labels, classes = from_torchvision(name, split, root, download)
+        read = read_item
+        source, labels, classes = from_torchvision(name, split, root, download)
     else:
         if download:
             root = fetch_archives(name, root or "downloads")
-        paths, labels, classes = (folder if name == "folder" else published)(name, "train" if split == "pretrain" else split, folder_of(root, name), seed)
-        if whole and name in PUBLISHED:
-            be_whole(name, split, paths, labels)
-        fetch = functools.partial(read_picture, paths, 2 if name == "objectnet13" else 0)   # ObjectNet has a red border, to be cut off
+        root = folder_of(root, name)
+        source, labels, classes = folder(split, root, seed) if name == "folder" else published(name, split, root)
+    if name in PUBLISHED:
+        mend = "download it again, a part of a published set gives a number that means nothing"
+        if whole:
+            be_whole(name, split, source, labels)
+    if name == "objectnet13":
+        read = functools.partial(read_picture, border=2)         # it is red, to be cut off
     side, share = (size, kept(name)) if central else (canvas or round(size / kept(name)), None)
-    images = Canvases(fetch, len(labels), side, share, strict=name in PUBLISHED)
+    images = Canvases(source, read, side, share, mend)
     return Data(images, torch.ones(len(labels)), {"class": torch.as_tensor(labels).long()}, {"class": list(classes)})
 
 
@@ -237,71 +249,80 @@ def folder_of(root, name="folder"):
     return Path(root)
 
 
+def keep_out(flag, out, root):
+    """UserError where the folder `out` lies in a tree of classes, and would be one of them the next time."""
+    if not (Path(root) / "train").is_dir() and Path(out).resolve().is_relative_to(Path(root).resolve()):
+        raise UserError(f"--{flag}={out} lies in --root={root}, where it would be read as a class: name a folder outside it")
+
+
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
 
 def pictures(folder):
-    """The pictures in a folder and below, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+    """The pictures in a folder and below, sorted; nothing hidden, such as the ._NAME that macOS leaves beside a file."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
-def folder(name, split, root, seed=0):
+def folder(split, root, seed=0):
     """An ImageFolder tree: root/train and root/val, or one tree of which a seeded hash of each file's relative path keeps 80%
     for train. -> paths, labels, class names."""
-    whole = not (root / "train").is_dir()
-    top = root if whole else root / split
+    one_tree = not (root / "train").is_dir()
+    top = root if one_tree else root / split
     if not top.is_dir():
         raise UserError(f"{top}: no such folder; {root} has a train folder, so it needs {split} beside it")
     named = lambda where: sorted(p.name for p in where.iterdir() if p.is_dir() and not p.name.startswith("."))
-    classes, here = named(root if whole else root / "train"), named(top)   # a class has the same number in every split
+    classes, here = named(root if one_tree else root / "train"), named(top)   # a class has the same number in every split
     for c in here:
         if c not in classes:
             raise UserError(f"{top / c}: a class that {root / 'train'} does not have")
+    if classes and not here:
+        raise UserError(f"{top}: no sub-folders; it needs those of {root / 'train'}, one for each class")
     files = {c: pictures(top / c) for c in here}
     if not classes:                              # pictures without labels, enough to train on
-        classes, files = ["."], {".": sorted(p for p in top.iterdir() if p.suffix.lower() in PICTURES)}
+        classes, files = ["."], {".": pictures(top)}
     for c, found in files.items():
         if not found:
             raise UserError(f"{top / c}: no pictures in this folder (expected {', '.join(sorted(PICTURES))})")
-    share = lambda path: int(hashlib.sha1(f"{seed}/{path.relative_to(root).as_posix()}".encode()).hexdigest()[:8], 16) / 2 ** 32
-    chosen = [(p, i) for i, c in enumerate(classes) for p in files.get(c, ()) if not whole or (share(p) < .8) == (split == "train")]
+    place = lambda path: int(hashlib.sha1(f"{seed}/{path.relative_to(root).as_posix()}".encode()).hexdigest()[:8], 16) / 2 ** 32
+    chosen = [(p, i) for i, c in enumerate(classes) for p in files.get(c, ()) if not one_tree or (place(p) < .8) == (split == "train")]
     if not chosen:
         raise UserError(f"{root}: too few pictures to split into train and val")
     return *zip(*chosen), classes
 
 
 def from_torchvision(name, split, root, download):
-    """A data set of torchvision's -> fetch(i) PIL picture, labels, class names."""
+    """A data set of torchvision's -> itself, labels, class names."""
     kind, arguments = TORCHVISION[name]
     root = root or "downloads"
-    arguments = arguments["train"] if split == "pretrain" and split not in arguments else arguments[choose("split", split, tuple(arguments))]
     try:
-        found = getattr(torchvision.datasets, kind)(root, download=download, **arguments)
+        found = getattr(torchvision.datasets, kind)(root, download=download, **arguments[choose("split", split, tuple(arguments))])
     except (RuntimeError, OSError) as error:
         raise UserError(f"--data={name}: not found under {root}; name its folder with --root=DIR or fetch it with --download "
-                        f"({str(error).splitlines()[0]})") from None
+                        f"({first_line(error)})") from None
     labels = next(getattr(found, a) for a in ("targets", "labels", "_labels") if hasattr(found, a))
     labels = torch.as_tensor(labels).long()
-    return functools.partial(read_item, found), labels, getattr(found, "classes", range(int(labels.max()) + 1))
+    return found, labels, getattr(found, "classes", range(int(labels.max()) + 1))
 
 
 def read_item(found, i):
     return upright(found[i][0])
 
 
-def read_picture(paths, border, i):
+def read_picture(paths, i, border=0):
     """Picture i without `border` pixels at each side; UserError names the file."""
     try:
         with Image.open(paths[i]) as picture:
             picture = upright(picture)
             return picture.crop((border, border, picture.width - border, picture.height - border)) if border else picture
     except Exception as error:
-        raise UserError(f"{paths[i]}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+        raise UserError(f"{paths[i]}: {first_line(error)}") from None
 
 
 def upright(picture):
     """A PIL picture of any mode -> RGB, turned as its EXIF orientation says, transparency on white."""
     picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating point, of which nobody says what is white: save it with 8 or 16 bits")
     if picture.mode.startswith("I"):             # 16 bits: convert() would clip, not scale
         picture = picture.convert("I").point(lambda v: v * (1 / 256)).convert("L")
     if "A" in picture.getbands() or "transparency" in picture.info:
@@ -311,35 +332,38 @@ def upright(picture):
 
 
 class Canvases(torch.utils.data.Dataset):
-    """fetch(i) -> PIL picture, as (canvas (3 side side) uint8, aspect, what was wrong with it or "").
+    """read(source, i) -> PIL picture, as (canvas (3 side side) uint8, aspect, what was wrong with it or ""). source: paths, or a data set.
 
-    The whole picture, squashed; or its central square, `share` of the short side, as it is. strict: one that cannot be read is an error.
+    The whole picture, squashed; or its central square, `share` of the short side, as it is. mend: where every picture must be readable, what
+    to do about one that is not.
     """
 
-    def __init__(self, fetch, n, side, share=None, strict=False):
-        self.fetch, self.n, self.side, self.share, self.strict = fetch, n, side, share, strict
+    def __init__(self, source, read, side, share=None, mend=""):
+        self.source, self.read, self.side, self.share, self.mend = source, read, side, share, mend
 
     def __len__(self):
-        return self.n
+        return len(self.source)
 
     def __getitem__(self, i):
         try:
-            picture = self.fetch(i)
+            picture = self.read(self.source, i)
         except Exception as error:               # whatever the reader raises: Pillow alone has OSError, SyntaxError, struct.error, ...
             return torch.zeros(3, self.side, self.side, dtype=torch.uint8), 1., str(error) or type(error).__name__
-        (w, h), half = picture.size, min(picture.size) * (self.share or 0) / 2
-        box = (w / 2 - half, h / 2 - half, w / 2 + half, h / 2 + half) if half else None
-        canvas = picture.resize((self.side, self.side), Image.Resampling.BICUBIC, box, reducing_gap=3)
-        return pil_to_tensor(canvas), 1. if half else w / h, ""
+        w, h = picture.size
+        box, aspect = None, w / h
+        if self.share:
+            half, aspect = min(w, h) * self.share / 2, 1.
+            box = (w / 2 - half, h / 2 - half, w / 2 + half, h / 2 + half)
+        return pil_to_tensor(picture.resize((self.side, self.side), Image.Resampling.BICUBIC, box, reducing_gap=3)), aspect, ""
 
 
-def stream(found, workers=2, batch=256, share=(0, 1), count=None):
+def stream(found, workers=2, batch=256, part=(0, 1), count=None):
     """The (first `count`) pictures of a Data in order, decoded in `workers` processes a few batches ahead and never kept: yields
-    rows (b,), images (b 3 h w) uint8, aspect (b,). share (i, of): every of-th batch from the i-th on.
+    rows (b,), images (b 3 h w) uint8, aspect (b,). part (i, of): every of-th batch from the i-th on.
 
     A picture that cannot be read is named in a warning and left out; in a published set, or when none can, UserError.
     """
-    every = torch.arange(len(found.images))[:count].split(batch)[share[0]::share[1]]
+    every = torch.arange(len(found.images))[:count].split(batch)[part[0]::part[1]]
     if torch.is_tensor(found.images):
         yield from ((rows, found.images[rows], found.aspect[rows]) for rows in every)
         return
@@ -349,8 +373,8 @@ def stream(found, workers=2, batch=256, share=(0, 1), count=None):
         good = torch.tensor([not error for error in errors])
         rows = rows[good]
         wrong += filter(None, errors)
-        if wrong and found.images.strict:
-            raise UserError(f"{wrong[0]}; download it again, a part of a published set gives a number that means nothing")
+        if wrong and found.images.mend:
+            raise UserError(f"{wrong[0]}; {found.images.mend}")
         if len(rows):
             yield rows, images[good], aspect[good].float()
     if wrong and len(wrong) == n:
@@ -372,18 +396,21 @@ def decoded(found, workers=2, cache=None, shared=False):
     n, side = len(found.images), found.images.side
     size = n * 3 * side * side
     path = Path(cache) / f"{fingerprint(found)[:16]}.canvases" if cache else None
-    if not path or size <= 4 << 30 and not shared and not path.exists():
-        rows, aspect, images = decode(found, torch.empty(size, dtype=torch.uint8).view(n, 3, side, side), workers)
+    in_memory = not cache or (size <= 4 << 30 and not shared and not path.exists())
+    if in_memory:
+        images = torch.empty(n, 3, side, side, dtype=torch.uint8)
+        rows, aspect = decode(found, images, workers)
     else:
-        index, aside = path.with_suffix(".pt"), path.with_suffix(f".{os.getpid()}")
+        index, aside = path.with_suffix(".pt"), path.with_suffix(f".{os.urandom(4).hex()}")
         if not (index.exists() and path.exists() and path.stat().st_size == size):
             path.parent.mkdir(parents=True, exist_ok=True)
+            print(f"decoding {n} pictures, once: {path}", file=sys.stderr, flush=True)
             try:
                 with open(aside, "wb") as file:
                     if hasattr(os, "posix_fallocate"):           # a full disk is found now, not when a page of the map is written
                         os.posix_fallocate(file.fileno(), 0, size)
-                rows, aspect, _ = decode(found, mapped(aside, n, side), workers)
-                aside.rename(path)
+                rows, aspect = decode(found, mapped(aside, n, side), workers)
+                aside.replace(path)
                 write_tensors(index, (rows, aspect))             # written last: what it names is whole
             except OSError as error:
                 raise UserError(f"cannot write {path}, which needs {size / 2 ** 20:.1f} MB: {error.strerror}") from None
@@ -397,26 +424,27 @@ def decoded(found, workers=2, cache=None, shared=False):
 
 def mapped(path, n, side):
     """The file as images (n 3 side side) uint8."""
-    return torch.from_file(str(path), shared=os.access(path, os.W_OK), size=n * 3 * side * side, dtype=torch.uint8).view(n, 3, side, side)
+    shared = os.access(path, os.W_OK)            # between processes, which needs the right to write; from a read-only disk a map of its own
+    return torch.from_file(str(path), shared=shared, size=n * 3 * side * side, dtype=torch.uint8).view(n, 3, side, side)
 
 
 def decode(found, images, workers):
-    """Decodes into images (n 3 side side) -> rows (m,) of the pictures that could be read, aspect (m,), images, the first m filled."""
+    """Decodes into images (n 3 side side), without gaps -> rows (m,) of the pictures that could be read, aspect (m,)."""
     seen, aspects, at = [], [], 0
-    for rows, some, aspect in stream(found, workers, 64):      # what cannot be read leaves no gap
+    for rows, some, aspect in stream(found, workers, 64):
         images[at:at + len(rows)] = some
         at += len(rows)
         seen.append(rows), aspects.append(aspect)
     if len(images) - at > max(1, len(images) // 100):
         raise UserError(f"{len(images) - at} of {len(images)} pictures cannot be read, named above: more than 1%, mend or remove them")
-    return torch.cat(seen), torch.cat(aspects), images
+    return torch.cat(seen), torch.cat(aspects)
 
 
 def fingerprint(found):
     """What a cache of these pictures depends on: their pixels, or the names, sizes and times of their files."""
     if torch.is_tensor(found.images):
         return hashlib.sha1(found.images.numpy()).hexdigest()
-    source = found.images.fetch.args[0]                        # paths, or a data set of torchvision's
+    source = found.images.source                 # paths, or a data set of torchvision's
     files = [(os.path.abspath(p), (stat := p.stat()).st_size, stat.st_mtime_ns) for p in source] if isinstance(source, (tuple, list)) else repr(source)
     return hashlib.sha1(repr((files, found.images.side, found.images.share)).encode()).hexdigest()
 
@@ -575,10 +603,12 @@ def stylize(data: str = "folder", root: str = None, styles: str = None, out: str
     choose("features", features, ("auto", "vgg19", "random"))
     if min(copies, size, steps + 1, batch) < 1 or size < 16:
         raise UserError(f"--copies={copies} --size={size} --steps={steps} --batch={batch}: expected 1 or more, and 16 pixels or more")
-    found = find(data, split, root=root, size=size, canvas=size, seed=seed)
-    if torch.is_tensor(found.images) or data in TORCHVISION:
+    if choose("data", data, NAMES) == "factors" or data in TORCHVISION:
         raise UserError(f"--data={data} is not a tree of pictures: factors makes its copies when it is trained on, torchvision's sets cannot have them")
-    place, top, paths = device_of(device), folder_of(root, data), found.images.fetch.args[0]
+    found, top = find(data, split, root=root, size=size, canvas=size, seed=seed), folder_of(root, data)
+    if data == "folder":
+        keep_out("out", out, top)
+    place, paths = device_of(device), found.images.source
     to_style, name = features_of(features, place)
     painted = pictures(Path(styles)) if styles else []
     if styles and not painted:
@@ -591,7 +621,7 @@ def stylize(data: str = "folder", root: str = None, styles: str = None, out: str
         some = jobs[start:start + batch]
         canvases, aspect, errors = zip(*(found.images[i] for i, _ in some))
         pick = [int(torch.randint(1 << 30, (1,), generator=generator("style", seed, str(t.relative_to(out))))) for _, t in some]
-        style = [drawn[p % len(drawn)] if drawn is not None else pil_to_tensor(square(painted, p % len(painted), size)) / 255 for p in pick]
+        style = [drawn[p % len(drawn)] if drawn is not None else style_of(painted[p % len(painted)], size) for p in pick]
         done = stylised(torch.stack(canvases).to(place) / 255, torch.stack(style).to(place), to_style, steps, strength=strength)
         for (_, target), picture, shape, error in zip(some, (done * 255).round().byte().cpu(), aspect, errors):
             if error:
@@ -606,9 +636,12 @@ def stylize(data: str = "folder", root: str = None, styles: str = None, out: str
     print(f"wrote {out}; train with --groups=color,rotation,texture --textures={out}")
 
 
-def square(paths, i, size):
-    """The middle of a picture as a square."""
-    return ImageOps.fit(read_picture(paths, 0, i), (size, size), Image.Resampling.BICUBIC)
+def style_of(path, size):
+    """The middle of a picture as a square, (3 size size) in [0, 1]."""
+    try:
+        return pil_to_tensor(ImageOps.fit(read_picture([path], 0), (size, size), Image.Resampling.BICUBIC)) / 255
+    except UserError as error:
+        raise UserError(f"{error}; remove it from --styles, and the same command goes on") from None
 
 
 def features_of(name, device):
@@ -644,13 +677,15 @@ def with_textures(name, files, found, root, textures, cache, workers=2, device="
         raise UserError(f"--groups=texture needs --textures=DIR, stylised copies of the pictures; write them with "
                         f"`python data.py stylize --data={name} --root={root} --seed={seed}`")
     side, top, unread = found.images.shape[-1], folder_of(root, name), set(found.missing)
-    paths = [p for i, p in enumerate(files.images.fetch.args[0]) if i not in unread]
-    count = next(k for k in itertools.count() if not copies_of(paths[0], top, textures, k + 1)[-1].exists())
-    copies = [one for p in paths for one in copies_of(p, top, textures, max(count, 1))]
+    paths = [p for i, p in enumerate(files.images.source) if i not in unread]
+    count = 1
+    while copies_of(paths[0], top, textures, count + 1)[-1].exists():
+        count += 1
+    copies = [one for p in paths for one in copies_of(p, top, textures, count)]
     if gone := absent(copies):
-        raise UserError(f"{gone[0]}: no such file; `python data.py stylize --data={name} --root={root} --out={textures} --copies={max(count, 1)} --seed={seed}` "
+        raise UserError(f"{gone[0]}: no such file; `python data.py stylize --data={name} --root={root} --out={textures} --copies={count} --seed={seed}` "
                         "(and the --styles it was made with) writes what is missing")
-    canvases = Canvases(functools.partial(read_picture, copies, 0), len(copies), side, strict=True)
+    canvases = Canvases(copies, read_picture, side, mend="remove it: `python data.py stylize` writes it again")
     images = decoded(Data(canvases, torch.ones(len(copies)), {}, {}), workers, cache, shared=found.images.is_shared()).images
     return found._replace(textures=images.view(len(paths), -1, 3, side, side))
 
@@ -687,7 +722,7 @@ PUBLISHED = {
 NAMES = ("factors", "folder", *PUBLISHED, *TORCHVISION)
 
 
-def published(name, split, root, seed=0):
+def published(name, split, root):
     """One of the paper's data sets in the layout it is downloaded in -> paths, labels, class names; the paths need not exist."""
     try:
         chosen, classes = READERS[name](choose("split", split, splits(name)), root)
@@ -707,10 +742,10 @@ def imagenet100(split, root):
     if split == "train" or any((top / wnid).is_dir() for wnid in IMAGENET100):
         return by_wnid(top), IMAGENET100
     label = {wnid: i for i, wnid in enumerate(IMAGENET100)}
-    truth = first_of("imagenet100", root, "LOC_val_solution.csv", "ILSVRC2012_devkit_t12/data", "data")
-    if truth.is_dir():
-        ground = map(int, (truth / "ILSVRC2012_validation_ground_truth.txt").read_text().split())
-        wnid = {int(one["ILSVRC2012_ID"][0]): one["WNID"] for one in read_mat(truth / "meta.mat")["synsets"]}
+    truth = first_of("imagenet100", root, "LOC_val_solution.csv", "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt")
+    if truth.suffix == ".txt":
+        ground = map(int, truth.read_text().split())
+        wnid = {int(one["ILSVRC2012_ID"][0]): one["WNID"] for one in read_mat(truth.with_name("meta.mat"))["synsets"]}
         named = {f"ILSVRC2012_val_{i:08d}": wnid[c] for i, c in enumerate(ground, 1)}
     else:
         named = {line.split(",")[0]: line.split(",")[1].split()[0] for line in truth.read_text().splitlines()[1:]}
@@ -737,9 +772,10 @@ def cub200(split, root):
 def flowers102(split, root):
     """Flowers-102: setid.mat numbers the pictures of a split, imagelabels.mat their classes, both from 1."""
     top = first_of("flowers102", root, "setid.mat", "flowers-102/setid.mat").parent
+    names = getattr(torchvision.datasets.Flowers102, "classes", range(1, 103))     # since torchvision 0.22
     ids = read_mat(top / "setid.mat")[{"train": "trnid", "val": "valid", "test": "tstid"}[split]]
     labels = read_mat(first_of("flowers102", top, "imagelabels.mat"))["labels"]
-    return [(top / "jpg" / f"image_{int(i):05d}.jpg", int(labels[int(i) - 1]) - 1) for i in ids], torchvision.datasets.Flowers102.classes
+    return [(top / "jpg" / f"image_{int(i):05d}.jpg", int(labels[int(i) - 1]) - 1) for i in ids], names
 
 
 def objectnet13(split, root):
@@ -779,7 +815,7 @@ def absent(paths):
 
 def be_whole(name, split, paths, labels):
     """UserError unless all pictures of the published set are there: half a set gives a number that means nothing."""
-    classes, count = PUBLISHED[name][0]["train" if split == "pretrain" else split]
+    classes, count = PUBLISHED[name][0][split]
     if missing := absent(paths):
         raise UserError(f"{name} {split}: {len(missing)} of {len(paths)} pictures are missing, the first is {missing[0]}; get them at {PUBLISHED[name][1]}")
     if len(set(labels)) != classes or count and len(paths) != count:
@@ -798,7 +834,7 @@ def fetch_archives(name, root):
     except ModuleNotFoundError:                  # all is fetched when it looks for scipy
         pass
     except (RuntimeError, OSError) as error:
-        raise UserError(f"--download: {str(error).splitlines()[0]}; get it at {PUBLISHED[name][1]}") from None
+        raise UserError(f"--download: {first_line(error)}; get it at {PUBLISHED[name][1]}") from None
     return root
 
 
@@ -871,7 +907,7 @@ def check(data: str = "factors", root: str = None, sample: int = 64, download: b
             print(f"| {split} | 0 | {classes or '-'} | 0 | {count or '-'} | all | - |")
             continue
         n, seen = len(found.images), len(found.labels[next(iter(found.labels))].unique())
-        missing = absent(found.images.fetch.args[0]) if data in PUBLISHED else []
+        missing = absent(found.images.source) if data in PUBLISHED else []
         opened = range(0, 0 if torch.is_tensor(found.images) else n, max(1, n // sample))
         errors = [error for i in opened if (error := found.images[i][2])]
         print(f"| {split} | {seen} | {classes or '-'} | {n - len(missing)} | {count or '-'} | {len(missing)} | {len(opened) - len(errors)} of {len(opened)} |", flush=True)
@@ -904,25 +940,23 @@ def choose(flag, word, words):
     return word
 
 
-def whole(text):
-    return int(str(text).replace("_", ""))
-
-
 def yes(text):
-    return {"true": True, "false": False}[str(text).lower()]
+    return {"true": True, "false": False}[text.lower()]
 
 
 def words(text):
-    return tuple(w for w in str(text).split(",") if w)
+    return tuple(w for w in text.split(",") if w)
 
 
-PARSERS = {int: (whole, "a whole number"), float: (float, "a number, such as 0.03"), bool: (yes, "true or false"),
+PARSERS = {int: (int, "a whole number"), float: (float, "a number, such as 0.03"), bool: (yes, "true or false"),
            tuple: (words, "words with commas between"), str: (str, "text")}
 
 
 def command_line(commands, argv=None):
     """Run commands[argv[0]] with the flags in argv. All flags are checked against the function's signature, and typed by it,
     before anything runs; UserError becomes one line and exit code 2."""
+    with contextlib.suppress(ValueError):        # it is not the main thread
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))     # so that `finally` removes what is half written
     argv = ["--help" if word == "-h" else word for word in (sys.argv[1:] if argv is None else argv)]
     try:
         if argv and not argv[0].startswith("-") and argv[0] not in commands:
@@ -942,7 +976,7 @@ def command_line(commands, argv=None):
 def check_flags(command, parameters, argv):
     for word in argv:
         if not word.startswith("--"):
-            if "=" in word:
+            if word.lstrip("-").partition("=")[0].replace("-", "_") in parameters and "=" in word:
                 raise UserError(f"{word}: flags begin with two dashes, as in --{word.lstrip('-')}")
             continue
         flag = word[2:].partition("=")[0].replace("-", "_")
@@ -982,7 +1016,7 @@ def device_of(flag):
     kind, _, index = flag.partition(":")
     choose("device", kind, ("auto", "cpu", "cuda"))
     count = torch.cuda.device_count()
-    if kind == "cuda" and (not index.isdigit() and index or int(index or 0) >= count):
+    if kind == "cuda" and (index or "0") not in map(str, range(count)):
         raise UserError(f"--device={flag}: this machine shows {count} CUDA devices; leave the flag out, or --device=cpu")
     if kind == "cpu" or not count:
         return "cpu"
@@ -1012,7 +1046,7 @@ def write(path, content, keep=None):
     """Whole or not at all: bytes, or what content(file) writes, to a temporary file beside it, flushed, renamed. What was there before
     goes to `keep`. UserError when it cannot be written: then what was there still is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     try:
         with open(aside, "wb") as file:
             content(file) if callable(content) else file.write(content)
@@ -1040,9 +1074,11 @@ def pack(data: str = "folder", root: str = None, out: str = "runs", size: int = 
         download: let torchvision fetch the data
         seed: of the folder's own split
     """
+    if min(size, 1 if canvas is None else canvas, workers + 1) < 1:
+        raise UserError(f"--size={size} --canvas={canvas} --workers={workers}: expected 1 or more, and 0 workers or more")
+    if data == "factors":
+        raise UserError("--data=factors is drawn by code: there is nothing to decode")
     found = find(data, "pretrain", root=root, size=size, canvas=canvas, download=download, seed=seed)
-    if torch.is_tensor(found.images):
-        raise UserError(f"--data={data} is drawn by code: there is nothing to decode")
     begun = time.perf_counter()
     packed = decoded(found, workers, out, shared=True)
     n, side, seconds = len(packed.images), found.images.side, time.perf_counter() - begun
@@ -1073,20 +1109,18 @@ def picture_grid(images, row_names, column_names, path, zoom=1):
     write(Path(path), buffer.getvalue())
 
 
-def sheet(data: str = "factors", root: str = None, out: str = "docs/factors.png", size: int = 48, columns: int = 16, download: bool = False):
-    """A labelled sheet of a data set: a row for each of its first classes, a few of its pictures in each."""
-    if columns < 1 or size < 8:
-        raise UserError(f"--columns={columns} --size={size}: expected 1 or more, and 8 or more")
-    found = find(data, splits(data, root)[0], root=root, size=size, download=download)
-    label = next(iter(found.labels))
-    if data == "factors":
-        names, heads = found.classes[label], found.classes["hue"]
-        rows = [[((found.labels["object"] == o) & (found.labels["hue"] == h)).nonzero()[0, 0].item() for h in range(HUES)] for o in range(len(OBJECTS))]
-    else:
-        rows = {name: (found.labels[label] == c).nonzero()[:, 0] for c, name in enumerate(found.classes[label])}
-        names = [str(name) for name, r in rows.items() if len(r)][:20]
-        rows, heads = [rows[name].repeat(columns)[:columns].tolist() for name in names], [""] * columns
-    picture_grid(torch.stack([torch.stack([found.images[i] if torch.is_tensor(found.images) else found.images[i][0] for i in row]) for row in rows]), names, heads, out)
+def sheet(out: str = "docs/factors.png", size: int = 48):
+    """A labelled sheet of `factors`: a row for each object, a column for each hue.
+
+    Args:
+        out: the picture to write
+        size: of each picture in it, in pixels
+    """
+    if size < 8:
+        raise UserError(f"--size={size}: expected 8 or more")
+    found = factors("train", size)
+    first = [[((found.labels["object"] == o) & (found.labels["hue"] == h)).nonzero()[0, 0] for h in range(HUES)] for o in range(len(OBJECTS))]
+    picture_grid(found.images[torch.tensor(first)], found.classes["object"], found.classes["hue"], out)
     print(f"wrote {out}")
 
 

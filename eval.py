@@ -51,7 +51,8 @@ def features(encoder, found, turns=(0,), workers=2, batch=256):
     v, z, seen = torch.zeros(len(turns), n, encoder.features), torch.zeros(spaces, len(turns), n, dim), torch.zeros(n)
     for rows, crops in on_device(encoder, found, workers, batch):
         some_v, some_z = zip(*(loo.encode(encoder, crops.rot90(turn, (2, 3))) for turn in turns))
-        v[:, rows], z[:, :, rows], seen[rows] = torch.stack(some_v).float().cpu(), torch.stack(some_z, 1).float().cpu(), torch.ones(len(rows))
+        v[:, rows], z[:, :, rows] = torch.stack(some_v).float().cpu(), torch.stack(some_z, 1).float().cpu()      # (r b d), (s r b c)
+        seen[rows] = 1
     v, z, seen = map(loo.summed, (v, z, seen))
     rows = seen.nonzero().squeeze(1)
     return rearrange(v[:, rows], "r n d -> (r n) d"), rearrange(z[:, :, rows], "s r n c -> s (r n) c"), rows
@@ -67,11 +68,15 @@ def device_of(encoder):
     return next(encoder.parameters()).device
 
 
+def feature_names(config):
+    spaces = loo.method_of(config).spaces
+    return ("v", *["z"] * bool(spaces), *spaces)
+
+
 def pick(v, z, config, feature):
     """v (n d), z (s n c) -> (n ...): "v" the backbone feature, "z" all spaces side by side, or one space by its name: its Conv5
     where it has one (LooC++), else its embedding."""
     method = loo.method_of(config)
-    choose("feature", feature, ("v", *(["z"] if method.spaces else []), *method.spaces))
     if feature in ("v", "z"):
         return v if feature == "v" else rearrange(z, "s n c -> n (s c)")
     space = method.spaces.index(feature)
@@ -107,10 +112,12 @@ def logistic(x, y, k, l2, iterations=500, start=None):
     return w.detach(), b.detach()
 
 
-def fast_probe(x, y, k, seed, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
-    """The L2 weight chosen on a fifth of the training samples, then all of them: x (n d), y (n,) -> w (d k), b (k,)."""
-    order = torch.randperm(len(x), generator=pixels.generator("held out", seed))
-    held, rest = order[: len(x) // 5], order[len(x) // 5:]
+def fast_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
+    """The L2 weight chosen on a fifth of the training pictures, each with all its turns, then all of them: x ((r n) d), y ((r n),) of k classes
+    -> w (d k), b (k,)."""
+    n = len(x) // turns
+    order = torch.randperm(n, generator=pixels.generator("held out", seed))
+    held, rest = ((some + n * torch.arange(turns)[:, None]).flatten() for some in (order[: n // 5], order[n // 5:]))
     held, rest, y_held, y_rest = x[held], x[rest], y[held], y[rest]
     tried, start = [], None
     for l2 in grid:                              # from strong to weak, each from the one before: the short way down
@@ -120,28 +127,25 @@ def fast_probe(x, y, k, seed, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
     return logistic(x, y, k, l2, 300, start)
 
 
-def paper_probe(encoder, found, label, config, seed, feature, epochs=200, lr=30., batch=256):
-    """The paper's protocol: SGD on crops and flips through the frozen encoder, lr x0.1 at 60% and 80%, no weight decay
-    -> w (d k), b (k,). label "rotation": every picture is given a random quarter turn, and not flipped (that would turn 90 degrees into 270)."""
-    device = device_of(encoder)
-    encoder.eval()
-    turn, n = label == "rotation", len(found.images)
-    k = 4 if turn else len(found.classes[label])
+def paper_probe(b, found, label, k, d, epochs, lr, batch=256):
+    """The paper's protocol: SGD on crops and flips of the decoded pictures `found` through the frozen encoder, lr x0.1 at 60% and 80%, no
+    weight decay; k classes of `label`, a feature of d -> w (d k), b (k,). label "rotation": every picture is given a random quarter turn, and
+    not flipped (that would turn 90 degrees into 270)."""
+    device, turn, n = device_of(b.encoder), label == "rotation", len(found.images)
     if n < batch:
         raise UserError(f"--protocol=paper takes batches of {batch}, the training split has {n} pictures: use the default protocol")
-    d = pick(torch.zeros(1, encoder.features), torch.zeros(len(encoder.w1), 1, encoder.w2.shape[1]), config, feature).shape[1]
     layer = torch.nn.Linear(d, k, device=device)
-    layer.weight.data.copy_(torch.randn(k, d, generator=pixels.generator("probe", seed)) * .01)
+    layer.weight.data.copy_(torch.randn(k, d, generator=pixels.generator("probe", b.seed)) * .01)
     layer.bias.data.zero_()
     optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=.9)
     for epoch in range(epochs):
-        for i, rows in enumerate(pixels.batches(n, batch, seed, epoch)):
-            g = pixels.generator("probe", seed, epoch, i)
+        for i, rows in enumerate(pixels.batches(n, batch, b.seed, epoch)):
+            g = pixels.generator("probe", b.seed, epoch, i)
             with torch.no_grad():
                 images, _, _ = loo.augment_groups(found.images[rows].to(device).float() / 255, (), torch.zeros(0, 0, dtype=torch.bool), g,
-                                                  always=("crop",) if turn else ("crop", "flip"), size=config["size"], aspect=found.aspect[rows].to(device))
+                                                  always=("crop",) if turn else ("crop", "flip"), size=b.config["size"], aspect=found.aspect[rows].to(device))
                 y = (torch.randint(4, (batch,), generator=g) if turn else found.labels[label][rows]).to(device)
-                x = pick(*loo.encode(encoder, loo.resample(images, {"turns": y}) if turn else images), config, feature).float()
+                x = pick(*loo.encode(b.encoder, loo.resample(images, {"turns": y}) if turn else images), b.config, b.feature).float()
             optimizer.param_groups[0]["lr"] = lr * .1 ** ((epoch >= .6 * epochs) + (epoch >= .8 * epochs))
             loo.descend(optimizer, F.cross_entropy(layer(x), y))
     return layer.weight.detach().T, layer.bias.detach()
@@ -204,10 +208,10 @@ def spread(values):
 
 
 def interval(values, of=1):
-    """Half of Student's 95% interval of the mean of a list; None for one value. of: as one of so many intervals, all of which hold with 95%
-    (Bonferroni)."""
+    """Half of Student's 95% interval of the mean of a list, infinite for one value. of: as one of so many intervals, all of which hold with
+    95% (Bonferroni)."""
     n = len(values)
-    return student(n - 1, .025 / of) * torch.tensor(values, dtype=torch.float64).std().item() / math.sqrt(n) if n > 1 else None
+    return student(n - 1, .025 / of) * torch.tensor(values, dtype=torch.float64).std().item() / math.sqrt(n) if n > 1 else math.inf
 
 
 @functools.cache
@@ -472,7 +476,8 @@ class Bench(NamedTuple):
     feature: str
     seed: int
     workers: int
-    key: tuple        # what the cached features depend on, beside the split
+    root: str         # where the data is, or None
+    weights: str      # a hash of the run's
     find: functools.partial   # data.find of this data set
     leader_first: object = contextlib.nullcontext   # a context that rank 0 enters first
 
@@ -491,14 +496,15 @@ def bench(run: str = "runs/latest", *, data: str = None, root: str = None, featu
         json: print the JSON lines and nothing else
     """
     if not Path(run).exists():
-        raise UserError(f"--run={run}: no such run; train one with `python loo.py train`" + near_run(run))
+        others = sorted(str(p.parent) for p in Path("runs").glob("*/config.json") if not p.parent.is_symlink())
+        raise UserError(f"--run={run}: no such run; train one with `python loo.py train`" + f"; there are {', '.join(others)}" * bool(others))
     if workers < 0:
         raise UserError(f"--workers={workers}: expected 0 or more")
     device = pixels.device_of(device)
     encoder, config = loo.load_encoder(run, device)
-    pick(torch.zeros(1, encoder.features), torch.zeros(len(encoder.w1), 1, 1), config, feature)   # a wrong name ends it here
+    choose("feature", feature, feature_names(config))
     name = choose("data", data or config["data"], pixels.NAMES)
-    root = root or (config["root"] if name == config["data"] else None)
+    root = str(Path(root).resolve()) if root else config["root"] if name == config["data"] else None
     splits = pixels.splits(name, root)
     if "train" not in splits:
         raise UserError(f"--data={name} has nothing to train a classifier on; it is what `python eval.py robust --data=imagenet100` tests on")
@@ -506,19 +512,14 @@ def bench(run: str = "runs/latest", *, data: str = None, root: str = None, featu
     split = {s: find(s, central=True) for s in splits}
     split["test"] = split.pop("test", None) or split.pop(splits[-1])
     weights = hashlib.sha1(b"".join((Path(run) / f).read_bytes() for f in ("backbone.pt", "heads.pt"))).hexdigest()
-    return Bench(Path(run).resolve(), encoder, config, name, split, feature, seed, workers, (name, root, weights), find)
-
-
-def near_run(run):
-    found = sorted(str(p.parent) for p in Path("runs").glob("*/config.json") if not p.parent.is_symlink())
-    return f"; there are {', '.join(found)}" if found else ""
+    return Bench(Path(run).resolve(), encoder, config, name, split, feature, seed, workers, root, weights, find)
 
 
 def frozen(b, split, turns=(0,)):
     """The split's v ((r n) d), z (s (r n) c) and labels {name: ((r n),)} of the pictures that could be read; also "rotation", the turns,
     and "picture", which of the split it is. Computed once for a run, data set, split and turns."""
     found = b.split[split]
-    name = hashlib.sha1(repr((b.key, split, turns, pixels.fingerprint(found))).encode()).hexdigest()[:16]
+    name = hashlib.sha1(repr((b.data, b.root, b.weights, split, turns, pixels.fingerprint(found))).encode()).hexdigest()[:16]
     path = b.run / "features" / f"{b.data}-{split}-{name}.pt"
     try:
         kept = pixels.read_tensors(path)
@@ -558,26 +559,28 @@ def task(function):
         begun = time.perf_counter()
         with loo.processes(pixels.device_of(flags.get("device", "auto"))) as leader_first:
             b = bench(*args, **{k: v for k, v in flags.items() if k in names})._replace(leader_first=leader_first)
-            columns = ()
+            columns, said = (), []
             for found in function(b, **{k: v for k, v in flags.items() if k not in names}):
                 if loo.rank():
                     continue
-                say, keep = found.pop("say", None), found.pop("keep", True)
-                line = dict(run=b.run.name, task=function.__name__, data=b.data, root=b.key[1], label=None, on=None, feature=b.feature, method=b.config["method"],
+                keep = found.pop("keep", True)
+                said += filter(None, [found.pop("say", None)])
+                line = dict(run=b.run.name, task=function.__name__, data=b.data, root=b.root, label=None, on=None, feature=b.feature, method=b.config["method"],
                             groups=b.config["groups"], protocol="fast", shots=None, top1=None, top5=None, ci95=None, n_train=None, n_test=None,
                             seed=b.seed, seconds=round(time.perf_counter() - begun, 1)) | found
                 begun = time.perf_counter()
                 if keep:
-                    with open(b.run / "results.jsonl", "ab+") as file:
-                        cut = file.tell() and (file.seek(-1, 2), file.read())[1] != b"\n"   # a line that a kill cut short stays alone
-                        file.write(b"\n" * bool(cut) + json_.dumps(line).encode() + b"\n")
+                    kept = b.run / "results.jsonl"
+                    whole = not kept.exists() or kept.read_bytes()[-1:] in (b"", b"\n")
+                    with open(kept, "a") as file:
+                        file.write("\n" * (not whole) + json_.dumps(line) + "\n")        # a line that a kill cut short stays alone
                 if not columns:
                     columns = [k for k in PRINTED if k not in ("on", "shots", "gain", "gain95", "n_train") or line.get(k) is not None]
                     if not json:
                         print(f"| {' | '.join(PRINTED[k] for k in columns)} |\n" + "|---" * len(columns) + "|")
                 print(json_.dumps(line) if json else "| " + " | ".join(cell(line[k]) for k in columns) + " |", flush=True)
-                if say and not json:
-                    print(f"\n{say}\n", flush=True)
+            if said and not json:
+                print("\n" + "\n".join(said))
 
     json_flag = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
     command.__signature__ = inspect.Signature([common[0], *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own[1:]), *common[1:], json_flag])
@@ -594,12 +597,12 @@ def cell(x):
     return "-" if x is None else f"{x:.1f}" if isinstance(x, float) else str(x)
 
 
-def labels_of(b, label, least=1):
-    """The labels that are named, or else all that tell pictures apart. UserError where they are fewer than `least`."""
+def labels_of(b, label, more=(), least=1):
+    """The labels that are named, or else all that tell pictures apart, and `more`. UserError where they are fewer than `least`."""
     classes = b.split["train"].classes
-    found = [choose("label", one, tuple(classes)) for one in label] or pixels.told_apart(classes)
+    found = [choose("label", one, (*classes, *more)) for one in label] or [*pixels.told_apart(classes), *more]
     if len(found) < least:
-        raise UserError(f"the pictures of {b.key[1] or b.data} have no labels, which a sub-folder for each class would give them; without labels there are "
+        raise UserError(f"the pictures of {b.root or b.data} have no labels, which a sub-folder for each class would give them; without labels there are "
                         "the tasks rotation, spaces and retrieve --turn")
     return found
 
@@ -614,7 +617,9 @@ def result(logits, y, label, n_train, turns=1, **more):
 def probe(b, labels, turns, protocol, epochs, lr):
     """A linear classifier for each label, by either protocol -> results."""
     choose("protocol", protocol, ("fast", "paper"))
-    epochs = (100 if b.data == "inat2019" else 200) if epochs is None else epochs
+    if protocol == "fast" and (epochs, lr) != (None, None):
+        raise UserError("--epochs and --lr are of the paper's protocol: add --protocol=paper")
+    epochs, lr = (100 if b.data == "inat2019" else 200) if epochs is None else epochs, 30. if lr is None else lr
     if epochs < 1 or lr <= 0:
         raise UserError(f"--epochs={epochs} --lr={lr}: expected 1 or more, and more than 0")
     test, y_test = known(b, "test", turns)
@@ -626,26 +631,26 @@ def probe(b, labels, turns, protocol, epochs, lr):
             train = pixels.decoded(b.find("train"), b.workers, b.run.parent, shared=loo.ranks() > 1)     # where training left them, if it did
     for label in labels:
         k = len(names_of(b, label))
-        w, bias = (fast_probe(train, y[label], k, b.seed) if protocol == "fast" else
-                   paper_probe(b.encoder, train, label, b.config, b.seed, b.feature, epochs, lr))
+        w, bias = (fast_probe(train, y[label], k, b.seed, len(turns)) if protocol == "fast" else
+                   paper_probe(b, train, label, k, test.shape[1], epochs, lr))
         yield result(test @ w + bias, y_test[label], label, len(train if protocol == "fast" else train.images), len(turns), protocol=protocol)
 
 
 @task
-def linear(b, label: tuple = (), protocol: str = "fast", epochs: int = None, lr: float = 30.):
+def linear(b, label: tuple = (), protocol: str = "fast", epochs: int = None, lr: float = None):
     """A linear classifier on frozen features (section 4); every label of the data set if none is named.
 
     Args:
         label: labels with commas between
         protocol: fast (L-BFGS on cached features, L2 chosen on a held-out fifth) or paper (SGD on augmented pictures)
         epochs: of the paper's protocol: 200, or 100 on inat2019
-        lr: of the paper's protocol
+        lr: of the paper's protocol: 30
     """
     yield from probe(b, labels_of(b, label), (0,), protocol, epochs, lr)
 
 
 @task
-def rotation(b, protocol: str = "fast", epochs: int = None, lr: float = 30.):
+def rotation(b, protocol: str = "fast", epochs: int = None, lr: float = None):
     """Which of four quarter turns a picture was given (section 4): every picture is shown in all four.
 
     Args:
@@ -668,7 +673,7 @@ def knn(b, label: tuple = (), neighbours: int = 20):
         raise UserError(f"--neighbours={neighbours}: expected 1 or more")
     (x, y), (test, y_test) = known(b, "train"), known(b, "test")
     for name in labels_of(b, label):
-        yield result(nearest(x, y[name], len(names_of(b, name)), test, neighbours), y_test[name], name, len(x), protocol="knn")
+        yield result(nearest(x, y[name], len(names_of(b, name)), test, neighbours), y_test[name], name, len(x), protocol="knn") | {"top5": None}    # fewer may have a vote
 
 
 @task
@@ -685,11 +690,12 @@ def fewshot(b, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
     pool = [known(b, s) for s in ("train", "val") if s in b.split]
     test, y_test = known(b, "test")
     x, test = standardise(torch.cat([x for x, _ in pool]), test)     # by all of the pool, labels unseen
-    y = {name: (torch.cat([y[name] for _, y in pool]), len(names_of(b, name))) for name in labels_of(b, label)}
-    drawn = {(name, n): shots_of(*y[name], n, trials, b.seed) for name in y for n in map(int, shots)}   # too few pictures: before any result
+    y = {name: torch.cat([labels[name] for _, labels in pool]) for name in labels_of(b, label)}
+    classes = {name: len(names_of(b, name)) for name in y}
+    drawn = {(name, n): shots_of(y[name], classes[name], n, trials, b.seed) for name in y for n in map(int, shots)}   # too few pictures: before any result
     for (name, n), rows in drawn.items():
-        of, k = y[name]
-        w, bias = few_shot(x[rows], of[rows], k)
+        k = classes[name]
+        w, bias = few_shot(x[rows], y[name][rows], k)
         logits = [test @ one + c for one, c in zip(w, bias)]
         top1, top5 = ([accuracy(one, y_test[name], top) for one in logits] for top in (1, 5))
         yield dict(label=name, shots=n, top1=sum(top1) / trials, top5=sum(top5) / trials if k > 5 else None, ci95=interval(top1),
@@ -701,10 +707,11 @@ def among(logits, classes):
     return torch.full_like(logits, -math.inf).index_copy(1, classes, logits[:, classes])
 
 
-CELLS = [(name, severity) for names in pixels.IMAGENETC.values() for name in names for severity in range(1, 6)]
-SUMMARIES = {**{name: lambda n, s, name=name: n == name for names in pixels.IMAGENETC.values() for name in names},
-             **{f"{c}{more}": lambda n, s, names=names, least=least: n in names and s >= least
-                for c, names in [*pixels.IMAGENETC.items(), ("all corruptions", [n for n, _ in CELLS])] for more, least in (("", 1), (", severity 3+", 3))}}
+CELLS = list(itertools.product(CORRUPTIONS, range(1, 6)))
+SUMMARIES = {   # name: which cells it is the mean of
+    **{name: [n == name for n, _ in CELLS] for name in CORRUPTIONS},
+    **{name + more: [n in members and severity >= least for n, severity in CELLS]
+       for name, members in (*pixels.IMAGENETC.items(), ("all corruptions", tuple(CORRUPTIONS))) for more, least in (("", 1), (", severity 3+", 3))}}
 
 
 def corrupted_pictures(b, published, count=None):
@@ -752,7 +759,7 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
     mean, deviation = moments(train)
     head = {one: fast_probe((train - mean) / deviation, y[one], len(names_of(b, one)), b.seed) for one in labels}
     logits_of = lambda one, x: (x - mean) / deviation @ head[one][0] + head[one][1]
-    right = {one: torch.zeros(len(CELLS), n, 3) for one in labels}                 # top-1, top-5, whether it was seen
+    right, there = {one: torch.zeros(len(CELLS), n, 2) for one in labels}, torch.zeros(n)       # top-1 and top-5; a picture is there in all cells or in none
     for one in labels:
         say = f"the lengths in the corruptions' constants are scaled by {b.config['size']} / {SIDE}" if not published and one == labels[-1] else None
         yield result(logits_of(one, test), y_test[one], one, len(train), on="clean", protocol=source, say=say)
@@ -766,15 +773,15 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
     for cell, rows, crops, truth in corrupted_pictures(b, published, pictures):
         with torch.no_grad():
             x = pick(*loo.encode(b.encoder, crops), b.config, b.feature).float()
+        there[rows] = 1
         for one in labels:
             logits = logits_of(one, x).cpu()
-            right[one][cell, rows] = torch.stack([hits(logits, truth[one]), hits(logits, truth[one], 5), torch.ones(len(rows))], 1).float()
+            right[one][cell, rows] = torch.stack([hits(logits, truth[one]), hits(logits, truth[one], 5)], 1).float()
+    there = loo.summed(there) > 0
     for one in labels:
-        *right[one], seen = loo.summed(right[one]).unbind(2)
-        right[one] = torch.stack(right[one], 2).masked_fill(seen[..., None] == 0, math.nan)
-        for on, belongs in SUMMARIES.items():
-            each = right[one][[belongs(*cell) for cell in CELLS]].nanmean(0)              # (n 2)
-            each = each[~each[:, 0].isnan()].double() * 100
+        of_cells = loo.summed(right[one])[:, there].double() * 100
+        for on, cells in SUMMARIES.items():
+            each = of_cells[cells].mean(0)                                                # (n 2)
             top1, top5 = each.mean(0).tolist()
             yield dict(label=one, on=on, protocol=source, top1=top1, top5=top5 if len(names_of(b, one)) > 5 else None, ci95=spread(each[:, 0]),
                        n_train=len(train), n_test=len(each))
@@ -800,7 +807,7 @@ def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.):
     all_, *groups = loo.method_of(b.config).spaces or ("none",)
     if all_ != "all" or not groups:
         raise UserError(f"{b.run.name} was trained with {b.config['method']}, which has no space for each augmentation: use a looc or looc++ run")
-    for one in ["rotation" if one == "rotation" else labels_of(b, (one,))[0] for one in label] or [*labels_of(b, (), 0), "rotation"]:
+    for one in labels_of(b, label, ("rotation",)):
         turns = (0, 1, 2, 3) if one == "rotation" else (0,)
         (v, z, y), (v_test, z_test, y_test) = frozen(b, "train", turns), frozen(b, "test", turns)
         train, test = of_spaces(b.encoder, v, z, b.config, layer), of_spaces(b.encoder, v_test, z_test, b.config, layer)
@@ -808,7 +815,7 @@ def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.):
         right, gain = {}, {}
         for some in subsets:
             x, x_test = standardise(*(torch.cat([part[name] for name in some], 1).to(device_of(b.encoder)) for part in (train, test)))
-            w, bias = fast_probe(x, y[one].to(x.device), len(names_of(b, one)), b.seed)
+            w, bias = fast_probe(x, y[one].to(x.device), len(names_of(b, one)), b.seed, len(turns))
             logits = (x_test @ w + bias).cpu()
             right[some] = hits(logits, y_test[one]).view(len(turns), -1).mean(0)
             gain[some] = paired(right[some], right["all",])
@@ -847,12 +854,12 @@ def retrieve(b, against: str = None, label: tuple = (), queries: int = 8, neighb
         raise UserError(f"--queries={queries} --neighbours={neighbours}: expected 1 or more")
     if neighbours >= len(b.split["test"].images):
         raise UserError(f"--neighbours={neighbours}: there are {len(b.split['test'].images)} test pictures")
-    labels, path = [*labels_of(b, label, 0), *["rotation"] * turn], Path(out or b.run / "retrieve.png")
+    labels, path = [*labels_of(b, label, least=0), *["rotation"] * turn], Path(out or b.run / "retrieve.png")
     if path.is_dir():
         raise UserError(f"--out={out} is a folder; name a .png file")
     both = [b]
     if against:
-        other = bench(against, data=b.data, root=b.key[1], feature=b.feature, workers=b.workers, device=str(device_of(b.encoder)), seed=b.seed)
+        other = bench(against, data=b.data, root=b.root, feature=b.feature, workers=b.workers, device=str(device_of(b.encoder)), seed=b.seed)
         if other.config["size"] != b.config["size"]:
             raise UserError(f"--against={against} sees pictures of {other.config['size']} pixels, {b.run.name} of {b.config['size']}: name runs of one --size")
         both.append(other._replace(split=b.split))   # a folder that splits itself does so by each run's seed
@@ -889,6 +896,11 @@ def seen(b, i, turns):
     return (images[i] if torch.is_tensor(images) else images[i][0]).rot90(int(turns), (1, 2))
 
 
+NAMED = {"seed", "out", "device", "precision", "workers", "download", "method", "groups", "label",
+         "cache", "compile", "save_every", "textures"}   # not told apart by `table`, or named by it otherwise
+ALWAYS = inspect.signature(loo.train).parameters["always"].default
+
+
 def table(runs: tuple = ("runs/*",), paper: bool = False):
     """One Markdown table from the results of many runs: a row for each method, a column for each task and label.
 
@@ -903,7 +915,14 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
         raise UserError(f"--runs={','.join(runs)}: no results there; `python eval.py linear --run=DIR` writes some")
     configs = {p: json_.loads((p.parent / "config.json").read_text()) for p in found}
     lines = [(configs[p], line) for p in sorted(found, key=lambda p: p.stat().st_mtime) for line in loo.read_lines(p)]
-    value = lambda c, k: None if k == "root" and c["data"] != "folder" else c.get(k)      # a published set is the same wherever it is
+
+    def value(c, k):
+        if k == "root" and c["data"] != "folder":                # a published set is the same wherever it is
+            return None
+        if k == "always":                                        # a named group leaves this list: only what is beside that tells runs apart
+            changed = sorted({*c["always"], *c["groups"]} ^ {*ALWAYS, *c["groups"]})
+            return "default" + "".join(f" {'+' if name in c['always'] else '-'}{name}" for name in changed)
+        return c.get(k)
     unlike = lambda configs: [k for k in sorted({k for c in configs for k in c} - NAMED) if len({repr(value(c, k)) for c in configs}) > 1]
     if paper:
         lines = [(config, line) for config, line in lines if config["data"] == "imagenet100"]
@@ -913,17 +932,23 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
     cells, differs = defaultdict(dict), unlike(list(configs.values()))
     for config, line in lines:
         setting = ", ".join(f"{k} {value(config, k)}" for k in differs)
-        row = (line["method"], ", ".join(line["groups"]), line["feature"], setting)
+        method = f"{line['method']} ({config['label']})" if line["method"] == "supervised" else line["method"]
+        row = (method, ", ".join(line["groups"]), line["feature"], setting)
         elsewhere = line["data"] == "folder" and line.get("root", config["root"]) not in (None, config["root"])
         column = (line["data"] + f" {line.get('root')}" * elsewhere, line["task"], line["label"], line["shots"] or 0, line.get("on") or "", line["protocol"])
         cells[row, column][config["seed"]] = line["top1"]   # the last one counts
     rows, columns = sorted({r for r, _ in cells}), sorted({c for _, c in cells})
     several = len({c[0] for c in columns}) > 1
-    head = [f"{t} {l}" * (t != l) + t * (t == l) + f", {s} shots" * bool(s) + f" {o}" * bool(o) + f" ({p})" * (p in ("paper", "folder")) + f" on {d}" * several for d, t, l, s, o, p in columns]
+    head = [column_name(*column) + f" on {column[0]}" * several for column in columns]
     print("| method | groups | feature | differs in | seeds | " + " | ".join(head) + " |\n" + "|---" * (5 + len(head)) + "|")
     for row in rows:
         values = [list(cells[row, c].values()) for c in columns]
-        print(f"| {' | '.join(row)} | {max(map(len, values))} | " + " | ".join(mean_cell(v) for v in values) + " |")
+        print(f"| {' | '.join(row)} | {seeds_in(values)} | " + " | ".join(map(mean_cell, values)) + " |")
+
+
+def column_name(data, task, label, shots, on, protocol):
+    return "".join([task if task == label else f"{task} {label}", f", {shots} shots" if shots else "", f" {on}" if on else "",
+                    f" ({protocol})" if protocol in ("paper", "folder") else ""])
 
 
 # Where the paper's columns are found in results.jsonl: task, data, label, shots, on, value.
@@ -986,8 +1011,10 @@ def papers_tables(lines):
         print()
 
 
-NAMED = {"seed", "out", "device", "precision", "workers", "download", "method", "groups", "always", "label",
-         "cache", "compile", "save_every", "textures"}   # not told apart by `table`, or in a column
+def seeds_in(cells):
+    """How many values the cells of a row have, those that have any: "5", or "4 to 5" where they differ."""
+    counts = sorted({len(values) for values in cells if values})
+    return " to ".join(map(str, dict.fromkeys(counts[:1] + counts[-1:]))) or "0"
 
 
 def mean_cell(values):
@@ -1064,23 +1091,30 @@ def claims(budget: str = "small", *, seeds: int = 5, first: int = 21, jobs: int 
         raise UserError("claims starts processes of its own: call it with python, not torchrun")
     if results and not Path(results).is_file():
         raise UserError(f"--results={results}: no such file; leave the flag out to train")
-    chosen, path = range(first, first + seeds), Path(results or f"{out}/{budget}.jsonl")
+    chosen = range(first, first + seeds)
     if results:
-        return claimed_tables([line for line in loo.read_lines(path) if line.get("budget") == budget and line["seed"] in chosen], path)
+        there = loo.read_lines(Path(results))
+        if not (lines := [line for line in there if (line.get("budget"), line["seed"]) in itertools.product([budget], chosen)]):
+            held = sorted({f"{line.get('budget')} {line['seed']}" for line in there})
+            raise UserError(f"--results={results} has nothing of --budget={budget} and seeds {first} to {chosen[-1]}; it holds {', '.join(held) or 'no results'}")
+        return claimed_tables(lines)
     folder, cores = Path(out) / budget, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     chains, jobs = plan(folder, chosen, BUDGETS[budget]), jobs or (1 if torch.cuda.is_available() else min(cores, 8))
     try:
         run_all(list(filter(None, chains)), jobs, max(1, cores // jobs))
     finally:                                     # the tables so far, whatever ended it
-        lines = [line | {"budget": budget} for run in sorted(folder.glob("*/")) for line in results_of(run)]
-        pixels.write(path, "".join(json_.dumps(line) + "\n" for line in lines).encode())
-        if lines:
-            claimed_tables([line for line in lines if line["seed"] in chosen], path)
+        runs = [run for run in sorted(folder.glob("*/")) if not run.suffix]       # --fresh moves a run aside to NAME.1
+        lines = [line | {"budget": budget} for run in runs for line in results_of(run)]
+        pixels.write(Path(f"{out}/{budget}.jsonl"), "".join(json_.dumps(line) + "\n" for line in lines).encode())
+        if lines := [line for line in lines if line["seed"] in chosen]:
+            claimed_tables(lines)
 
 
 def results_of(run):
     """The results in a run folder, `seed` the training's."""
-    seed = json_.loads((run / "config.json").read_text())["seed"] if (run / "results.jsonl").exists() else None
+    if not (run / "results.jsonl").exists():
+        return []
+    seed = json_.loads((run / "config.json").read_text())["seed"]
     return [line | {"seed": seed} for line in loo.read_lines(run / "results.jsonl")]
 
 
@@ -1102,7 +1136,7 @@ def plan(out, seeds, flags):
         lines = results_of(run)
         for task, cells in tasks.items():
             label = {} if task == "rotation" else {"label": tuple(dict.fromkeys(label for _, (_, _, label, *_) in cells))}
-            if not all(seed in drawn_cell(lines, *cell) for cell in cells):
+            if not all(seed in factors_cell(lines, *cell) for cell in cells):
                 chain.append(command_of("eval.py", task, run=run, seed=seed, **label, **{"pictures": 1024} if task == "robust" else {}))
         chains.append(chain)
     return chains
@@ -1113,7 +1147,7 @@ def command_of(*words, **flags):
     return [*words, *(f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in flags.items())]
 
 
-def drawn_cell(lines, row, column):
+def factors_cell(lines, row, column):
     """A cell of TABLES on factors, {seed: value}, by the protocol that its task has when none is named."""
     return by_protocol(lines, row, column)[{"fewshot": "adam", "robust": "generated"}.get(column[0], "fast")]
 
@@ -1153,18 +1187,17 @@ def run_all(chains, jobs, threads):
         print("stopped; all that was done is kept, and the same command goes on", file=sys.stderr)
         raise SystemExit(128 + asked[0])
     if failed:
-        raise UserError(f"{len(failed)} of {total} commands failed; the first: {failed[0]}")
+        raise UserError(f"{len(failed)} of {total} commands failed; the same command goes on with what is left; the first: {failed[0]}")
 
 
-def claimed_tables(lines, path):
-    """Prints TABLES on factors, and under each what becomes of the paper's claims. lines: results, `seed` the training's, of the file `path`."""
-    if not lines:
-        raise UserError(f"{path}: no results of this budget and these seeds")
+def claimed_tables(lines):
+    """Prints TABLES on factors, and under each what becomes of the paper's claims. lines: results, `seed` the training's."""
     for (title, _, rows), (columns, said) in zip(TABLES, CLAIMS):
-        cells = {(name, c): drawn_cell(lines, row, ON_FACTORS[c]) for (name, row), c in itertools.product(rows.items(), columns)}
+        cells = {(name, c): factors_cell(lines, row, ON_FACTORS[c]) for (name, row), c in itertools.product(rows.items(), columns)}
         print(f"{title}, on factors\n\n| method | seeds | {' | '.join(columns)} |\n" + "|---" * (2 + len(columns)) + "|")
         for name in rows:
-            print(f"| {name} | {max(len(cells[name, c]) for c in columns)} | " + " | ".join(mean_cell(list(cells[name, c].values())) for c in columns) + " |")
+            values = [list(cells[name, c].values()) for c in columns]
+            print(f"| {name} | {seeds_in(values)} | " + " | ".join(map(mean_cell, values)) + " |")
         print()
         for claim, comparisons in said.items():
             verdict, evidence = decide(cells, comparisons)
@@ -1182,7 +1215,7 @@ def decide(cells, comparisons):
         ours, theirs = cells[row, column], cells[other, column]
         gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
         mean = sum(gains) / max(1, len(gains))
-        half, wide = (interval(gains), interval(gains, len(pairs))) if len(gains) > 1 else (math.inf, math.inf)
+        half, wide = interval(gains), interval(gains, len(pairs))
         # All must be above, so each is asked at 95%; one below is enough, which among many happens by chance
         verdict = "holds" if mean - half > least else "does not hold" if mean + wide < least else "cannot tell"
         bound = mean + wide if verdict == "does not hold" else mean - half

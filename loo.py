@@ -136,11 +136,14 @@ def resample(images, draw, size=None, aspect=None):
     b, c, h, w = images.shape
     size = size or h
     odd = on(images, (draw["turns"] % 2 == 1).nonzero().squeeze(1)) if "turns" in draw else ()     # found on the CPU: no GPU is waited for
-    draw, zeros = {k: on(images, p) for k, p in draw.items()}, images.new_zeros(b)
-    top, left, height, width = crop_box(draw, zeros + 1 if aspect is None else aspect) if "area" in draw else (zeros, zeros, zeros + 1, zeros + 1)
-    turns = draw.get("turns", zeros)
+    draw = {k: on(images, p) for k, p in draw.items()}
+    zeros, ones = images.new_zeros(b), images.new_ones(b)
+    top, left, height, width = zeros, zeros, ones, ones          # all of the canvas
+    if "area" in draw:
+        top, left, height, width = crop_box(draw, ones if aspect is None else aspect)
+    turns, flip = draw.get("turns", zeros), draw.get("flip", zeros.bool())
     rows = interpolation(top, height, (turns == 2) | (turns == 3), h, size)
-    cols = interpolation(left, width, draw.get("flip", zeros > 0) ^ ((turns == 1) | (turns == 2)), w, size)
+    cols = interpolation(left, width, flip ^ ((turns == 1) | (turns == 2)), w, size)
     out = products(images, rows, cols)
     if len(odd):
         out[odd] = out[odd].mT
@@ -174,6 +177,7 @@ def interpolation(start, extent, mirror, n, size):
     at = torch.arange(size, device=start.device)[:, None] + .5
     at = start + step * torch.where(mirror[:, None, None], size - at, at)            # (b size 1) centres, in pixels
     pixel = torch.arange(n, device=start.device) + .5
+    # As of a picture that was cropped first: what lies outside the box has no weight. 1e-4 forgives rounding.
     inside = (pixel > start - 1e-4) & (pixel < start + extent + 1e-4)
     weight = (1 - (pixel - at).abs() / step.clamp(min=1)).clamp(min=0) * inside
     return weight / weight.sum(-1, keepdim=True)
@@ -238,21 +242,17 @@ def color(images, draw):
 
     The pictures whose turn it is for an op go together; the draw says on the CPU which, so no GPU is waited for.
     """
-    factors = {op: on(images, draw[op.__name__]) for op in JITTER}
-    there = partial(on, images)
-    x, which = images, torch.arange(len(images))                           # x[i] is picture which[i]
-    for turn in draw["order"].unbind(1):
-        rows = [(turn[which] == i).nonzero().squeeze(1) for i in range(-1, len(JITTER))]
-        parts = [x.index_select(0, there(some)) for some in rows]
-        parts[1:] = [op(part, factors[op][there(which[some])]) for op, part, some in zip(JITTER, parts[1:], rows[1:])]
-        x, which = torch.cat(parts), which[torch.cat(rows)]
-    x, gray = x.index_select(0, there(which.argsort())), there(draw["gray"].nonzero().squeeze(1))
-    x[gray] = grayscale(x[gray]).expand(-1, 3, -1, -1)
-    return x
+    factors, out = {op: on(images, draw[op.__name__]) for op in JITTER}, images.clone()
+    for turn in draw["order"].unbind(1):                                       # (b,) the op whose turn it is, -1 none
+        for i, op in enumerate(JITTER):
+            rows = on(images, (turn == i).nonzero().squeeze(1))
+            out.index_copy_(0, rows, op(out.index_select(0, rows), factors[op][rows]))
+    gray = on(images, draw["gray"].nonzero().squeeze(1))
+    return out.index_copy_(0, gray, grayscale(out.index_select(0, gray)).expand(-1, 3, -1, -1))
 
 
 def blur(images, draw):
-    """Gaussian blur, edges reflected. sigma is in pixels of a 224-pixel picture and shrinks with it."""
+    """Gaussian blur, edges reflected. sigma is in pixels of a 224-pixel picture and shrinks with it: below 34 pixels nothing is blurred."""
     b, c, h, w = images.shape
     if 2. * w / 224 < .3:                        # no neighbour would weigh 1/255
         return images
@@ -283,20 +283,23 @@ def augment_groups(images, groups, share, generator, *, always=("crop", "flip", 
     """The query view and the key views of section 3.
 
     images (b c h w) float in [0, 1]; groups: names in GROUPS; share (v g) bool, True where key view v copies the query's draw
-    of group g; `always` are drawn independently for every view; aspect (b,) width / height before the picture was squashed
+    of group g; `always` are drawn independently for every view: put color there if it is no group, as `train` does, or pictures
+    can be matched by their colours; size: of the views, by default h; aspect (b,) width / height before the picture was squashed
     into its canvas; textures (b copy c h w) stylised copies, for the group of that name; rows (first, total): images are rows
     first.. of a global batch of `total`, and get its draws.
     -> query (b c size size), keys (v b c size size), draws {group: {parameter: (1+v b ...)}}, row 0 the query's.
-    Raises KeyError for an unknown name, ValueError for the group texture without textures.
+    Raises ValueError for an unknown name, and for the group texture without textures.
     """
     first, total = rows or (0, len(images))
     draws = cut(draw_groups(total, groups, share, generator, always), slice(None), slice(first, first + len(images)))
-    views = apply_groups(images, draws, size, aspect, textures)
+    views = apply_groups(images, draws, 1 + len(share), size, aspect, textures)
     return views[0], views[1:], draws
 
 
 def draw_groups(b, groups, share, generator, always):
     """The first half of augment_groups: numbers, no pixels -> {group: {parameter: (1+v b ...)}}, in the order of GROUPS."""
+    if unknown := {*groups, *always} - GROUPS.keys():
+        raise ValueError(f"no such augmentation: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
     draws = {}
     for name in sorted({*groups, *always}, key=list(GROUPS).index):
         flat = GROUPS[name][0]((1 + len(share)) * b, generator)
@@ -313,15 +316,14 @@ def cut(draws, views, rows):
     return {name: {k: x[views][:, rows] for k, x in draw.items()} for name, draw in draws.items()}
 
 
-def apply_groups(images, draws, size=None, aspect=None, textures=None):
-    """The second half of augment_groups: images (b c h w), draws {group: {parameter: (v b ...)}} -> views (v b c size size)."""
-    views = next((len(x) for draw in draws.values() for x in draw.values()), 1)
+def apply_groups(images, draws, views, size=None, aspect=None, textures=None):
+    """The second half of augment_groups: images (b c h w), draws {group: {parameter: (v b ...)}} of so many views -> views (v b c size size)."""
     x = repeat(images, "b c h w -> (v b) c h w", v=views)
     more = {resample: (size, None if aspect is None else repeat(aspect, "b -> (v b)", v=views)), texture: (textures,)}    # what is not drawn
     for apply, names in itertools.groupby(draws, key=lambda name: GROUPS[name][1]):
         draw = {k: rearrange(p, "v b ... -> (v b) ...") for name in names for k, p in draws[name].items()}
         x = apply(x, draw, *more.get(apply, ()))
-    if size and size != x.shape[-1]:             # nothing that resamples was asked for
+    if size and x.shape[-2:] != (size, size):    # nothing that resamples was asked for
         x = resample(x, {}, size)
     return rearrange(x, "(v b) c h w -> v b c h w", v=views)
 
@@ -345,8 +347,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         if len(x) % self.splits:
             raise ValueError(f"a batch of {len(x)} does not divide into {self.splits} BatchNorm splits")
-        mean, var = (s.detach().expand(self.splits, -1).clone() for s in (self.running_mean, self.running_var))
-        parts = [F.batch_norm(part, mean[i], var[i], self.weight, self.bias, True, self.momentum, self.eps)
+        mean, var = (s.repeat(self.splits, 1) for s in (self.running_mean, self.running_var))         # (splits f)
+        parts = [F.batch_norm(part, mean[i], var[i], self.weight, self.bias, True, self.momentum, self.eps)     # moves mean[i], var[i] in place
                  for i, part in enumerate(x.chunk(self.splits))]
         self.running_mean.copy_(mean.mean(0))
         self.running_var.copy_(var.mean(0))
@@ -382,7 +384,7 @@ class Encoder(nn.Module):
     def __init__(self, arch="resnet50", stem="imagenet", spaces=1, heads="mlp", hidden=2048, dim=128, splits=1):
         super().__init__()
         norm = partial(SplitBatchNorm2d, splits=splits)
-        nets = [resnet(arch, stem, norm) for _ in range(max(spaces, 1) if heads == "conv5" else 1)]
+        nets = [resnet(arch, stem, norm) for _ in range(spaces if heads == "conv5" else 1)]
         names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
         self.trunk = nn.Sequential(collections.OrderedDict((name, getattr(nets[0], name)) for name in names))
         self.tops = nn.ModuleList(net.layer4 for net in nets)   # separately built, or they would start identical
@@ -394,8 +396,9 @@ class Encoder(nn.Module):
     def forward(self, images):
         x = self.trunk(images)
         v = torch.stack([top(x).mean((2, 3)) for top in self.tops])              # (1 b d), or (s b d)
-        v_s = v.expand(max(len(self.w1), len(v)), -1, -1)                        # (s b d)
-        z = torch.vmap(mlp)(v_s, self.w1, self.b1, self.w2, self.b2) if len(self.w1) else v.new_zeros(0, len(x), self.w2.shape[1])
+        z = v.new_zeros(0, len(x), self.w2.shape[1])
+        if spaces := len(self.w1):
+            z = torch.vmap(mlp)(v.expand(spaces, -1, -1), self.w1, self.b1, self.w2, self.b2)           # (s b c)
         return rearrange(v, "s b d -> b (s d)"), F.normalize(at_least_float32(z), dim=-1)
 
 
@@ -422,14 +425,16 @@ def encode(encoder, images):
 
 
 def space_logits(q, k, queue, role, tau):
-    """near (s b v): the query against the same image's keys, unused ones -inf; far (s b n): against the queue."""
-    q = at_least_float32(q)
+    """The query against: positive (s b 1) its own key; near (s b v) the same image's other keys, the positive and unused ones -inf; far (s b n)
+    the queue."""
+    q, role = at_least_float32(q), role.to(q.device)
     k, queue = k.to(q.dtype), queue.to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         near = einsum(q, k, "s b c, s v b c -> s b v") / tau
         far = einsum(q, queue, "s b c, s n c -> s b n") / tau
-    unused = (role == 0)[:, None] if role.ndim == 2 else rearrange(role == 0, "s v b -> s b v")
-    return near.masked_fill(unused, -math.inf), far
+    near = near.masked_fill(rearrange(role == 0, "s v ... -> s (...) v"), -math.inf)
+    view = positive_view(role)[:, None, None].expand(-1, near.shape[1], 1)
+    return near.gather(2, view), near.scatter(2, view, -math.inf), far
 
 
 def multi_space_loss(q, k, queue, role, tau):
@@ -438,9 +443,9 @@ def multi_space_loss(q, k, queue, role, tau):
     q (s b c), k (s v b c), queue (s n c), all unit norm; role (s v), or (s v b) where it differs by image -> (s,).
     Float32 at least, whatever the autocast.
     """
-    near, far = space_logits(q, k, queue, role, tau)
-    positive = near.gather(2, positive_view(role)[:, None, None].expand(-1, near.shape[1], 1))
-    return (torch.logaddexp(near.logsumexp(2), far.logsumexp(2)) - positive.squeeze(2)).mean(1)
+    positive, near, far = space_logits(q, k, queue, role, tau)
+    total = torch.logaddexp(torch.cat([positive, near], 2).logsumexp(2), far.logsumexp(2))
+    return (total - positive.squeeze(2)).mean(1)
 
 
 def positive_view(role):
@@ -460,14 +465,11 @@ def queue_update(queue, pointer, keys):
 def watch(q, k, queue, role, tau):
     """How a space is doing, each (s,): how often the positive beats every near and every far negative, and the softmax's
     mass on the near and on the far negatives. Near mass is what pushes a space to keep its group."""
-    near, far = space_logits(q, k, queue, role, tau)
-    view = positive_view(role)[:, None, None].expand(-1, near.shape[1], 1)
-    positive = near.gather(2, view)
-    near = near.scatter(2, view, -math.inf)
-    mass = torch.cat([positive, near, far], 2).softmax(2)
-    return {"win": ((positive > near).all(2) & (positive > far).all(2)).float().mean(1),
-            "win_near": (positive > near).all(2).float().mean(1), "win_far": (positive > far).all(2).float().mean(1),
-            "mass_near": mass[:, :, 1:1 + near.shape[2]].sum(2).mean(1), "mass_far": mass[:, :, 1 + near.shape[2]:].sum(2).mean(1)}
+    positive, near, far = space_logits(q, k, queue, role, tau)
+    near_wins, far_wins = (positive > near).all(2), (positive > far).all(2)
+    _, mass_near, mass_far = torch.cat([positive, near, far], 2).softmax(2).split([1, near.shape[2], far.shape[2]], 2)
+    return {"win": (near_wins & far_wins).float().mean(1), "win_near": near_wins.float().mean(1), "win_far": far_wins.float().mean(1),
+            "mass_near": mass_near.sum(2).mean(1), "mass_far": mass_far.sum(2).mean(1)}
 
 
 @torch.no_grad()
@@ -492,13 +494,13 @@ def own(b):
     return torch.arange(b).chunk(ranks())[rank()]
 
 
-def gather(x, dim):
-    """(... b/N ...) of each rank -> (... b ...), in the order of ranks."""
+def gather(x):
+    """(s v b c) of each rank -> (s v B c), in the order of ranks. No gradient flows back: for keys only."""
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks())]
     dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts, dim)
+    return torch.cat(parts, 2)
 
 
 @torch.no_grad()
@@ -558,7 +560,7 @@ def processes(device, patience=60):
         store.wait([f"rank {i}" for i in range(size)], datetime.timedelta(seconds=patience))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were announced, and not all came within {patience} s "
-                        f"({str(error).splitlines()[0][:100]}): start as torchrun does, all of them, with the same MASTER_ADDR and MASTER_PORT") from None
+                        f"({pixels.first_line(error)}): start as torchrun does, all of them, with the same MASTER_ADDR and MASTER_PORT") from None
     gpu = torch.device(device)
     if gpu.type == "cuda":
         torch.cuda.set_device(gpu.index or 0)
@@ -578,14 +580,15 @@ def processes(device, patience=60):
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not re.search("gloo|nccl|connection|peer", str(error), re.IGNORECASE):
             raise
-        raise Lost(f"another process was lost: its own last words say why ({str(error).splitlines()[0][:100]})") from None
+        raise Lost(f"another process was lost: its own last words say why ({pixels.first_line(error)})") from None
     dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------- training
 
 # Defaults of a data set; any of them is also a flag. `factors` also serves folders and small sets: minutes on a CPU.
-# `imagenet100` is the paper's section 4.
+# `imagenet100` is the paper's section 4; factors departs from it so that near negatives weigh among few far ones (a short queue, a low tau) and
+# the key encoder keeps up within 1,152 steps (momentum).
 RECIPES = {
     "factors": dict(arch="small", stem="imagenet", size=32, epochs=18, batch=128, lr=.1, schedule="cosine", queue=128, tau=.1,
                     momentum=.99, weight_decay=5e-4, hidden=512, dim=64, splits=8),
@@ -614,12 +617,12 @@ def build(config, splits=1):
 
 def start(config, classes=0):
     """State before the first step: the key encoder is a copy of the query's, the queue holds random directions."""
+    method = method_of(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
         query = build(config, config["splits"] // ranks())
         classifier = nn.Linear(query.features, classes) if classes else nn.Identity()
-    method = method_of(config)
-    key = build(config, config["splits"] // ranks() * max(len(method.share), 1)).requires_grad_(False)   # statistics per (view, split)
+        key = build(config, config["splits"] // ranks() * max(len(method.share), 1)).requires_grad_(False)   # statistics per (view, split)
     key.load_state_dict(query.state_dict())
     place = partial(nn.Module.to, device=config["device"], dtype=dtype_of(config), memory_format=torch.channels_last)
     query, key, classifier = map(place, (query, key, classifier))
@@ -640,43 +643,44 @@ def dtype_of(config):
     return torch.float64 if config["precision"] == "float64" else torch.float32
 
 
-def shuffled(b, config, step):
-    """The order in which the key encoder sees the global batch, so that a BatchNorm split does not hold the same images for query and key."""
-    return torch.randperm(b, generator=generator("shuffle", config["seed"], step))
+def shuffled(config, step):
+    """(B,) the order in which the key encoder sees the global batch, so that a BatchNorm split does not hold the same images for query and key."""
+    return torch.randperm(config["batch"], generator=generator("shuffle", config["seed"], step))
 
 
 def needed(config, step):
-    """What this rank reads of the global batch -> its rows (m,), and where among them the queries (b,) and the keys (b,) are. A rank
-    draws the keys that its part of the shuffled order asks for, so no images travel between ranks."""
+    """What this rank reads of the global batch of B -> its rows (m,), and where among them its queries (b,) and keys (b,) are, b = B / ranks. A
+    rank draws the keys that its part of the shuffled order asks for, so no images travel between ranks."""
     queries = own(config["batch"])
-    keys = shuffled(config["batch"], config, step)[queries]
+    keys = shuffled(config, step)[queries]
     rows, where = torch.cat([queries, keys]).unique(return_inverse=True)
     return rows, *where.chunk(2)
 
 
-def contrastive(query, key, images, aspect, method, config, step, textures=None):
+def contrastive(query, key, images, aspect, config, step, textures=None):
     """The forward pass of section 3. images (m c h w) in [0, 1], aspect (m,), textures: the rows of the global batch that `needed` names, which
     alone is all of it -> q (s b c), k (s v b c) without gradient, the keys that enter the queue (s B c), role (s v [b]).
 
     Draws and shuffle are those of the global batch and depend on (seed, step) alone.
     """
-    b = config["batch"]
-    draws = draw_groups(b, method.groups, method.share, generator("views", config["seed"], step), config["always"])
+    B, method = config["batch"], method_of(config)
+    draws = draw_groups(B, method.groups, method.share, generator("views", config["seed"], step), config["always"])
     rows, q_at, k_at = needed(config, step)
 
-    def seen(views, at):
-        there = on(images, at)
-        return apply_groups(images[there], cut(draws, views, rows[at]), config["size"], aspect[there], None if textures is None else textures[there])
-    q_images, k_images = seen(slice(0, 1), q_at)[0], seen(slice(1, None), k_at)
+    def seen(first, last, at):
+        x = on(images, at)
+        return apply_groups(images[x], cut(draws, slice(first, last), rows[at]), last - first, config["size"], aspect[x], None if textures is None else textures[x])
+    q_images, k_images = seen(0, 1, q_at)[0], seen(1, 1 + len(method.share), k_at)
     with autocast(config):
         q = encode(query, q_images)[1]
     with torch.no_grad(), autocast(config):
         k = encode(key, rearrange(k_images, "v b c h w -> (v b) c h w"))[1]
-    k = gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)), 2)[:, :, on(images, shuffled(b, config, step).argsort())]
-    role = method.role.to(q.device)
+    k = gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)))[:, :, on(images, shuffled(config, step).argsort())]
+    role = method.role
     if config["drop_equal"] and (role < 0).any():
-        role = drop_equal(role, cut(draws, slice(None), own(b)), method)
-    return q, k[:, :, on(images, own(b))], k[torch.arange(len(k), device=k.device), positive_view(role)], role
+        role = drop_equal(role, cut(draws, slice(None), own(B)), method)
+    role = role.to(q.device)
+    return q, k[:, :, on(images, own(B))], k[torch.arange(len(k), device=k.device), positive_view(role)], role
 
 
 def drop_equal(role, draws, method):
@@ -685,22 +689,23 @@ def drop_equal(role, draws, method):
     role = repeat(role, "s v -> s v b", b=next(iter(draws[method.groups[0]].values())).shape[1]).clone()
     for space, name in enumerate(method.groups, 1):
         same = torch.stack([rearrange(x[1:] == x[0], "v b ... -> v b (...)").all(2) for x in draws[name].values()]).all(0)
-        role[space].masked_fill_(same.to(role.device) & (role[space] < 0), 0)
+        role[space].masked_fill_(same & (role[space] < 0), 0)
     return role
 
 
-def step(state, images, aspect, method, config, textures=None):
+def step(state, images, aspect, config, textures=None):
     """One step of LooC or a contrastive baseline: images, aspect, textures as `contrastive` -> State, (loss (s,), q, k, queue, role)."""
     ema(state.key, state.query, config["momentum"])
-    q, k, positives, role = contrastive(state.query, state.key, images, aspect, method, config, state.step, textures)
+    q, k, positives, role = contrastive(state.query, state.key, images, aspect, config, state.step, textures)
     loss = multi_space_loss(q, k, state.queue, role, config["tau"])
     descend(state.optimizer, loss.mean())
     queue, pointer = queue_update(state.queue, state.pointer, positives)
     return state._replace(queue=queue, pointer=pointer, step=state.step + 1), (loss.detach(), q.detach(), k, state.queue, role)
 
 
-def supervised_step(state, images, aspect, labels, method, config, textures=None):
+def supervised_step(state, images, aspect, labels, config, textures=None):
     """The supervised baseline: the query's augmentations, cross-entropy on labels (b,), or on the rotation drawn if None."""
+    method = method_of(config)
     images, _, draws = augment_groups(images, method.groups, method.share, generator("views", config["seed"], state.step), always=config["always"],
                                       size=config["size"], aspect=aspect, textures=textures, rows=(rank() * len(images), config["batch"]))
     labels = draws["rotation"]["turns"][0].to(images.device) if labels is None else labels
@@ -790,14 +795,14 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
     """
     config = settings(**locals())
     keep_freed_memory()
-    out, table = Path(config["out"]), method_of(config)
+    out = Path(config["out"])
     with processes(config["device"]) as leader_first, contextlib.ExitStack() as held:
         with leader_first():
             found = pixels.load(data, "train" if method == "supervised" else "pretrain", root=root, size=config["size"], canvas=canvas, seed=seed,
                                 download=download, workers=workers, cache=packed or out.parent, shared=ranks() > 1 or cache == "none" or bool(packed),
                                 texture="texture" in config["groups"] + config["always"], textures=textures, device=config["device"])
             found, kept = hold(found, config)
-            labels, classes = supervision(found, config)
+            labels, classes, config["label"] = supervision(found, config)
             n, batch = len(found.images), config["batch"]
             if n < batch:
                 raise UserError(f"--batch={batch} is more than the {n} training pictures of {root or data}: take a smaller multiple of "
@@ -813,13 +818,13 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
         if rank() == 0:
             if state.step == 0:
                 write(out / "config.json", dumps(config, indent=1).encode())
-                save_views(found, table, config, out / "views.png")
+                save_views(found, config, out / "views.png")
             link_latest(out)
             log = [line for line in read_lines(out / "log.jsonl") if line["step"] <= state.step]
             write(out / "log.jsonl", "".join(dumps(line) + "\n" for line in log).encode())
             introduce(state, config, found, kept)
         begun = time.perf_counter()
-        query = fit(state, found, labels, table, config, out, asked).query
+        query = fit(state, found, labels, config, out, asked).query
         if rank() == 0:
             export(query, out)
             print(f"trained in {time.perf_counter() - begun:.0f} s; wrote {out}: backbone.pt, heads.pt, checkpoint.pt, log.jsonl, config.json, views.png\n"
@@ -881,7 +886,13 @@ def hold(found, config):
         size = sum(x.numel() for x in (found.images, found.textures) if x is not None)
         fits = on_gpu(config) and size < torch.cuda.mem_get_info(config["device"])[0] / 2
         cache = "device" if fits else "none" if mapped else "host"
-    move = lambda x: x if x is None else x.to(config["device"]) if cache == "device" else x.clone() if cache == "host" and x.is_shared() else x
+    if cache == "none" and not mapped:           # factors: drawn, never on disk
+        cache = "host"
+
+    def move(x):
+        if x is None or cache == "none":
+            return x
+        return x.to(config["device"]) if cache == "device" else x.clone() if x.is_shared() else x
     return found._replace(images=move(found.images), textures=move(found.textures)), cache
 
 
@@ -889,7 +900,7 @@ class NotFinite(UserError):
     code = 3
 
 
-def fit(state, found, labels, table, config, out, asked=()):
+def fit(state, found, labels, config, out, asked):
     """The steps that are left -> State; labels (n,) of "supervised", else None. Logs to out/log.jsonl and saves to out/checkpoint.pt.
 
     A signal in `asked` ends it with a last checkpoint. NotFinite, before anything is saved, when loss or weights are not.
@@ -898,14 +909,15 @@ def fit(state, found, labels, table, config, out, asked=()):
     per_epoch = n // batch
     steps, first, begun = config["epochs"] * per_epoch, state.step, time.perf_counter()
     every = max(1, steps // 200)
-    save_every, seconds, timed = config["save_every"] or 20 * every, begun, first
+    save_every, spaces = config["save_every"] or 20 * every, method_of(config).spaces
+    logged_at, logged_step = begun, first
     one_ahead = ahead if on_gpu(config) else map     # on a CPU a second thread would only be in the way
     for rows, images, aspect, textures in one_ahead(partial(fetch, found, config), rows_of(config, n, first, steps)):
         lr_now = state.optimizer.param_groups[0]["lr"] = learning_rate(config, state.step / per_epoch)
         if config["method"] == "supervised":
-            state, (loss,) = supervised_step(state, images, aspect, None if labels is None else labels[rows].to(config["device"]), table, config, textures)
+            state, (loss,) = supervised_step(state, images, aspect, None if labels is None else labels[rows].to(config["device"]), config, textures)
         else:
-            state, (loss, *spaces) = step(state, images, aspect, table, config, textures)
+            state, (loss, *compared) = step(state, images, aspect, config, textures)
         state = state._replace(total=state.total + loss)
         number = agreed(asked[0] if asked else 0)
         saving = state.step % save_every == 0 or state.step == steps or number
@@ -916,17 +928,17 @@ def fit(state, found, labels, table, config, out, asked=()):
         if logging:
             line = {"step": state.step, "loss": (state.total / ((state.step - 1) % every + 1)).tolist()}   # the sum may begin before a resume
             line |= {"unreadable": len(found.missing)} if found.missing else {}
-            if table.spaces:
-                watched = watch(*spaces, config["tau"])
+            if spaces:
+                watched = watch(*compared, config["tau"])
                 line |= {k: x.tolist() for k, x in zip(watched, average([*watched.values()]))}
             now = time.perf_counter()
-            line |= {"lr": lr_now, "images_per_s": batch * (state.step - timed) / (now - seconds),
+            line |= {"lr": lr_now, "images_per_s": batch * (state.step - logged_step) / (now - logged_at),
                      "seconds_left": (now - begun) / (state.step - first) * (steps - state.step)}
-            seconds, timed, state = now, state.step, state._replace(total=torch.zeros_like(state.total))
+            logged_at, logged_step, state = now, state.step, state._replace(total=torch.zeros_like(state.total))
             if rank() == 0:
                 with open(out / "log.jsonl", "a") as file:
                     file.write(dumps(line) + "\n")
-                show(line, table.spaces or (config["label"],), steps, last=state.step == steps, plain=state.step % (20 * every) == 0)
+                show(line, spaces or (config["label"],), steps, last=state.step == steps, plain=state.step % (20 * every) == 0)
         if saving:
             save(state, config, out)
         if number and state.step < steps:
@@ -981,21 +993,21 @@ def alone(out):
         os.close(folder)
 
 
-def settings(*, method, groups, data, recipe, out, always, label, device, precision, cache, packed, fresh, **flags):
-    """The flags of `train` checked, and what they leave out filled in from the recipe -> config, plain data."""
+def settings(*, method, groups, data, recipe, out, always, same, label, device, precision, cache, packed, fresh, **flags):
+    """The flags of `train` checked, and what they leave out filled in from the recipe -> config, plain data. (packed and fresh are not of it.)"""
     pixels.choose("method", method, tuple(methods(())))
     pixels.choose("data", data, pixels.NAMES)
-    for name in (*groups, *always, *flags["same"]):
+    for name in (*groups, *always, *same):
         pixels.choose("groups" if name in groups else "always" if name in always else "same", name, tuple(GROUPS))
     if len(set(groups)) < len(groups):
         raise UserError(f"--groups={','.join(groups)} names a group twice")
-    if method == "moco_same" and not set(flags["same"]) & set(groups):
-        raise UserError(f"--same={','.join(flags['same'])}: none of --groups={','.join(groups)}, so there is nothing for query and key to share")
+    if method == "moco_same" and not set(same) & set(groups):
+        raise UserError(f"--same={','.join(same)}: none of --groups={','.join(groups)}, so there is nothing for query and key to share")
     if not groups and method in ("looc", "looc++"):
         raise UserError(f"--method={method} leaves one group out: name at least one, as in --groups=color,rotation")
     recipe = pixels.choose("recipe", recipe or (data if data in RECIPES else "factors"), tuple(RECIPES))
-    config = dict(method=method, groups=list(groups), data=data, recipe=recipe, always=[a for a in always if a not in groups], label=label,
-                  **{k: RECIPES[recipe].get(k) if v is None else list(v) if isinstance(v, tuple) else v for k, v in flags.items()})
+    config = dict(method=method, groups=list(groups), data=data, recipe=recipe, always=[a for a in always if a not in groups], same=list(same),
+                  label=label, **{k: RECIPES[recipe].get(k) if v is None else v for k, v in flags.items()})
     config["device"] = pixels.device_of(device)
     pixels.choose("precision", precision, ("auto", "float32", "bfloat16", "float64"))
     config["precision"] = precision if precision != "auto" else "bfloat16" if fast_bfloat16(config["device"]) else "float32"
@@ -1006,17 +1018,18 @@ def settings(*, method, groups, data, recipe, out, always, label, device, precis
     config["out"] = out or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
     pixels.choose("arch", config["arch"], ("small", *(a for a in torchvision.models.list_models(module=torchvision.models) if "resne" in a)))
     pixels.choose("stem", config["stem"], ("imagenet", "cifar"))
-    for flag in ("size", "epochs", "batch", "lr", "queue", "tau", "hidden", "dim", "splits"):
-        if not config[flag] > 0:
-            raise UserError(f"--{flag}={config[flag]}: expected more than 0")
-    for flag in ("canvas", "save_every"):
-        if config[flag] is not None and config[flag] <= 0:
+    if data == "factors" and flags["canvas"]:
+        raise UserError(f"--canvas={flags['canvas']}: factors is drawn as large as it is seen, at --size")
+    for flag in ("size", "epochs", "batch", "lr", "queue", "tau", "hidden", "dim", "splits", "canvas", "save_every"):
+        if config[flag] is not None and not config[flag] > 0:
             raise UserError(f"--{flag}={config[flag]}: expected more than 0")
     for flag in ("weight_decay", "workers"):
         if config[flag] < 0:
             raise UserError(f"--{flag}={config[flag]}: expected 0 or more")
     if config["textures"] and (data == "factors" or "texture" not in config["groups"] + config["always"]):
         raise UserError(f"--textures={flags['textures']}: name the group that reads it, as in --groups=color,texture; factors makes its own copies")
+    if data == "folder" and config["root"]:
+        pixels.keep_out("out", config["out"], config["root"])
     if Path(config["out"]).is_file():
         raise UserError(f"--out={config['out']} is a file; name a folder")
     if not 0 <= config["momentum"] <= 1:
@@ -1039,13 +1052,14 @@ def settings_with(**flags):
 
 
 def supervision(found, config):
-    """-> labels (n,) or None, how many classes: of "supervised" alone. label "rotation" is drawn with the query."""
+    """-> labels (n,) or None, how many classes, and the label's name: of "supervised" alone. label "rotation" is drawn with the query."""
     if config["method"] != "supervised":
-        return None, 0
-    config["label"] = label = pixels.choose("label", config["label"] or next(iter(found.labels)), (*found.labels, "rotation"))
+        return None, 0, config["label"]
+    known = (*pixels.told_apart(found.classes), "rotation")
+    label = pixels.choose("label", config["label"] or known[0], known)
     if label == "rotation" and "rotation" not in config["groups"]:
         raise UserError("--label=rotation: name rotation in --groups, so that it is drawn")
-    return (None, 4) if label == "rotation" else (found.labels[label], len(found.classes[label]))
+    return (None, 4, label) if label == "rotation" else (found.labels[label], len(found.classes[label]), label)
 
 
 def fast_bfloat16(device):
@@ -1055,12 +1069,13 @@ def fast_bfloat16(device):
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
-def save_views(found, method, config, path, count=12):
+def save_views(found, config, path):
     """Rows of the query and key views of a few pictures, each named by its space and what it shares with the query."""
-    some = torch.linspace(0, len(found.images) - 1, min(count, len(found.images))).long()    # of all classes, where they lie in order
+    n, method = len(found.images), method_of(config)
+    some = torch.linspace(0, n - 1, min(12, n)).long()           # of all classes, where they lie in order
     images, aspect, textures = (None if x is None else x[some.to(x.device)].cpu() for x in (found.images, found.aspect, found.textures))
     images, textures = images.float() / 255, None if textures is None else textures.float() / 255
-    query, keys, _ = augment_groups(images, config["groups"], method.share, generator("views", config["seed"], 0), always=config["always"],
+    query, keys, _ = augment_groups(images, method.groups, method.share, generator("views", config["seed"], 0), always=config["always"],
                                     size=config["size"], aspect=aspect, textures=textures)
     shared = [" + ".join(g for g, same in zip(method.groups, row) if same) or "nothing" for row in method.share.tolist()]
     spaces = [", ".join(name for name, row in zip(method.spaces, method.role.tolist()) if row[v] == 1) for v in range(len(shared))]
@@ -1163,7 +1178,7 @@ def link_latest(out):
 
 
 def export(encoder, out):
-    """backbone.pt: a plain state dict in torchvision's names (for conv5 heads with Z_0's layer4); heads.pt: all the rest."""
+    """backbone.pt: a plain state dict in torchvision's names (for conv5 heads with Z_0's layer4); heads.pt: every layer4 and the heads."""
     state = {k: v.cpu() for k, v in bare(encoder).state_dict().items()}
     backbone = {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
     backbone |= {k.replace("tops.0.", "layer4."): v for k, v in state.items() if k.startswith("tops.0.")}
@@ -1212,7 +1227,7 @@ def rig(config):
     bare_key = build(config, config["splits"]).to(device, dtype_of(config), memory_format=torch.channels_last)
     if config["compile"]:
         bare_key.compile()
-    canvas = config["canvas"] or round(config["size"] / pixels.kept(config["data"]))
+    canvas = round(config["size"] / pixels.kept(config["data"]))
     noise = lambda *shape: torch.randint(256, shape, dtype=torch.uint8, generator=generator("bench"))
     found, _ = hold(pixels.Data(noise(2 * b, 3, canvas, canvas), torch.ones(2 * b), {}, {},
                                 textures=noise(2 * b, 1, 3, canvas, canvas) if "texture" in method.groups else None), config)
@@ -1221,7 +1236,7 @@ def rig(config):
     _, canvases, aspect, textures = get()
     views = lambda: augment_groups(canvases, method.groups, method.share, generator("views", 0, 0), always=config["always"], size=config["size"],
                                    aspect=aspect, textures=textures)
-    q, k, positives, role = (x.detach() for x in contrastive(state.query, state.key, canvases, aspect, method, config, 0, textures))
+    q, k, positives, role = (x.detach() for x in contrastive(state.query, state.key, canvases, aspect, config, 0, textures))
 
     def query():
         with autocast(config):
@@ -1229,9 +1244,9 @@ def rig(config):
         z.sum().backward()
 
     @torch.no_grad()
-    def forward(encoder, views):
+    def forward(encoder, times):
         with autocast(config):
-            encode(encoder, images.repeat(views, 1, 1, 1))
+            encode(encoder, images.repeat(times, 1, 1, 1))
 
     def network():
         query()
@@ -1245,7 +1260,7 @@ def rig(config):
     def whole():
         nonlocal state
         _, images, aspect, textures = get()
-        state, _ = step(state, images, aspect, method, config, textures)
+        state, _ = step(state, images, aspect, config, textures)
     return {"fetch": get, "augment": views, "query": query, "keys": lambda: forward(state.key, len(method.share)), "loss": loss,
             "queue": lambda: queue_update(state.queue, 0, positives), "ema": lambda: ema(state.key, state.query, config["momentum"]),
             "optimizer": state.optimizer.step, "step": whole, "network": network}

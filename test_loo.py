@@ -154,6 +154,16 @@ def test_draws_do_not_depend_on_how_a_batch_is_cut():
         torch.testing.assert_close(keys, whole[1][:, rows], atol=1e-6, rtol=0)
 
 
+def test_views_are_counted_and_sized_whatever_is_drawn():
+    images = torch.rand(2, 3, 24, 16, generator=generator(0))
+    query, keys, draws = loo.augment_groups(images, (), torch.zeros(3, 0, dtype=torch.bool), generator(1), always=())
+    assert torch.equal(query, images) and torch.equal(keys, images.expand(3, -1, -1, -1, -1)) and not draws
+    query, keys, _ = loo.augment_groups(images, ("color",), torch.tensor([[True]]), generator(1), always=(), size=16)
+    assert query.shape == (2, 3, 16, 16) and torch.equal(keys[0], query)
+    with pytest.raises(ValueError, match="colour; there are texture, crop"):
+        loo.augment_groups(images, ("colour",), torch.tensor([[True]]), generator(1))
+
+
 def test_a_row_in_the_table_of_groups_gets_a_view_and_a_space(monkeypatch):
     def draw_invert(b, generator):
         return {"coin": torch.rand(b, generator=generator) < .5}
@@ -303,7 +313,20 @@ def small_step(**changed):
     config = {**CONFIG, **changed}
     images = data.factors("val", 32, 16).images / 255
     state = loo.start(config)
-    return config, images, state, loo.step(state, images, torch.ones(16), loo.methods(config["groups"])[config["method"]], config)
+    return config, images, state, loo.step(state, images, torch.ones(16), config)
+
+
+def test_a_start_leaves_no_trace_in_the_global_generator():
+    before = torch.random.get_rng_state()
+    loo.start(CONFIG)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_supervised_learns_a_label_that_tells_pictures_apart():
+    found = data.Data(None, None, {"class": torch.zeros(4)}, {"class": ["."]})
+    with pytest.raises(UserError, match="name rotation in --groups"):
+        loo.supervision(found, dict(CONFIG, method="supervised", label=None, groups=["color"]))
+    assert loo.supervision(found, dict(CONFIG, method="supervised", label=None)) == (None, 4, "rotation")
 
 
 def test_drop_equal_is_an_option_of_every_method():
@@ -334,7 +357,7 @@ def test_shuffled_keys_come_back_in_order():
     config, images, state, _ = small_step()
     method = loo.methods(ALL)["looc"]
     state.key.eval(), state.query.eval()
-    _, k, _, _ = loo.contrastive(state.query, state.key, images, torch.ones(16), method, config, 7)
+    _, k, _, _ = loo.contrastive(state.query, state.key, images, torch.ones(16), config, 7)
     views = loo.augment_groups(images, ALL, method.share, generator("views", 0, 7), always=config["always"], size=32)[1]
     with torch.no_grad():
         want = torch.stack([loo.encode(state.key, v)[1] for v in views], 1)
@@ -405,15 +428,15 @@ def twenty_steps(rank, size, port, out):
     with loo.processes("cpu"):
         for method, drop_equal in (("moco", False), ("looc", False), ("looc++", True), ("supervised", False)):
             config = dict(CONFIG, method=method, drop_equal=drop_equal, size=16, queue=24, precision="float64")
-            state, table, losses = loo.start(config, 3 if method == "supervised" else 0), loo.method_of(config), []
+            state, losses = loo.start(config, 3 if method == "supervised" else 0), []
             while state.step < 20:
                 batch = (torch.arange(16) + 7 * state.step) % 48
                 rows = batch[loo.own(16) if method == "supervised" else loo.needed(config, state.step)[0]]
                 some, aspect = images[rows], torch.linspace(.7, 1.4, 48)[rows]
                 if method == "supervised":
-                    state, (loss,) = loo.supervised_step(state, some, aspect, rows % 3, table, config)
+                    state, (loss,) = loo.supervised_step(state, some, aspect, rows % 3, config)
                 else:
-                    state, (loss, *_) = loo.step(state, some, aspect, table, config)
+                    state, (loss, *_) = loo.step(state, some, aspect, config)
                 losses += loo.average([loss.clone()])
             loo.save(state._replace(total=torch.stack(losses)), config, out / method)
             if rank == 0:
@@ -481,7 +504,7 @@ def test_any_mode_becomes_rgb(mode, tmp_path):
     picture = Image.new("I;16", (20, 10), 200 * 256) if mode == "I;16" else picture.convert("RGBA" if mode == "RGBA" else mode)
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     picture.save(path)
-    out = data.read_picture([path], 0, 0)
+    out = data.read_picture([path], 0)
     assert out.mode == "RGB" and out.size == (20, 10) and abs(out.getpixel((3, 3))[0] - (255 if mode == "1" else 200)) <= 1
 
 
@@ -491,7 +514,7 @@ def test_exif_orientation_is_honoured(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6   # turned a quarter to the right when shown
     picture.save(tmp_path / "x.jpg", exif=exif)
-    out = data.read_picture([tmp_path / "x.jpg"], 0, 0)
+    out = data.read_picture([tmp_path / "x.jpg"], 0)
     assert out.size == (20, 40) and out.getpixel((10, 5))[0] > 200 and out.getpixel((10, 35))[0] < 50
 
 
@@ -515,7 +538,7 @@ def test_folder_splits_by_path_and_skips_what_it_cannot_read(tmp_path, capsys):
     assert capsys.readouterr().err.count("warning: unreadable") == 1
     again = data.load("folder", "train", root=root, size=28)
     assert torch.equal(again.images, train.images)
-    names = lambda split: set(data.folder("folder", split, root)[0])
+    names = lambda split: set(data.folder(split, root)[0])
     before = names("train")
     (root / "class1" / "broken.jpg").unlink()    # other files keep their side
     assert not names("train") & names("val") and names("train") == before - {root / "class1" / "broken.jpg"}
@@ -526,6 +549,27 @@ def test_folder_with_train_and_val(tmp_path):
     assert data.splits("folder", tmp_path) == ("train", "val")
     val = data.load("folder", "val", root=tmp_path, size=28)
     assert len(val.images) == 15 and val.labels["class"].tolist() == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_pictures_that_lie_flat_beside_classes_are_named(tmp_path):
+    photo_tree(tmp_path / "train")
+    picture(tmp_path / "val" / "x.png")
+    with pytest.raises(data.UserError, match="no sub-folders; it needs those of .*train"):
+        data.find("folder", "val", root=tmp_path)
+
+
+def test_floating_point_pictures_are_refused_by_name(tmp_path):
+    Image.new("F", (8, 8), .5).save(tmp_path / "x.tif")
+    with pytest.raises(data.UserError, match="x.tif: .*8 or 16 bits"):
+        data.read_picture([tmp_path / "x.tif"], 0)
+
+
+def test_what_is_written_is_not_read_as_a_class(here):
+    photo_tree(here / "photos")
+    for line in ("train --data=folder --root=photos --out=photos/runs", "stylize --root=photos --out=photos/stylised"):
+        with pytest.raises(SystemExit, match="2"):
+            run(loo if "train" in line else data, line)
+    assert sorted(p.name for p in (here / "photos").iterdir()) == ["class0", "class1", "class2"]
 
 
 def test_a_class_has_the_same_number_in_every_split(tmp_path):
@@ -539,6 +583,7 @@ def test_a_class_has_the_same_number_in_every_split(tmp_path):
 
 def test_pictures_without_classes_can_be_trained_on(tmp_path):
     photo_tree(tmp_path, classes=1)
+    (tmp_path / "class0" / "._0.png").write_bytes(b"what macOS leaves beside a file")
     found = data.load("folder", "train", root=tmp_path / "class0", size=28)
     assert found.classes["class"] == ["."] and len(found.images) > 5
 
@@ -618,7 +663,7 @@ def few(monkeypatch):
 def labelled(name, split, root):
     """-> {path below root: label}"""
     found = data.find(name, split, root=root)
-    return {str(p.relative_to(root)): y for p, y in zip(found.images.fetch.args[0], found.labels["class"].tolist())}
+    return {str(p.relative_to(root)): y for p, y in zip(found.images.source, found.labels["class"].tolist())}
 
 
 def imagenet_tree(root, wnids, layout="folders"):
@@ -883,6 +928,9 @@ def test_copies_belong_to_their_pictures(tmp_path):
     files = data.find("folder", "train", root=tmp_path / "photos", size=12, canvas=12)
     copies = data.with_textures("folder", files, data.decoded(files), tmp_path / "photos", tmp_path / "copies", tmp_path).textures[:, :, 0, 6, 6]
     assert copies.tolist() == [[30 * i, 30 * i + 7] for i in (0, 1, 3, 4, 5, 6, 7)]
+    (tmp_path / "copies" / "train" / "a" / "3.png.1.jpg").write_bytes(b"broken")
+    with pytest.raises(UserError, match="3.png.1.jpg: .*remove it: `python data.py stylize` writes it again"):
+        data.with_textures("folder", files, data.decoded(files), tmp_path / "photos", tmp_path / "copies", tmp_path)
 
 
 def test_stylize_goes_on_and_training_reads_it(here, capsys):
@@ -920,6 +968,19 @@ def test_linear_probe_of_separable_features():
     assert judge.accuracy(x @ w + b, y) == 100
 
 
+def test_pictures_are_held_out_with_all_their_turns(monkeypatch):
+    x, y, seen = torch.arange(50.).repeat(4)[:, None], torch.arange(4).repeat_interleave(50), []      # a sample is its picture's number
+
+    def logistic(x, y, k, *_):
+        seen.append((x[:, 0].tolist(), y.tolist()))
+        return torch.zeros(1, k), torch.zeros(k)
+    monkeypatch.setattr(judge, "logistic", logistic)
+    judge.fast_probe(x, y, 4, seed=0, turns=4)
+    rest, labels = seen[0]
+    assert len(set(zip(rest, labels))) == 160 and all(rest.count(picture) == 4 for picture in rest)
+    assert len(seen[-1][0]) == 200
+
+
 def test_few_shot_trials_do_not_touch_each_other():
     x, y = torch.randn(3, 20, 5, generator=generator(0)), torch.arange(20).expand(3, 20) % 4
     together = judge.few_shot(x, y, 4, 50)
@@ -948,7 +1009,7 @@ def test_knn_is_a_naive_loop():
 
 def test_interval_is_students():
     assert judge.interval([1., 2., 3.]) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-3)
-    assert judge.interval([5.]) is None
+    assert judge.interval([5.]) == math.inf
     for freedom, tail, t in ((4, .005, 4.604095), (4, .001, 7.173182), (2, .005, 9.924843), (1, .0005, 636.6192)):   # from tables
         assert judge.student(freedom, tail) == pytest.approx(t, rel=1e-3)
     assert judge.interval([1., 2., 3.], of=5) == pytest.approx(9.924843 / math.sqrt(3), rel=1e-3)
@@ -1226,7 +1287,7 @@ SMALL = "--batch=64 --queue=64 --hidden=32 --dim=16"
     ("train --groups=colour", "color"), ("train --data=nope", "factors"), ("train --data=folder --root=/missing", "/missing"),
     ("train --root=.", "folder"), ("train --method=loco", "looc"), ("train --batch=100", "--splits=8"), ("train --lr=-1", "more than 0"),
     ("train --arch=resnet19", "resnet18"), ("train --schedule=cosinus", "cosine"), ("train --groups=color,color", "twice"), ("trian", "train"),
-    ("train --fresh=maybe", "true or false"), ("train epochs=3", "--epochs"), ("train --method=looc --groups=", "at least one"),
+    ("train --fresh=maybe", "true or false"), ("train epochs=3", "--epochs"), ("train --canvas=64", "--size"), ("train --method=looc --groups=", "at least one"),
     ("train --momentum=9", "0 to 1"), ("train --device=gpu", "cuda"), ("train --device=cuda:99", "CUDA devices"),
     ("train --method=moco_same --groups=color", "--same=rotation"), ("train --weight_decay=-1", "0 or more"),
     ("train --textures=.", "--groups=color,texture"), ("train --cache=disk", "device"), ("train --packed=nope", "data.py pack"),
@@ -1245,7 +1306,8 @@ def test_types_come_from_the_signature(here):
     def command(out: str = "x", groups: tuple = (), lr: float = 1., fresh: bool = False):
         got.append((out, groups, lr, fresh))
     data.command_line({"go": command}, ["go", "--out=1e3", "--groups=color", "--lr=3", "--fresh"])
-    assert got == [("1e3", ("color",), 3., True)]
+    data.command_line({"go": command}, ["go", "--out", "runs/lr=3"])
+    assert got == [("1e3", ("color",), 3., True), ("runs/lr=3", (), 1., False)]
 
 
 @pytest.mark.parametrize("method", ["looc", "looc++", "moco_same", "supervised"])
@@ -1443,7 +1505,7 @@ def test_augmentation_is_float32_whatever_the_network(monkeypatch):
     for precision in ("float32", "bfloat16"):
         config = {**CONFIG, "precision": precision, "always": ("crop", "flip", "blur"), "size": 64}
         state = loo.start(CONFIG)
-        loo.contrastive(state.query, state.key, data.factors("val", 64, 16).images / 255, torch.ones(16), loo.method_of(CONFIG), config, 0)
+        loo.contrastive(state.query, state.key, data.factors("val", 64, 16).images / 255, torch.ones(16), config, 0)
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(seen[:2], seen[2:]))
 
 
@@ -1482,7 +1544,7 @@ def test_features_leave_out_what_cannot_be_read(untrained, tmp_path):
 
 def test_shares_of_a_stream_are_all_of_it(tmp_path):
     found = data.factors("val", 8, 20)
-    parts = [rows for i in range(3) for rows, *_ in data.stream(found, batch=4, share=(i, 3))]
+    parts = [rows for i in range(3) for rows, *_ in data.stream(found, batch=4, part=(i, 3))]
     assert sorted(torch.cat(parts).tolist()) == list(range(20)) and [len(p) for p in parts] == [4] * 5
 
 
@@ -1600,7 +1662,9 @@ def test_robust_summarises_by_severity_and_category(untrained, capsys):
     for category, names in data.IMAGENETC.items():
         assert found[category]["top1"] == pytest.approx(mean(names))
     assert found["all corruptions"]["top1"] == pytest.approx(mean(sum(data.IMAGENETC.values(), ())))
-    assert not judge.SUMMARIES["noise, severity 3+"]("shot_noise", 2) and judge.SUMMARIES["noise, severity 3+"]("shot_noise", 3)
+    cells = {name: [cell for cell, inside in zip(judge.CELLS, chosen) if inside] for name, chosen in judge.SUMMARIES.items()}
+    assert cells["noise, severity 3+"] == [(name, s) for name in ("gaussian_noise", "shot_noise", "impulse_noise") for s in (3, 4, 5)]
+    assert cells["fog"] == [("fog", s) for s in range(1, 6)] and cells["all corruptions"] == judge.CELLS and len(judge.CELLS) == 75
     with pytest.raises(SystemExit):
         run(judge, "robust --source=folder")
     assert "--source=generated" in capsys.readouterr().err
@@ -1672,7 +1736,13 @@ def test_claims_print_what_the_results_hold(here, capsys):
     assert "| MoCo (color) | 2 |" in said and "| supervised | 0 | - | - |" in said
     assert [line.split("**")[1] for line in said.splitlines() if line.startswith("- ")] == [*["cannot tell"] * 5, "does not hold", *["holds"] * 5, *["cannot tell"] * 5]
     assert not Path("runs").exists()
-    for flags in ("--results=none.jsonl", "--results=all.jsonl --first=7", "--budget=tiny", "--seeds=0"):
+    with pytest.raises(SystemExit, match="2"):
+        run(judge, "claims --results=all.jsonl --first=7")
+    assert "nothing of --budget=small and seeds 7 to 11; it holds large 0, large 1, large 2, large 3, small 0" in capsys.readouterr().err
+    Path("all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if (line["seed"], line["label"]) != (2, "hue")))
+    run(judge, "claims --results=all.jsonl --first=1 --seeds=2")
+    assert "| LooC (color) | 1 to 2 |" in capsys.readouterr().out       # a cell may be missing
+    for flags in ("--results=none.jsonl", "--budget=tiny", "--seeds=0"):
         with pytest.raises(SystemExit, match="2"):
             run(judge, f"claims {flags}")
 
@@ -1696,6 +1766,15 @@ def test_claims_from_training_to_tables(here, monkeypatch, capsys):
     assert " - |" not in said and said.count("| 1 |") == 6
     run(judge, "claims --seeds=1 --out=claims")
     assert len(done) == 7 and {line["budget"] for line in loo.read_lines(Path("claims/small.jsonl"))} == {"small"}
+    aside = loo.set_aside(Path("claims/small/moco-color-21"))            # as --fresh does
+    assert len(judge.plan(Path("claims/small"), (21,), judge.BUDGETS["small"])[0]) == 5
+
+    def fail(chains, jobs, threads):
+        raise UserError("one failed")
+    monkeypatch.setattr(judge, "run_all", fail)
+    with pytest.raises(UserError, match="one failed"):                   # not "no results of these seeds"
+        judge.claims(seeds=1, first=31, out="claims")
+    assert aside.name == "moco-color-21.1" and {line["method"] for line in loo.read_lines(Path("claims/small.jsonl"))} == {"looc++"}
 
 
 def test_claims_run_commands_side_by_side_and_stop_together(here):
@@ -1800,13 +1879,26 @@ def test_table_keeps_folders_apart(here, capsys):
     """Runs on different folders, and one run judged on two, each in a cell of their own."""
     for name, root, line_root, top1 in (("a", "x", "x", 11.), ("b", "y", "y", 22.), ("b", "y", "x", 33.)):
         (here / name).mkdir(exist_ok=True)
-        (here / name / "config.json").write_text(json.dumps(dict(data="folder", root=root, seed=0)))
+        (here / name / "config.json").write_text(json.dumps(CONFIG | dict(data="folder", root=root, seed=0)))
         with open(here / name / "results.jsonl", "a") as file:
             file.write(json.dumps(dict(task="linear", data="folder", root=line_root, label="class", on=None, shots=None, method="looc", groups=["color"], feature="v",
                                        protocol="fast", top1=top1)) + "\n")
     run(judge, "table --runs=a,b")
     said = capsys.readouterr().out
     assert "| looc | color | v | root x | 1 | 11.0 | - |" in said and "| looc | color | v | root y | 1 | 22.0 | 33.0 |" in said and "linear class on folder x" in said
+
+
+def test_table_names_what_was_trained_unlike(here, capsys):
+    """A supervised run is named by what it learned, and `always` where it is not the default with the groups' own names left out."""
+    for name, label, always in (("a", "hue", ["crop", "flip", "blur"]), ("b", "object", ["crop", "flip", "blur"]), ("c", "object", ["crop", "flip"])):
+        (here / name).mkdir()
+        (here / name / "config.json").write_text(json.dumps(CONFIG | dict(method="supervised", label=label, groups=["color"], always=always, data="factors", root=None)))
+        (here / name / "results.jsonl").write_text(json.dumps(dict(task="linear", data="factors", label="hue", shots=None, method="supervised", groups=["color"],
+                                                                   feature="v", protocol="fast", top1=50.)))
+    run(judge, "table --runs=a,b,c")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [(row[0], row[3], row[4]) for row in rows] == [("| supervised (hue)", "always default", "1"), ("| supervised (object)", "always default", "1"),
+                                                          ("| supervised (object)", "always default -blur", "1")]
 
 
 def test_readmes_examples_run(here, monkeypatch):
