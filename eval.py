@@ -519,7 +519,7 @@ def frozen(b, split, turns=(0,)):
     """The split's v ((r n) d), z (s (r n) c) and labels {name: ((r n),)} of the pictures that could be read; also "rotation", the turns,
     and "picture", which of the split it is. Computed once for a run, data set, split and turns."""
     found = b.split[split]
-    name = hashlib.sha1(repr((b.data, b.root, b.weights, split, turns, pixels.fingerprint(found))).encode()).hexdigest()[:16]
+    name = hashlib.sha1(repr(((b.data, b.root, b.weights), split, turns, pixels.fingerprint(found))).encode()).hexdigest()[:16]
     path = b.run / "features" / f"{b.data}-{split}-{name}.pt"
     try:
         kept = pixels.read_tensors(path)
