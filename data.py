@@ -8,7 +8,6 @@
 Axes, one legend for the whole project: b image, v key view, g group, s space, d feature, c embedding (or colour channel),
 n queue slot or sample, t trial, h w pixel.
 """
-import contextlib
 import difflib
 import functools
 import hashlib
@@ -21,6 +20,7 @@ import random
 import signal
 import struct
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -251,7 +251,8 @@ def folder_of(root, name="folder"):
 
 def keep_out(flag, out, root):
     """UserError where the folder `out` lies in a tree of classes, and would be one of them the next time."""
-    if not (Path(root) / "train").is_dir() and Path(out).resolve().is_relative_to(Path(root).resolve()):
+    where, tree = Path(out).resolve(), Path(root).resolve()
+    if not (tree / "train").is_dir() and where.is_relative_to(tree) and not hidden(where.relative_to(tree)):
         raise UserError(f"--{flag}={out} lies in --root={root}, where it would be read as a class: name a folder outside it")
 
 
@@ -260,7 +261,11 @@ PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 
 def pictures(folder):
     """The pictures in a folder and below, sorted; nothing hidden, such as the ._NAME that macOS leaves beside a file."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and not hidden(p.relative_to(folder)))
+
+
+def hidden(path):
+    return any(part.startswith(".") for part in path.parts)
 
 
 def folder(split, root, seed=0):
@@ -742,7 +747,8 @@ def imagenet100(split, root):
     if split == "train" or any((top / wnid).is_dir() for wnid in IMAGENET100):
         return by_wnid(top), IMAGENET100
     label = {wnid: i for i, wnid in enumerate(IMAGENET100)}
-    truth = first_of("imagenet100", root, "LOC_val_solution.csv", "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt")
+    truth = first_of("imagenet100", root, "LOC_val_solution.csv",
+                     *(f"{kit}/ILSVRC2012_validation_ground_truth.txt" for kit in ("ILSVRC2012_devkit_t12/data", "data")))
     if truth.suffix == ".txt":
         ground = map(int, truth.read_text().split())
         wnid = {int(one["ILSVRC2012_ID"][0]): one["WNID"] for one in read_mat(truth.with_name("meta.mat"))["synsets"]}
@@ -955,8 +961,9 @@ PARSERS = {int: (int, "a whole number"), float: (float, "a number, such as 0.03"
 def command_line(commands, argv=None):
     """Run commands[argv[0]] with the flags in argv. All flags are checked against the function's signature, and typed by it,
     before anything runs; UserError becomes one line and exit code 2."""
-    with contextlib.suppress(ValueError):        # it is not the main thread
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))     # so that `finally` removes what is half written
+    # `finally` shall remove what is half written. (Other ranks write nothing, and a handler would wait until rank 0 comes.)
+    if os.environ.get("RANK", "0") == "0" and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     argv = ["--help" if word == "-h" else word for word in (sys.argv[1:] if argv is None else argv)]
     try:
         if argv and not argv[0].startswith("-") and argv[0] not in commands:
@@ -974,9 +981,10 @@ def command_line(commands, argv=None):
 
 
 def check_flags(command, parameters, argv):
-    for word in argv:
+    for before, word in zip(["", *argv], argv):
         if not word.startswith("--"):
-            if word.lstrip("-").partition("=")[0].replace("-", "_") in parameters and "=" in word:
+            value = before.startswith("--") and "=" not in before        # --flag value
+            if not value and (word.startswith("-") or "=" in word):
                 raise UserError(f"{word}: flags begin with two dashes, as in --{word.lstrip('-')}")
             continue
         flag = word[2:].partition("=")[0].replace("-", "_")
@@ -1052,13 +1060,14 @@ def write(path, content, keep=None):
             content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(aside, path)
     except (OSError, RuntimeError) as error:     # torch.save turns the one into the other
-        aside.unlink(missing_ok=True)
         needs = "" if callable(content) else f", which needs {len(content) / 2 ** 20:.1f} MB"
         raise UserError(f"cannot write {path}{needs}: {getattr(error, 'strerror', None) or error}") from None
-    if keep and path.exists():
-        os.replace(path, keep)
-    os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def pack(data: str = "folder", root: str = None, out: str = "runs", size: int = 224, canvas: int = None, workers: int = 2, download: bool = False, seed: int = 0):
@@ -1074,10 +1083,12 @@ def pack(data: str = "folder", root: str = None, out: str = "runs", size: int = 
         download: let torchvision fetch the data
         seed: of the folder's own split
     """
-    if min(size, 1 if canvas is None else canvas, workers + 1) < 1:
+    if size < 1 or canvas is not None and canvas < 1 or workers < 0:
         raise UserError(f"--size={size} --canvas={canvas} --workers={workers}: expected 1 or more, and 0 workers or more")
     if data == "factors":
         raise UserError("--data=factors is drawn by code: there is nothing to decode")
+    if data == "folder":
+        keep_out("out", out, folder_of(root))
     found = find(data, "pretrain", root=root, size=size, canvas=canvas, download=download, seed=seed)
     begun = time.perf_counter()
     packed = decoded(found, workers, out, shared=True)

@@ -571,9 +571,9 @@ def task(function):
                 begun = time.perf_counter()
                 if keep:
                     kept = b.run / "results.jsonl"
-                    whole = not kept.exists() or kept.read_bytes()[-1:] in (b"", b"\n")
+                    cut = kept.exists() and kept.read_bytes()[-1:] not in (b"", b"\n")
                     with open(kept, "a") as file:
-                        file.write("\n" * (not whole) + json_.dumps(line) + "\n")        # a line that a kill cut short stays alone
+                        file.write("\n" * cut + json_.dumps(line) + "\n")        # a line that a kill cut short stays alone
                 if not columns:
                     columns = [k for k in PRINTED if k not in ("on", "shots", "gain", "gain95", "n_train") or line.get(k) is not None]
                     if not json:
@@ -792,7 +792,7 @@ def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.):
     """Which invariances a task wants (the paper's table on concatenating spaces): a linear classifier on Z_0, the space named all, with any of
     the other spaces beside it and on each space alone, every one against Z_0 alone, on the same pictures.
 
-    The verdict under each label compares spaces of one size: what a group's space, invariant to all but that group, knows more than Z_0,
+    The verdicts, a line for each label under the table, compare spaces of one size: what a group's space, invariant to all but that group, knows more than Z_0,
     invariant to that group too. It "wants" a group if the whole paired 95% interval is above zero, is "better without" it if below. If the
     interval spans zero it "does not care" where all of it is within the margin, else one "cannot tell". Intervals are over test pictures, of one run.
 
@@ -1013,8 +1013,8 @@ def papers_tables(lines):
 
 def seeds_in(cells):
     """How many values the cells of a row have, those that have any: "5", or "4 to 5" where they differ."""
-    counts = sorted({len(values) for values in cells if values})
-    return " to ".join(map(str, dict.fromkeys(counts[:1] + counts[-1:]))) or "0"
+    counts = [len(values) for values in cells if values] or [0]
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def mean_cell(values):
@@ -1094,7 +1094,7 @@ def claims(budget: str = "small", *, seeds: int = 5, first: int = 21, jobs: int 
     chosen = range(first, first + seeds)
     if results:
         there = loo.read_lines(Path(results))
-        if not (lines := [line for line in there if (line.get("budget"), line["seed"]) in itertools.product([budget], chosen)]):
+        if not (lines := [line for line in there if line.get("budget") == budget and line["seed"] in chosen]):
             held = sorted({f"{line.get('budget')} {line['seed']}" for line in there})
             raise UserError(f"--results={results} has nothing of --budget={budget} and seeds {first} to {chosen[-1]}; it holds {', '.join(held) or 'no results'}")
         return claimed_tables(lines)

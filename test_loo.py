@@ -564,11 +564,24 @@ def test_floating_point_pictures_are_refused_by_name(tmp_path):
         data.read_picture([tmp_path / "x.tif"], 0)
 
 
-def test_what_is_written_is_not_read_as_a_class(here):
+def test_what_is_half_written_goes_when_it_is_stopped(here, monkeypatch):
     photo_tree(here / "photos")
-    for line in ("train --data=folder --root=photos --out=photos/runs", "stylize --root=photos --out=photos/stylised"):
+    stop = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(data, "decode", stop)
+    with pytest.raises(SystemExit, match="143"):
+        run(data, "pack --root=photos --size=28")
+    with pytest.raises(SystemExit, match="143"):
+        data.write(here / "runs" / "x.pt", lambda file: (file.write(b"half"), stop()))
+    assert not list((here / "runs").iterdir())
+
+
+def test_what_is_written_is_not_read_as_a_class(here, capsys):
+    photo_tree(here / "photos")
+    for line in ("train --data=folder --root=photos --out=photos/runs --batch=8 --splits=1", "stylize --root=photos --out=photos/stylised", "pack --root=photos --out=photos/x"):
         with pytest.raises(SystemExit, match="2"):
             run(loo if "train" in line else data, line)
+        assert "would be read as a class" in capsys.readouterr().err
+    data.keep_out("out", "photos/.runs", "photos")
     assert sorted(p.name for p in (here / "photos").iterdir()) == ["class0", "class1", "class2"]
 
 
@@ -1287,7 +1300,8 @@ SMALL = "--batch=64 --queue=64 --hidden=32 --dim=16"
     ("train --groups=colour", "color"), ("train --data=nope", "factors"), ("train --data=folder --root=/missing", "/missing"),
     ("train --root=.", "folder"), ("train --method=loco", "looc"), ("train --batch=100", "--splits=8"), ("train --lr=-1", "more than 0"),
     ("train --arch=resnet19", "resnet18"), ("train --schedule=cosinus", "cosine"), ("train --groups=color,color", "twice"), ("trian", "train"),
-    ("train --fresh=maybe", "true or false"), ("train epochs=3", "--epochs"), ("train --canvas=64", "--size"), ("train --method=looc --groups=", "at least one"),
+    ("train --fresh=maybe", "true or false"), ("train epochs=3", "--epochs"), ("train --canvas=64", "--size"),
+    ("train -epochs=3", "two dashes"), ("train --epochs=3 lr=2", "two dashes"), ("train --method=looc --groups=", "at least one"),
     ("train --momentum=9", "0 to 1"), ("train --device=gpu", "cuda"), ("train --device=cuda:99", "CUDA devices"),
     ("train --method=moco_same --groups=color", "--same=rotation"), ("train --weight_decay=-1", "0 or more"),
     ("train --textures=.", "--groups=color,texture"), ("train --cache=disk", "device"), ("train --packed=nope", "data.py pack"),
@@ -1308,6 +1322,8 @@ def test_types_come_from_the_signature(here):
     data.command_line({"go": command}, ["go", "--out=1e3", "--groups=color", "--lr=3", "--fresh"])
     data.command_line({"go": command}, ["go", "--out", "runs/lr=3"])
     assert got == [("1e3", ("color",), 3., True), ("runs/lr=3", (), 1., False)]
+    data.command_line({"go": command}, ["go", "--out", "lr=.1", "--fresh"])
+    assert got[2] == ("lr=.1", (), 1., True)
 
 
 @pytest.mark.parametrize("method", ["looc", "looc++", "moco_same", "supervised"])
@@ -1579,7 +1595,7 @@ def test_papers_protocol(here, capsys):
 
 
 @pytest.mark.parametrize("line, right", [("linear --run=nope", "nope"), ("linear --label=hues", "hue"), ("linear --feature=colour", "color"),
-                                         ("linear --shots=5", "--shots"), ("linear --protocol=papers", "paper"), ("fewshot --shots=five", "numbers"),
+                                         ("linear --shots=5", "--shots"), ("linear --protocol=papers", "paper"), ("linear --epochs=3", "--protocol=paper"), ("fewshot --shots=five", "numbers"),
                                          ("fewshot --shots=1,5000", "--shots=5000"),
                                          ("retrieve --neighbours=5000", "128"), ("fewshot --shots=", "numbers"), ("retrieve --out=.", "folder"),
                                          ("robust --corrupted=.", "--source=generated"), ("linear --workers=-1", "0 or more"),
