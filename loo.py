@@ -425,16 +425,15 @@ def encode(encoder, images):
 
 
 def space_logits(q, k, queue, role, tau):
-    """The query against: positive (s b 1) its own key; near (s b v) the same image's other keys, the positive and unused ones -inf; far (s b n)
-    the queue."""
+    """near (s b v): the query against the same image's keys, unused ones -inf; far (s b n): against the queue; positive (s b 1): which key
+    view is the positive."""
     q, role = at_least_float32(q), role.to(q.device)
     k, queue = k.to(q.dtype), queue.to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         near = einsum(q, k, "s b c, s v b c -> s b v") / tau
         far = einsum(q, queue, "s b c, s n c -> s b n") / tau
     near = near.masked_fill(rearrange(role == 0, "s v ... -> s (...) v"), -math.inf)
-    view = positive_view(role)[:, None, None].expand(-1, near.shape[1], 1)
-    return near.gather(2, view), near.scatter(2, view, -math.inf), far
+    return near, far, positive_view(role)[:, None, None].expand(-1, near.shape[1], 1)
 
 
 def multi_space_loss(q, k, queue, role, tau):
@@ -443,9 +442,8 @@ def multi_space_loss(q, k, queue, role, tau):
     q (s b c), k (s v b c), queue (s n c), all unit norm; role (s v), or (s v b) where it differs by image -> (s,).
     Float32 at least, whatever the autocast.
     """
-    positive, near, far = space_logits(q, k, queue, role, tau)
-    total = torch.logaddexp(torch.cat([positive, near], 2).logsumexp(2), far.logsumexp(2))
-    return (total - positive.squeeze(2)).mean(1)
+    near, far, positive = space_logits(q, k, queue, role, tau)
+    return (torch.logaddexp(near.logsumexp(2), far.logsumexp(2)) - near.gather(2, positive).squeeze(2)).mean(1)
 
 
 def positive_view(role):
@@ -465,9 +463,10 @@ def queue_update(queue, pointer, keys):
 def watch(q, k, queue, role, tau):
     """How a space is doing, each (s,): how often the positive beats every near and every far negative, and the softmax's
     mass on the near and on the far negatives. Near mass is what pushes a space to keep its group."""
-    positive, near, far = space_logits(q, k, queue, role, tau)
-    near_wins, far_wins = (positive > near).all(2), (positive > far).all(2)
-    _, mass_near, mass_far = torch.cat([positive, near, far], 2).softmax(2).split([1, near.shape[2], far.shape[2]], 2)
+    near, far, positive = space_logits(q, k, queue, role, tau)
+    best, near = near.gather(2, positive), near.scatter(2, positive, -math.inf)          # (s b 1), and its rivals (s b v)
+    near_wins, far_wins = (best > near).all(2), (best > far).all(2)
+    _, mass_near, mass_far = torch.cat([best, near, far], 2).softmax(2).split([1, near.shape[2], far.shape[2]], 2)
     return {"win": (near_wins & far_wins).float().mean(1), "win_near": near_wins.float().mean(1), "win_far": far_wins.float().mean(1),
             "mass_near": mass_near.sum(2).mean(1), "mass_far": mass_far.sum(2).mean(1)}
 
