@@ -1391,7 +1391,8 @@ def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
 
 def program(line, pictures=400, ranks=None):
     """The training as a process of its own, or as `ranks` of them under torchrun, on few pictures."""
-    Path("program.py").write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import data, loo; data.FACTORS['train'] = {pictures}; "
+    Path("program.py").write_text("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "    # a shell's & ignores it
+                                  f"sys.path.insert(0, {str(Path(__file__).parent)!r}); import data, loo; data.FACTORS['train'] = {pictures}; "
                                   f"data.command_line({{'train': loo.train}})")
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     return subprocess.Popen([sys.executable, *launch, "program.py", *line.split()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
