@@ -2,7 +2,7 @@
 
     python data.py sheet                       # docs/factors.png, a labelled sheet of the pictures drawn by code
     python data.py check --data=cub200 --root=DIR   # is a downloaded set whole?
-    python data.py pack --data=folder --root=DIR    # decode once, for every later training
+    python data.py pack --data=folder --root=DIR    # decode once, for later trainings
     python data.py stylize --data=folder --root=DIR # copies without their texture, for --groups=texture
 
 Axes, one legend for the whole project: b image, v key view, g group, s space, d feature, c embedding (or colour channel),
@@ -243,6 +243,8 @@ def splits(name, root=None):
 
 
 def folder_of(root, name="folder"):
+    if name == "flowers102" and Path("downloads/flowers-102").is_dir():          # where --download leaves it
+        root = root or "downloads"
     if not root or not Path(root).is_dir():
         holds = f"with what {PUBLISHED[name][1]} gives" if name in PUBLISHED else "with one sub-folder of pictures for each class"
         raise UserError((f"--root={root}: no such folder; " if root else "") + f"--data={name} needs --root=DIR {holds}")
@@ -450,7 +452,8 @@ def fingerprint(found):
     if torch.is_tensor(found.images):
         return hashlib.sha1(found.images.numpy()).hexdigest()
     source = found.images.source                 # paths, or a data set of torchvision's
-    files = [(os.path.abspath(p), (stat := p.stat()).st_size, stat.st_mtime_ns) for p in source] if isinstance(source, (tuple, list)) else repr(source)
+    real = functools.cache(os.path.realpath)     # of folders: the same pictures through a link
+    files = [(os.path.join(real(p.parent), p.name), (stat := p.stat()).st_size, stat.st_mtime_ns) for p in source] if isinstance(source, (tuple, list)) else repr(source)
     return hashlib.sha1(repr((files, found.images.side, found.images.share)).encode()).hexdigest()
 
 

@@ -678,7 +678,8 @@ def knn(b, label: tuple = (), neighbours: int = 20):
 
 @task
 def fewshot(b, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
-    """A linear classifier of all classes from a few pictures of each, drawn from train + val; mean and 95% interval over trials.
+    """A linear classifier of all classes from a few pictures of each, drawn from train + val (section 4); mean and 95% interval over trials.
+    Features are standardised by all of train + val, without their labels.
 
     Args:
         label: labels with commas between; every label if none is named

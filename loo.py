@@ -757,7 +757,7 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
     Args:
         method: looc, looc++, moco, moco_same, moco++ or supervised; see `python loo.py methods`
         groups: augmentation groups, one space each; with moco, what it is made invariant to
-        data: factors (drawn by code), folder, or a torchvision set such as cifar10
+        data: factors (drawn by code), folder, imagenet100 or another of the paper's sets (python data.py check), or torchvision's, such as cifar10
         root: where the data is
         out: run folder, by default runs/METHOD-GROUPS-DATA
         recipe: whose defaults to take, by default the data set's own, else those of factors

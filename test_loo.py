@@ -762,6 +762,14 @@ def test_flowers102_needs_no_scipy(few, tmp_path):
         data.find("flowers102", "test", root=root)
 
 
+def test_pictures_behind_a_link_are_the_same_pictures(few, tmp_path):
+    """So what was decoded from one path is found from the other."""
+    cub_tree(tmp_path / "there")
+    (tmp_path / "link").symlink_to("there")
+    one, same, other = (data.fingerprint(data.find("cub200", split, root=tmp_path / name)) for split, name in (("train", "there"), ("train", "link"), ("test", "link")))
+    assert one == same != other
+
+
 @pytest.mark.parametrize("above", ["images", "objectnet-1.0/images", "."])
 def test_objectnet13_has_no_border_and_imagenets_labels(above, few, tmp_path):
     for name in [*data.OBJECTNET13, "banana"]:
@@ -1640,9 +1648,9 @@ def test_every_task_runs_on_imagenet100(untrained, few, capsys):
 
 
 def test_papers_transfer_tasks_run(untrained, few, capsys):
-    """Two shots of Flowers' classes are there only in train and val together."""
-    flowers_tree(untrained), cub_tree(untrained)
-    run(judge, "fewshot --data=flowers102 --root=. --shots=2 --trials=2 --json")
+    """Two shots of Flowers' classes are there only in train and val together. Without --root it is where --download leaves it."""
+    flowers_tree(untrained / "downloads"), cub_tree(untrained)
+    run(judge, "fewshot --data=flowers102 --shots=2 --trials=2 --json")
     run(judge, "linear --data=cub200 --root=. --json")
     few_shot, linear = results(untrained)
     assert (few_shot["n_train"], few_shot["n_test"], few_shot["shots"]) == (6, 6, 2) and (linear["n_train"], linear["n_test"]) == (6, 3)
