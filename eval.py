@@ -1193,6 +1193,7 @@ def run_all(chains, jobs, threads):
 
 def claimed_tables(lines):
     """Prints TABLES on factors, and under each what becomes of the paper's claims. lines: results, `seed` the training's."""
+    verdicts = []
     for (title, _, rows), (columns, said) in zip(TABLES, CLAIMS):
         cells = {(name, c): factors_cell(lines, row, ON_FACTORS[c]) for (name, row), c in itertools.product(rows.items(), columns)}
         print(f"{title}, on factors\n\n| method | seeds | {' | '.join(columns)} |\n" + "|---" * (2 + len(columns)) + "|")
@@ -1203,7 +1204,9 @@ def claimed_tables(lines):
         for claim, comparisons in said.items():
             verdict, evidence = decide(cells, comparisons)
             print(f"- {claim}: **{verdict}**. {evidence}")
+            verdicts.append(verdict)
         print()
+    print(f"{len(verdicts)} claims: " + ", ".join(f"{v} {verdicts.count(v)}" for v in ("holds", "does not hold", "cannot tell")))
 
 
 def decide(cells, comparisons):

@@ -1760,6 +1760,7 @@ def test_claims_print_what_the_results_hold(here, capsys):
     assert f"| LooC (color) | 2 | {41.5 + 7 * len('hue') % 13:.1f} +- {half:.1f} |" in said
     assert "| MoCo (color) | 2 |" in said and "| supervised | 0 | - | - |" in said
     assert [line.split("**")[1] for line in said.splitlines() if line.startswith("- ")] == [*["cannot tell"] * 5, "does not hold", *["holds"] * 5, *["cannot tell"] * 5]
+    assert said.splitlines()[-1] == "16 claims: holds 5, does not hold 1, cannot tell 10"
     assert not Path("runs").exists()
     with pytest.raises(SystemExit, match="2"):
         run(judge, "claims --results=all.jsonl --first=7")
