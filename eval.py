@@ -1127,8 +1127,9 @@ def plan(out, seeds, flags):
         for row, column in itertools.product(rows.values(), columns):
             method, groups, feature, *_ = row
             wanted[method, groups or ("color",)][ON_FACTORS[column][0] if feature == "v" else "spaces"].append((row, ON_FACTORS[column]))
-    chains = []
-    for seed, ((method, groups), tasks) in itertools.product(seeds, wanted.items()):
+    chains, heads = [], {name: method.heads for name, method in loo.methods(()).items()}
+    longest = sorted(wanted.items(), key=lambda one: (heads[one[0][0]] != "conv5", -len(one[0][1])))      # first, so that no core waits for it at the end
+    for seed, ((method, groups), tasks) in itertools.product(seeds, longest):
         run = out / f"{method}-{'+'.join(groups)}-{seed}"
         given = dict(method=method, groups=groups, seed=seed, out=str(run), **{"label": "object"} if method == "supervised" else {}, **flags)
         if (run / "config.json").exists():
