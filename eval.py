@@ -96,16 +96,16 @@ def of_spaces(encoder, v, z, config, layer):
 
 
 def logistic(x, y, k, l2, iterations=500, start=None):
-    """Multinomial logistic regression by L-BFGS: x (n d), y (n,) of k classes -> w (d k), b (k,).
+    """Multinomial logistic regression by L-BFGS: x (n d), y (n,) of k classes -> w (k d), b (k,).
 
     Minimises mean cross-entropy + l2 / 2 * |w|^2, as scikit-learn's LogisticRegression at C = 1 / (n l2), from `start` (w, b).
     """
-    w, b = (p.clone().requires_grad_() for p in start or (x.new_zeros(x.shape[1], k), x.new_zeros(k)))
+    w, b = (p.clone().requires_grad_() for p in start or (x.new_zeros(k, x.shape[1]), x.new_zeros(k)))
     optimizer = torch.optim.LBFGS([w, b], max_iter=iterations, history_size=20, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(x @ w + b, y) + l2 / 2 * w.square().sum()
+        loss = F.cross_entropy(F.linear(x, w, b), y) + l2 / 2 * w.square().sum()     # with w (d k) four classes took three times as long
         loss.backward()
         return loss
     optimizer.step(closure)
@@ -114,7 +114,7 @@ def logistic(x, y, k, l2, iterations=500, start=None):
 
 def fast_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
     """The L2 weight chosen on a fifth of the training pictures, each with all its turns, then all of them: x ((r n) d), y ((r n),) of k classes
-    -> w (d k), b (k,)."""
+    -> w (k d), b (k,)."""
     n = len(x) // turns
     order = torch.randperm(n, generator=pixels.generator("held out", seed))
     held, rest = ((some + n * torch.arange(turns)[:, None]).flatten() for some in (order[: n // 5], order[n // 5:]))
@@ -122,14 +122,14 @@ def fast_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
     tried, start = [], None
     for l2 in grid:                              # from strong to weak, each from the one before: the short way down
         start = logistic(rest, y_rest, k, l2, 60, start)
-        tried.append((accuracy(held @ start[0] + start[1], y_held), l2, start))
+        tried.append((accuracy(F.linear(held, *start), y_held), l2, start))
     _, l2, start = max(tried, key=lambda one: one[0])
     return logistic(x, y, k, l2, 300, start)
 
 
 def paper_probe(b, found, label, k, d, epochs, lr, batch=256):
     """The paper's protocol: SGD on crops and flips of the decoded pictures `found` through the frozen encoder, lr x0.1 at 60% and 80%, no
-    weight decay; k classes of `label`, a feature of d -> w (d k), b (k,). label "rotation": every picture is given a random quarter turn, and
+    weight decay; k classes of `label`, a feature of d -> w (k d), b (k,). label "rotation": every picture is given a random quarter turn, and
     not flipped (that would turn 90 degrees into 270)."""
     device, turn, n = device_of(b.encoder), label == "rotation", len(found.images)
     if n < batch:
@@ -148,7 +148,7 @@ def paper_probe(b, found, label, k, d, epochs, lr, batch=256):
                 x = pick(*loo.encode(b.encoder, loo.resample(images, {"turns": y}) if turn else images), b.config, b.feature).float()
             optimizer.param_groups[0]["lr"] = lr * .1 ** ((epoch >= .6 * epochs) + (epoch >= .8 * epochs))
             loo.descend(optimizer, F.cross_entropy(layer(x), y))
-    return layer.weight.detach().T, layer.bias.detach()
+    return layer.weight.detach(), layer.bias.detach()
 
 
 def few_shot(x, y, k, iterations=250, lr=.03):
@@ -631,9 +631,9 @@ def probe(b, labels, turns, protocol, epochs, lr):
             train = pixels.decoded(b.find("train"), b.workers, b.run.parent, shared=loo.ranks() > 1)     # where training left them, if it did
     for label in labels:
         k = len(names_of(b, label))
-        w, bias = (fast_probe(train, y[label], k, b.seed, len(turns)) if protocol == "fast" else
-                   paper_probe(b, train, label, k, test.shape[1], epochs, lr))
-        yield result(test @ w + bias, y_test[label], label, len(train if protocol == "fast" else train.images), len(turns), protocol=protocol)
+        head = (fast_probe(train, y[label], k, b.seed, len(turns)) if protocol == "fast" else
+                paper_probe(b, train, label, k, test.shape[1], epochs, lr))
+        yield result(F.linear(test, *head), y_test[label], label, len(train if protocol == "fast" else train.images), len(turns), protocol=protocol)
 
 
 @task
@@ -759,7 +759,7 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
     n = len((published[0] if published else b.split["test"]).images)
     mean, deviation = moments(train)
     head = {one: fast_probe((train - mean) / deviation, y[one], len(names_of(b, one)), b.seed) for one in labels}
-    logits_of = lambda one, x: (x - mean) / deviation @ head[one][0] + head[one][1]
+    logits_of = lambda one, x: F.linear((x - mean) / deviation, *head[one])
     right, there = {one: torch.zeros(len(CELLS), n, 2) for one in labels}, torch.zeros(n)       # top-1 and top-5; a picture is there in all cells or in none
     for one in labels:
         say = f"the lengths in the corruptions' constants are scaled by {b.config['size']} / {SIDE}" if not published and one == labels[-1] else None
@@ -816,8 +816,7 @@ def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.):
         right, gain = {}, {}
         for some in subsets:
             x, x_test = standardise(*(torch.cat([part[name] for name in some], 1).to(device_of(b.encoder)) for part in (train, test)))
-            w, bias = fast_probe(x, y[one].to(x.device), len(names_of(b, one)), b.seed, len(turns))
-            logits = (x_test @ w + bias).cpu()
+            logits = F.linear(x_test, *fast_probe(x, y[one].to(x.device), len(names_of(b, one)), b.seed, len(turns))).cpu()
             right[some] = hits(logits, y_test[one]).view(len(turns), -1).mean(0)
             gain[some] = paired(right[some], right["all",])
             line = result(logits, y_test[one], one, len(x), len(turns), feature="+".join(some), on=None if b.config["method"] == "looc++" else layer,
