@@ -1126,16 +1126,16 @@ def plan(out, seeds, flags):
         for row, column in itertools.product(rows.values(), columns):
             method, groups, feature, *_ = row
             wanted[method, groups or ("color",)][ON_FACTORS[column][0] if feature == "v" else "spaces"].append((row, ON_FACTORS[column]))
-    chains, heads = [], {name: method.heads for name, method in loo.methods(()).items()}
-    longest = sorted(wanted.items(), key=lambda one: (heads[one[0][0]] != "conv5", -len(one[0][1])))      # first, so that no core waits for it at the end
-    for seed, ((method, groups), tasks) in itertools.product(seeds, longest):
+    chains, work = [], {(name, groups): (method.heads == "conv5", len(method.share)) for name, groups in wanted for method in [loo.methods(groups)[name]]}
+    longest = sorted(wanted, key=work.get, reverse=True)        # first, so that no core waits for it at the end
+    for seed, (method, groups) in itertools.product(seeds, longest):
         run = out / f"{method}-{'+'.join(groups)}-{seed}"
         given = dict(method=method, groups=groups, seed=seed, out=str(run), **{"label": "object"} if method == "supervised" else {}, **flags)
         if (run / "config.json").exists():
             loo.same_settings(loo.settings_with(**given), json_.loads((run / "config.json").read_text()), run)
         chain = [] if (run / "heads.pt").exists() else [command_of("loo.py", "train", **given)]
         lines = results_of(run)
-        for task, cells in tasks.items():
+        for task, cells in wanted[method, groups].items():
             label = {} if task == "rotation" else {"label": tuple(dict.fromkeys(label for _, (_, _, label, *_) in cells))}
             if not all(seed in factors_cell(lines, *cell) for cell in cells):
                 chain.append(command_of("eval.py", task, run=run, seed=seed, **label, **{"pictures": 1024} if task == "robust" else {}))
