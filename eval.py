@@ -1126,8 +1126,11 @@ def plan(out, seeds, flags):
         for row, column in itertools.product(rows.values(), columns):
             method, groups, feature, *_ = row
             wanted[method, groups or ("color",)][ON_FACTORS[column][0] if feature == "v" else "spaces"].append((row, ON_FACTORS[column]))
-    chains, work = [], {(name, groups): (method.heads == "conv5", len(method.share)) for name, groups in wanted for method in [loo.methods(groups)[name]]}
-    longest = sorted(wanted, key=work.get, reverse=True)        # first, so that no core waits for it at the end
+
+    def work(row):
+        method = loo.methods(row[1])[row[0]]
+        return method.heads == "conv5", len(method.share)
+    chains, longest = [], sorted(wanted, key=work, reverse=True)        # first, so that no core waits for it at the end
     for seed, (method, groups) in itertools.product(seeds, longest):
         run = out / f"{method}-{'+'.join(groups)}-{seed}"
         given = dict(method=method, groups=groups, seed=seed, out=str(run), **{"label": "object"} if method == "supervised" else {}, **flags)
