@@ -1127,8 +1127,9 @@ def plan(out, seeds, flags):
             method, groups, feature, *_ = row
             wanted[method, groups or ("color",)][ON_FACTORS[column][0] if feature == "v" else "spaces"].append((row, ON_FACTORS[column]))
 
-    def work(row):
-        method = loo.methods(row[1])[row[0]]
+    def work(kind):
+        name, groups = kind
+        method = loo.methods(groups)[name]
         return method.heads == "conv5", len(method.share)
     chains, longest = [], sorted(wanted, key=work, reverse=True)        # first, so that no core waits for it at the end
     for seed, (method, groups) in itertools.product(seeds, longest):
