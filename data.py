@@ -95,7 +95,7 @@ def factors(split, size=32, count=None):
 
     Labels: object (12), hue (16 bins), texture (4 fills), species = object x hue (192). Nuisances: position, scale, tilt,
     light, background, noise. Every object has details of its own (bent strokes, four gray marks), so that an image can be told
-    from all others without its colour. Splits are disjoint draws; "viewpoint" stands for what ObjectNet is to ImageNet: objects turned
+    from all others without its colour, and is lit from above, strongly enough that a turn changes more than the outline. Splits are disjoint draws; "viewpoint" stands for what ObjectNet is to ImageNet: objects turned
     further in the picture plane (a deviation of 40 degrees, not 11) on other backgrounds (coloured, not nearly gray).
     """
     n = count or FACTORS[split]
@@ -109,9 +109,9 @@ def factors(split, size=32, count=None):
     look = dict(
         strokes=strokes,
         marks=torch.cat([rand(4, 2, low=-.8, high=.8), rand(4, 1, low=.15, high=.3), rand(4, 1)], -1),
-        fill=fill, fill_angle=rand(high=math.tau), fill_period=rand(low=.4, high=.9), fill_depth=rand(low=.2, high=.6), fill_shift=rand(2),
+        fill=fill, fill_angle=rand(high=math.tau), fill_period=rand(low=.4, high=.9), fill_depth=rand(low=.4, high=.9), fill_shift=rand(2),
         hue=(hue + rand(low=.2, high=.8)) / HUES, saturation=rand(low=.4), value=rand(low=.5),
-        centre=normal(2, std=.08), scale=rand(low=.75, high=1.), tilt=normal(std=.2), light=normal(std=.5), relief=rand(low=.2, high=.5),
+        centre=normal(2, std=.08), scale=rand(low=.75, high=1.), tilt=normal(std=.2), light=normal(std=.3), relief=rand(low=.8, high=1.6),
         ground=torch.stack([rand(), rand(high=.1), rand(low=.25, high=.85)], -1), horizon=normal(std=.3), haze=rand(low=-.02, high=.08))
     if split == "viewpoint":
         look |= dict(tilt=normal(std=.7), ground=torch.stack([rand(), rand(high=.3), rand(low=.25, high=.85)], -1))
