@@ -93,10 +93,11 @@ FACTORS = {"train": 8192, "val": 2048, "test": 4096, "viewpoint": 4096}
 def factors(split, size=32, count=None):
     """Pictures of one object each, drawn from known factors -> Data of `count` (FACTORS[split]) pictures (n 3 size size).
 
-    Labels: object (12), hue (16 bins), texture (4 fills), species = object x hue (192). Nuisances: position, scale, tilt,
-    light, background, noise. Every object has details of its own (bent strokes, four gray marks), so that an image can be told
-    from all others without its colour, and is lit from above, strongly enough that a turn changes more than the outline. Splits are disjoint draws; "viewpoint" stands for what ObjectNet is to ImageNet: objects turned
-    further in the picture plane (a deviation of 40 degrees, not 11) on other backgrounds (coloured, not nearly gray).
+    Labels: object (12), hue (16 bins), texture (4 fills), species = object x hue (192). Nuisances: position, scale, tilt, light, background,
+    noise. Every object has details of its own (bent strokes, four gray marks), so that an image can be told from all others without its colour;
+    light from above (within some 17 degrees) makes a turn change more than its outline. Splits are disjoint draws; "viewpoint" stands for what
+    ObjectNet is to ImageNet: objects turned further in the picture plane (a deviation of 40 degrees, not 11) on other backgrounds (coloured, not
+    nearly gray).
     """
     n = count or FACTORS[split]
     g = generator("factors", split)
