@@ -151,10 +151,9 @@ def resample(images, draw, size=None, aspect=None):
 
 
 def products(images, rows, cols):
-    """rows @ images @ cols^T of each picture and channel: images (b c h w), rows (b k h), cols (b l w) -> (b c k l), without a copy between."""
-    tall = cols @ rearrange(images, "b c h w -> b (c h) w").mT
-    wide = rearrange(tall, "b l (c h) -> b (l c) h", c=images.shape[1]) @ rows.mT
-    return rearrange(wide, "b (l c) k -> b c k l", c=images.shape[1])
+    """rows @ images @ cols^T of each picture and channel: images (b c h w), rows (b k h), cols (b l w) -> (b c k l), contiguous."""
+    wide = rearrange(images, "b c h w -> b (c h) w") @ cols.mT
+    return rows[:, None] @ rearrange(wide, "b (c h) l -> b c h l", c=images.shape[1])
 
 
 def crop_box(draw, aspect):
@@ -179,8 +178,8 @@ def interpolation(start, extent, mirror, n, size):
     pixel = torch.arange(n, device=start.device) + .5
     # As of a picture that was cropped first: what lies outside the box has no weight. 1e-4 forgives rounding.
     inside = (pixel > start - 1e-4) & (pixel < start + extent + 1e-4)
-    weight = (1 - (pixel - at).abs() / step.clamp(min=1)).clamp(min=0) * inside
-    return weight / weight.sum(-1, keepdim=True)
+    weight = (pixel - at).abs_().div_(-step.clamp(min=1)).add_(1).clamp_(min=0).mul_(inside)
+    return weight.div_(weight.sum(-1, keepdim=True))
 
 
 def texture(images, draw, textures):
@@ -213,7 +212,7 @@ def brightness(images, factor):
 
 
 def contrast(images, factor):
-    return blend(images, grayscale(images).mean((1, 2, 3), keepdim=True), factor)
+    return blend(images, grayscale(images.mean((2, 3), keepdim=True)), factor)       # the mean of the gray is the gray of the mean
 
 
 def saturation(images, factor):
@@ -228,10 +227,11 @@ def hue(images, shift):
     from_red = (g + b).sub_(r).sub_(low).div_(chroma.clamp(min=1e-8)).add_(1)          # sixths of the circle, 0 to 3: no branch on which is highest
     at = torch.copysign(from_red, g - b).add_(6 * shift[:, None, None])
     at.sub_((at / 6).round_(), alpha=6)                                               # in [-3, 3]; `%` would be twice as slow
-    out, base = torch.empty_like(images), low - chroma
-    for channel, from_channel in zip(out.unbind(1), (at.abs(), (at - 2).abs_(), (at + 2).abs_())):
-        torch.addcmul(base, chroma, from_channel.sub_(3).abs_().clamp_(1, 2), out=channel)
-    return out
+    out = torch.empty_like(images)
+    for channel, offset in zip(out.unbind(1), (0, 2, -2)):
+        torch.sub(at, offset, out=channel)
+    out.abs_().sub_(3).abs_().clamp_(1, 2)
+    return torch.addcmul((low - chroma)[:, None], chroma[:, None], out, out=out)
 
 
 JITTER = (brightness, contrast, saturation, hue)   # torchvision's ColorJitter draws their order for each picture
