@@ -182,15 +182,15 @@ def interpolation(start, extent, mirror, n, size):
     return weight.div_(weight.sum(-1, keepdim=True))
 
 
-def texture(images, draw, textures):
-    """Style transfer (section 3), made beforehand: textures (n copy c h w) are the stylised copies; images (b c h w), b a multiple of n
-    -> (b c h w). ValueError without textures."""
+def texture(images, draw, textures, at):
+    """Style transfer (section 3), made beforehand: textures (b copy c h w) are the stylised copies; images (n c h w), image i is of picture
+    at[i] of the b -> (n c h w). ValueError without textures."""
     if textures is None:
         raise ValueError("the group texture needs `textures`, the stylised copies (b copy c h w)")
     rows = draw["stylised"].nonzero().squeeze(1)
     copy = (draw["copy"][rows] * textures.shape[1]).long()
-    out = images.clone()
-    out[on(images, rows)] = textures[on(images, rows % len(textures)), on(images, copy)]
+    out, rows = images.clone(), on(images, rows)
+    out[rows] = textures[at[rows], on(images, copy)]
     return out
 
 
@@ -291,8 +291,10 @@ def augment_groups(images, groups, share, generator, *, always=("crop", "flip", 
     Raises ValueError for an unknown name, and for the group texture without textures.
     """
     first, total = rows or (0, len(images))
-    draws = cut(draw_groups(total, groups, share, generator, always), slice(None), slice(first, first + len(images)))
-    views = apply_groups(images, draws, 1 + len(share), size, aspect, textures)
+    draws = cut(draw_groups(total, groups, share, generator, always), slice(first, first + len(images)))
+    flat = {name: {k: rearrange(x, "v b ... -> (v b) ...") for k, x in draw.items()} for name, draw in draws.items()}
+    views = apply_groups(images, torch.arange(len(images)).repeat(1 + len(share)), flat, size, aspect, textures)
+    views = rearrange(views, "(v b) c h w -> v b c h w", b=len(images))
     return views[0], views[1:], draws
 
 
@@ -311,21 +313,22 @@ def draw_groups(b, groups, share, generator, always):
     return draws
 
 
-def cut(draws, views, rows):
-    """The draws of some views, and of some rows of the batch: {group: {parameter: (v b ...)}} -> the same, smaller."""
-    return {name: {k: x[views][:, rows] for k, x in draw.items()} for name, draw in draws.items()}
+def cut(draws, rows):
+    """The draws of some rows of the batch: {group: {parameter: (v b ...)}} -> the same, smaller."""
+    return {name: {k: x[:, rows] for k, x in draw.items()} for name, draw in draws.items()}
 
 
-def apply_groups(images, draws, views, size=None, aspect=None, textures=None):
-    """The second half of augment_groups: images (b c h w), draws {group: {parameter: (v b ...)}} of so many views -> views (v b c size size)."""
-    x = repeat(images, "b c h w -> (v b) c h w", v=views)
-    more = {resample: (size, None if aspect is None else repeat(aspect, "b -> (v b)", v=views)), texture: (textures,)}    # what is not drawn
+def apply_groups(images, at, draws, size=None, aspect=None, textures=None):
+    """The second half of augment_groups: view i is of picture at[i], by row i of the draws. images (b c h w), at (n,), draws {group: {parameter:
+    (n ...)}} -> views (n c size size)."""
+    at = on(images, at)
+    x = images.index_select(0, at)
+    more = {resample: (size, None if aspect is None else aspect[at]), texture: (textures, at)}                                # what is not drawn
     for apply, names in itertools.groupby(draws, key=lambda name: GROUPS[name][1]):
-        draw = {k: rearrange(p, "v b ... -> (v b) ...") for name in names for k, p in draws[name].items()}
-        x = apply(x, draw, *more.get(apply, ()))
+        x = apply(x, {k: p for name in names for k, p in draws[name].items()}, *more.get(apply, ()))
     if size and x.shape[-2:] != (size, size):    # nothing that resamples was asked for
         x = resample(x, {}, size)
-    return rearrange(x, "(v b) c h w -> v b c h w", v=views)
+    return x
 
 
 # ---------------------------------------------------------------- encoder: one trunk, a head for each space
@@ -628,7 +631,7 @@ def start(config, classes=0):
     if config["compile"]:
         query.compile(), key.compile()
     queue = torch.randn(len(method.spaces), config["queue"], config["dim"], generator=generator("queue", config["seed"]))
-    optimizer = torch.optim.SGD([*query.parameters(), *classifier.parameters()], config["lr"], .9, weight_decay=config["weight_decay"])
+    optimizer = torch.optim.SGD([*query.parameters(), *classifier.parameters()], config["lr"], .9, weight_decay=config["weight_decay"], fused=True)
     return State(parallel(query), key, parallel(classifier), optimizer, F.normalize(queue, dim=-1).to(config["device"], dtype_of(config)),
                  0, 0, torch.zeros(max(len(method.spaces), 1), device=config["device"], dtype=dtype_of(config)))
 
@@ -666,18 +669,18 @@ def contrastive(query, key, images, aspect, config, step, textures=None):
     draws = draw_groups(B, method.groups, method.share, generator("views", config["seed"], step), config["always"])
     rows, q_at, k_at = needed(config, step)
 
-    def seen(first, last, at):
-        x = on(images, at)
-        return apply_groups(images[x], cut(draws, slice(first, last), rows[at]), last - first, config["size"], aspect[x], None if textures is None else textures[x])
-    q_images, k_images = seen(0, 1, q_at)[0], seen(1, 1 + len(method.share), k_at)
+    at, view = torch.cat([q_at, k_at.repeat(len(method.share))]), torch.arange(1 + len(method.share)).repeat_interleave(len(q_at))
+    mine = {name: {k: x[view, rows[at]] for k, x in draw.items()} for name, draw in draws.items()}
+    views = apply_groups(images, at, mine, config["size"], aspect, textures)
+    q_images, k_images = views[:len(q_at)], views[len(q_at):]                  # (b c h w), ((v b) c h w)
     with autocast(config):
         q = encode(query, q_images)[1]
     with torch.no_grad(), autocast(config):
-        k = encode(key, rearrange(k_images, "v b c h w -> (v b) c h w"))[1]
+        k = encode(key, k_images)[1]
     k = gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)))[:, :, on(images, shuffled(config, step).argsort())]
     role = method.role
     if config["drop_equal"] and (role < 0).any():
-        role = drop_equal(role, cut(draws, slice(None), own(B)), method)
+        role = drop_equal(role, cut(draws, own(B)), method)
     role = role.to(q.device)
     return q, k[:, :, on(images, own(B))], k[torch.arange(len(k), device=k.device), positive_view(role)], role
 

@@ -909,7 +909,7 @@ def test_vgg_features_are_the_published_layers():
 def test_texture_takes_the_drawn_copy():
     images, copies = torch.zeros(4, 3, 8, 8), torch.arange(1., 9).view(4, 2, 1, 1, 1).expand(4, 2, 3, 8, 8) / 10
     draw = {"stylised": torch.tensor([1, 1, 0, 1, 0, 1, 1, 0]).bool(), "copy": torch.tensor([0., .6, 0, .99, 0, .4, .5, 0])}
-    views = loo.texture(images.repeat(2, 1, 1, 1), draw, copies)              # two views of four pictures
+    views = loo.texture(images.repeat(2, 1, 1, 1), draw, copies, torch.arange(4).repeat(2))       # two views of four pictures
     torch.testing.assert_close(views[:, 0, 0, 0] * 10, torch.tensor([1., 4, 0, 8, 0, 3, 6, 0]))
     with pytest.raises(ValueError, match="textures"):
         loo.augment_groups(images, ("texture",), torch.zeros(1, 1, dtype=torch.bool), generator(0))
