@@ -291,9 +291,9 @@ def augment_groups(images, groups, share, generator, *, always=("crop", "flip", 
     Raises ValueError for an unknown name, and for the group texture without textures.
     """
     first, total = rows or (0, len(images))
-    draws = cut(draw_groups(total, groups, share, generator, always), slice(first, first + len(images)))
-    flat = {name: {k: rearrange(x, "v b ... -> (v b) ...") for k, x in draw.items()} for name, draw in draws.items()}
-    views = apply_groups(images, torch.arange(len(images)).repeat(1 + len(share)), flat, size, aspect, textures)
+    draws = map_draws(draw_groups(total, groups, share, generator, always), lambda x: x[:, first:first + len(images)])
+    at = torch.arange(len(images)).repeat(1 + len(share))
+    views = apply_groups(images, at, map_draws(draws, lambda x: rearrange(x, "v b ... -> (v b) ...")), size, aspect, textures)
     views = rearrange(views, "(v b) c h w -> v b c h w", b=len(images))
     return views[0], views[1:], draws
 
@@ -313,9 +313,9 @@ def draw_groups(b, groups, share, generator, always):
     return draws
 
 
-def cut(draws, rows):
-    """The draws of some rows of the batch: {group: {parameter: (v b ...)}} -> the same, smaller."""
-    return {name: {k: x[:, rows] for k, x in draw.items()} for name, draw in draws.items()}
+def map_draws(draws, change):
+    """`change` of each drawn parameter: {group: {parameter: (v b ...)}} -> the same with change's shapes."""
+    return {name: {k: change(x) for k, x in draw.items()} for name, draw in draws.items()}
 
 
 def apply_groups(images, at, draws, size=None, aspect=None, textures=None):
@@ -668,10 +668,8 @@ def contrastive(query, key, images, aspect, config, step, textures=None):
     B, method = config["batch"], method_of(config)
     draws = draw_groups(B, method.groups, method.share, generator("views", config["seed"], step), config["always"])
     rows, q_at, k_at = needed(config, step)
-
     at, view = torch.cat([q_at, k_at.repeat(len(method.share))]), torch.arange(1 + len(method.share)).repeat_interleave(len(q_at))
-    mine = {name: {k: x[view, rows[at]] for k, x in draw.items()} for name, draw in draws.items()}
-    views = apply_groups(images, at, mine, config["size"], aspect, textures)
+    views = apply_groups(images, at, map_draws(draws, lambda x: x[view, rows[at]]), config["size"], aspect, textures)
     q_images, k_images = views[:len(q_at)], views[len(q_at):]                  # (b c h w), ((v b) c h w)
     with autocast(config):
         q = encode(query, q_images)[1]
@@ -680,7 +678,7 @@ def contrastive(query, key, images, aspect, config, step, textures=None):
     k = gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)))[:, :, on(images, shuffled(config, step).argsort())]
     role = method.role
     if config["drop_equal"] and (role < 0).any():
-        role = drop_equal(role, cut(draws, own(B)), method)
+        role = drop_equal(role, map_draws(draws, lambda x: x[:, own(B)]), method)
     role = role.to(q.device)
     return q, k[:, :, on(images, own(B))], k[torch.arange(len(k), device=k.device), positive_view(role)], role
 
