@@ -429,11 +429,11 @@ def encode(encoder, images):
 def space_logits(q, k, queue, role, tau):
     """near (s b v): the query against the same image's keys, unused ones -inf; far (s b n): against the queue; positive (s b 1): which key
     view is the positive."""
-    q, role = at_least_float32(q), role.to(q.device)
+    q, role = at_least_float32(q) / tau, role.to(q.device)       # here, and not on the logits: they are large
     k, queue = k.to(q.dtype), queue.to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        near = einsum(q, k, "s b c, s v b c -> s b v") / tau
-        far = einsum(q, queue, "s b c, s n c -> s b n") / tau
+        near = einsum(q, k, "s b c, s v b c -> s b v")
+        far = einsum(q, queue, "s b c, s n c -> s b n")
     near = near.masked_fill(rearrange(role == 0, "s v ... -> s (...) v"), -math.inf)
     return near, far, positive_view(role)[:, None, None].expand(-1, near.shape[1], 1)
 
