@@ -245,7 +245,7 @@ def color(images, draw):
     for turn in draw["order"].unbind(1):                                       # (b,) the op whose turn it is, -1 none
         for i, op in enumerate(JITTER):
             rows = on(images, (turn == i).nonzero().squeeze(1))
-            out.index_copy_(0, rows, op(out.index_select(0, rows), factors[op][rows]))
+            out.index_copy_(0, rows, op(out.index_select(0, rows), factors[op].index_select(0, rows)))
     gray = on(images, draw["gray"].nonzero().squeeze(1))
     return out.index_copy_(0, gray, grayscale(out.index_select(0, gray)).expand(-1, 3, -1, -1))
 
@@ -665,11 +665,12 @@ def contrastive(query, key, images, aspect, config, step, textures=None):
     Draws and shuffle are those of the global batch and depend on (seed, step) alone.
     """
     B, method = config["batch"], method_of(config)
-    draws = draw_groups(B, method.groups, method.share, generator("views", config["seed"], step), config["always"])
     rows, q_at, k_at = needed(config, step)
     at, view = torch.cat([q_at, k_at.repeat(len(method.share))]), torch.arange(1 + len(method.share)).repeat_interleave(len(q_at))
     with torch.inference_mode():                 # no_grad without its bookkeeping: a tenth of the augmenting on a CPU
-        views = apply_groups(images, at, map_draws(draws, lambda x: x[view, rows[at]]), config["size"], aspect, textures)
+        draws = draw_groups(B, method.groups, method.share, generator("views", config["seed"], step), config["always"])
+        flat = view * B + rows[at]               # of the (v B) draws
+        views = apply_groups(images, at, map_draws(draws, lambda x: x.flatten(0, 1).index_select(0, flat)), config["size"], aspect, textures)
         q_images, k_images = views[:len(q_at)], views[len(q_at):]              # (b c h w), ((v b) c h w)
         with autocast(config):
             k = encode(key, k_images)[1]
@@ -861,7 +862,7 @@ def rows_of(config, n, first, steps):
 def fetch(found, config, rows):
     """-> rows, and on the training device images (m 3 h w) in [0, 1], aspect (m,), textures (m copy 3 h w) or None; bytes travel, not floats."""
     def place(some):
-        some = some[rows.to(some.device)]
+        some = some.index_select(0, rows.to(some.device))
         pinned = some.pin_memory() if on_gpu(config) and not some.is_cuda else some
         return pinned.to(config["device"], non_blocking=True).to(dtype_of(config))
     return rows, place(found.images) / 255, place(found.aspect), None if found.textures is None else place(found.textures) / 255
