@@ -669,7 +669,7 @@ def contrastive(query, key, images, aspect, config, step, textures=None):
     at, view = torch.cat([q_at, k_at.repeat(len(method.share))]), torch.arange(1 + len(method.share)).repeat_interleave(len(q_at))
     with torch.inference_mode():                 # no_grad without its bookkeeping: a tenth of the augmenting on a CPU
         draws = draw_groups(B, method.groups, method.share, generator("views", config["seed"], step), config["always"])
-        flat = view * B + rows[at]               # of the (v B) draws
+        flat = view * B + rows[at]               # (n,): which of the (v B) draws
         views = apply_groups(images, at, map_draws(draws, lambda x: x.flatten(0, 1).index_select(0, flat)), config["size"], aspect, textures)
         q_images, k_images = views[:len(q_at)], views[len(q_at):]              # (b c h w), ((v b) c h w)
         with autocast(config):
