@@ -803,6 +803,8 @@ def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.):
         margin: points of accuracy that do not matter
     """
     choose("layer", layer, ("hidden", "output"))
+    if layer == "hidden" and not b.config["hidden"]:
+        raise UserError(f"--layer=hidden: the heads of {b.run.name} are linear (--hidden=0); only their output is there")
     if b.feature != "v":
         raise UserError(f"--feature={b.feature}: spaces compares all of them")
     all_, *groups = loo.method_of(b.config).spaces or ("none",)

@@ -376,8 +376,8 @@ def resnet(arch, stem, norm):
 
 
 def mlp(v, w1, b1, w2, b2):
-    """One space's head, v (b d) -> (b c): 2 layers with ReLU (section 3). vmap runs it for all spaces at once."""
-    return F.linear(F.relu(F.linear(v, w1, b1)), w2, b2)
+    """One space's head, v (b d) -> (b c): 2 layers with ReLU (section 3), or w2 alone if w1 is empty. vmap runs it for all spaces at once."""
+    return F.linear(F.relu(F.linear(v, w1, b1)) if len(w1) else v, w2, b2)
 
 
 class Encoder(nn.Module):
@@ -393,7 +393,7 @@ class Encoder(nn.Module):
         d = nets[0].fc.in_features
         self.features = d * len(nets)
         self.w1, self.b1 = linear(spaces, d, hidden)
-        self.w2, self.b2 = linear(spaces, hidden, dim)
+        self.w2, self.b2 = linear(spaces, hidden or d, dim)
 
     def forward(self, images):
         x = self.trunk(images)
@@ -407,7 +407,7 @@ class Encoder(nn.Module):
 def linear(spaces, d, out):
     """nn.Linear's own start, once for each space -> weight (s out d), bias (s out)."""
     bound = d ** -.5
-    return [nn.Parameter(torch.empty(spaces, *shape).uniform_(-bound, bound), requires_grad=spaces > 0) for shape in ((out, d), (out,))]
+    return [nn.Parameter(torch.empty(spaces, *shape).uniform_(-bound, bound), requires_grad=spaces * out > 0) for shape in ((out, d), (out,))]
 
 
 def at_least_float32(x):
@@ -779,7 +779,7 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
         tau: temperature
         momentum: of the key encoder
         weight_decay: of SGD
-        hidden: width of a head's hidden layer
+        hidden: width of a head's hidden layer; 0: the heads are linear
         dim: of a space
         splits: parts of the batch with BatchNorm statistics of their own; 1 turns it off
         drop_equal: do not use as negative a view that drew the query's parameters by chance
@@ -1021,10 +1021,10 @@ def settings(*, method, groups, data, recipe, out, always, same, label, device, 
     pixels.choose("stem", config["stem"], ("imagenet", "cifar"))
     if data == "factors" and flags["canvas"]:
         raise UserError(f"--canvas={flags['canvas']}: factors is drawn as large as it is seen, at --size")
-    for flag in ("size", "epochs", "batch", "lr", "queue", "tau", "hidden", "dim", "splits", "canvas", "save_every"):
+    for flag in ("size", "epochs", "batch", "lr", "queue", "tau", "dim", "splits", "canvas", "save_every"):
         if config[flag] is not None and not config[flag] > 0:
             raise UserError(f"--{flag}={config[flag]}: expected more than 0")
-    for flag in ("weight_decay", "workers"):
+    for flag in ("weight_decay", "hidden", "workers"):
         if config[flag] < 0:
             raise UserError(f"--{flag}={config[flag]}: expected 0 or more")
     if config["textures"] and (data == "factors" or "texture" not in config["groups"] + config["always"]):

@@ -385,10 +385,11 @@ def test_key_statistics_are_per_view_and_split():
     torch.testing.assert_close(z, torch.cat([loo.encode(one, view)[1] for view in images], 1), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("hidden", [16, 0])
 @pytest.mark.parametrize("heads", ["mlp", "conv5"])
-def test_vmapped_heads_are_each_spaces_own(heads):
+def test_vmapped_heads_are_each_spaces_own(heads, hidden):
     torch.manual_seed(0)
-    encoder = loo.Encoder("small", spaces=3, heads=heads, hidden=16, dim=8).eval()
+    encoder = loo.Encoder("small", spaces=3, heads=heads, hidden=hidden, dim=8).eval()
     images = torch.rand(4, 3, 32, 32)
     v, z = loo.encode(encoder, images)
     assert v.shape == (4, 384 if heads == "conv5" else 128)
@@ -396,9 +397,9 @@ def test_vmapped_heads_are_each_spaces_own(heads):
     x = encoder.trunk(TF.normalize(images, [.485, .456, .406], [.229, .224, .225]))
     for s in range(3):
         top = encoder.tops[s if heads == "conv5" else 0](x).mean((2, 3))
-        h = (top @ encoder.w1[s].T + encoder.b1[s]).relu() @ encoder.w2[s].T + encoder.b2[s]
-        torch.testing.assert_close(z[s], F.normalize(h, dim=1), atol=1e-5, rtol=1e-4)
-    assert not torch.equal(encoder.w1[0], encoder.w1[1])
+        h = (top @ encoder.w1[s].T + encoder.b1[s]).relu() if hidden else top
+        torch.testing.assert_close(z[s], F.normalize(h @ encoder.w2[s].T + encoder.b2[s], dim=1), atol=1e-5, rtol=1e-4)
+    assert not torch.equal(encoder.w2[0], encoder.w2[1])
     if heads == "conv5":
         assert not torch.equal(encoder.tops[0][0].conv1.weight, encoder.tops[1][0].conv1.weight)
 
@@ -1600,6 +1601,14 @@ def test_papers_protocol(here, capsys):
     run(judge, "rotation --protocol=paper --epochs=1 --json")
     run(judge, "linear --label=hue --protocol=paper --epochs=2 --json")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["protocol"] == "paper"
+
+
+def test_linear_heads_train_and_have_no_hidden_layer(here, capsys):
+    run(loo, f"train --epochs=1 --out=run {SMALL} --hidden=0")
+    run(judge, "spaces --label=hue --json")
+    with pytest.raises(SystemExit) as stop:
+        run(judge, "spaces --layer=hidden")
+    assert stop.value.code == 2 and "linear" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line, right", [("linear --run=nope", "nope"), ("linear --label=hues", "hue"), ("linear --feature=colour", "color"),
