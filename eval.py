@@ -803,13 +803,13 @@ def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.):
         margin: points of accuracy that do not matter
     """
     choose("layer", layer, ("hidden", "output"))
-    if layer == "hidden" and not b.config["hidden"]:
-        raise UserError(f"--layer=hidden: the heads of {b.run.name} are linear (--hidden=0); only their output is there")
     if b.feature != "v":
         raise UserError(f"--feature={b.feature}: spaces compares all of them")
     all_, *groups = loo.method_of(b.config).spaces or ("none",)
     if all_ != "all" or not groups:
         raise UserError(f"{b.run.name} was trained with {b.config['method']}, which has no space for each augmentation: use a looc or looc++ run")
+    if b.config["method"] == "looc" and layer == "hidden" and not b.config["hidden"]:
+        raise UserError(f"--layer=hidden: the heads of {b.run.name} are linear (--hidden=0); only their output is there")
     for one in labels_of(b, label, ("rotation",)):
         turns = (0, 1, 2, 3) if one == "rotation" else (0,)
         (v, z, y), (v_test, z_test, y_test) = frozen(b, "train", turns), frozen(b, "test", turns)

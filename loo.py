@@ -405,7 +405,7 @@ class Encoder(nn.Module):
 
 
 def linear(spaces, d, out):
-    """nn.Linear's own start, once for each space -> weight (s out d), bias (s out)."""
+    """nn.Linear's own start, once for each space -> weight (s out d), bias (s out). Empty ones take no gradient: ranks would wait for it."""
     bound = d ** -.5
     return [nn.Parameter(torch.empty(spaces, *shape).uniform_(-bound, bound), requires_grad=spaces * out > 0) for shape in ((out, d), (out,))]
 
