@@ -8,6 +8,7 @@
 Axes, one legend for the whole project: b image, v key view, g group, s space, d feature, c embedding (or colour channel),
 n queue slot or sample, t trial, h w pixel.
 """
+
 import difflib
 import functools
 import hashlib
@@ -34,22 +35,27 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale, to_pil_image
 
 
-fire.decorators.FIRE_METADATA = "_fire"   # under its own name, --help lists it as a sub-command
+fire.decorators.FIRE_METADATA = "_fire"  # under its own name, --help lists it as a sub-command
 
 
 class UserError(ValueError):
     """Bad input: the command line prints it as one line and exits with this code."""
+
     code = 2
 
 
 class Data(NamedTuple):
-    images: torch.Tensor   # (n 3 h w) uint8 canvases, h == w; a picture that is not square is squashed into its canvas.
-                           # Or Canvases, which decode them when asked: see `stream` and `decoded`
-    aspect: torch.Tensor   # (n,) float, width / height of the picture before it was squashed; 1 until it is decoded
-    labels: dict           # {label: (n,) int64}
-    classes: dict          # {label: names of its classes}
-    missing: tuple = ()    # which of the set's pictures could not be read and were left out
-    textures: torch.Tensor = None   # (n copy 3 h w) uint8, stylised copies of the pictures
+    images: (
+        torch.Tensor
+    )  # (n 3 h w) uint8 canvases, h == w; a picture that is not square is squashed into its canvas.
+    # Or Canvases, which decode them when asked: see `stream` and `decoded`
+    aspect: (
+        torch.Tensor
+    )  # (n,) float, width / height of the picture before it was squashed; 1 until it is decoded
+    labels: dict  # {label: (n,) int64}
+    classes: dict  # {label: names of its classes}
+    missing: tuple = ()  # which of the set's pictures could not be read and were left out
+    textures: torch.Tensor = None  # (n copy 3 h w) uint8, stylised copies of the pictures
 
 
 def generator(*key):
@@ -64,7 +70,9 @@ def told_apart(classes):
 
 def batches(n, batch, seed, epoch):
     """The epoch's order of n images -> (steps b) int64, the incomplete last batch dropped."""
-    return torch.randperm(n, generator=generator("order", seed, epoch))[: n - n % batch].view(-1, batch)
+    return torch.randperm(n, generator=generator("order", seed, epoch))[: n - n % batch].view(
+        -1, batch
+    )
 
 
 # ---------------------------------------------------------------- factors: pictures drawn by code from known factors
@@ -72,21 +80,44 @@ def batches(n, batch, seed, epoch):
 # An object is up to four tapered strokes (x0, y0, x1, y1, radius0, radius1), y up, folded at x = 0: a flip never changes
 # what an object is, and any rotation by a quarter turn does.
 OBJECTS = {
-    "arrow": [(0, -.85, 0, .55, .12, .12), (0, .7, .55, .2, .15, .12)],
-    "tee": [(0, -.8, 0, .6, .15, .15), (0, .65, .7, .65, .17, .17)],
-    "tree": [(0, -.85, 0, -.3, .12, .12), (0, -.2, 0, .85, .6, .03)],
-    "lollipop": [(0, .4, 0, .4, .45, .45), (0, -.9, 0, .2, .09, .09)],
-    "mushroom": [(0, .35, .45, .15, .4, .2), (0, -.75, 0, .1, .2, .16)],
-    "cup": [(0, -.6, .4, -.6, .2, .2), (.5, -.5, .6, .7, .17, .13)],
-    "fork": [(0, -.9, 0, 0, .14, .14), (0, 0, .5, .3, .14, .14), (.5, .3, .5, .8, .14, .1)],
-    "anchor": [(0, -.6, 0, .4, .12, .12), (0, -.7, .7, -.2, .16, .1), (0, .7, 0, .7, .24, .24), (0, .3, .3, .3, .1, .1)],
-    "heart": [(0, -.75, .32, .25, .08, .38)],
-    "crown": [(0, -.55, .6, -.55, .2, .2), (0, -.4, 0, .55, .2, .05), (.65, -.4, .75, .6, .17, .05)],
-    "person": [(0, .65, 0, .65, .26, .26), (0, .3, 0, -.2, .2, .17), (.05, -.2, .3, -.85, .13, .13), (0, .3, .6, -.05, .1, .1)],
-    "bell": [(0, .4, 0, -.1, .3, .5), (0, -.45, .65, -.45, .12, .12), (0, -.75, 0, -.75, .17, .17), (0, .8, 0, .8, .1, .1)],
+    "arrow": [(0, -0.85, 0, 0.55, 0.12, 0.12), (0, 0.7, 0.55, 0.2, 0.15, 0.12)],
+    "tee": [(0, -0.8, 0, 0.6, 0.15, 0.15), (0, 0.65, 0.7, 0.65, 0.17, 0.17)],
+    "tree": [(0, -0.85, 0, -0.3, 0.12, 0.12), (0, -0.2, 0, 0.85, 0.6, 0.03)],
+    "lollipop": [(0, 0.4, 0, 0.4, 0.45, 0.45), (0, -0.9, 0, 0.2, 0.09, 0.09)],
+    "mushroom": [(0, 0.35, 0.45, 0.15, 0.4, 0.2), (0, -0.75, 0, 0.1, 0.2, 0.16)],
+    "cup": [(0, -0.6, 0.4, -0.6, 0.2, 0.2), (0.5, -0.5, 0.6, 0.7, 0.17, 0.13)],
+    "fork": [
+        (0, -0.9, 0, 0, 0.14, 0.14),
+        (0, 0, 0.5, 0.3, 0.14, 0.14),
+        (0.5, 0.3, 0.5, 0.8, 0.14, 0.1),
+    ],
+    "anchor": [
+        (0, -0.6, 0, 0.4, 0.12, 0.12),
+        (0, -0.7, 0.7, -0.2, 0.16, 0.1),
+        (0, 0.7, 0, 0.7, 0.24, 0.24),
+        (0, 0.3, 0.3, 0.3, 0.1, 0.1),
+    ],
+    "heart": [(0, -0.75, 0.32, 0.25, 0.08, 0.38)],
+    "crown": [
+        (0, -0.55, 0.6, -0.55, 0.2, 0.2),
+        (0, -0.4, 0, 0.55, 0.2, 0.05),
+        (0.65, -0.4, 0.75, 0.6, 0.17, 0.05),
+    ],
+    "person": [
+        (0, 0.65, 0, 0.65, 0.26, 0.26),
+        (0, 0.3, 0, -0.2, 0.2, 0.17),
+        (0.05, -0.2, 0.3, -0.85, 0.13, 0.13),
+        (0, 0.3, 0.6, -0.05, 0.1, 0.1),
+    ],
+    "bell": [
+        (0, 0.4, 0, -0.1, 0.3, 0.5),
+        (0, -0.45, 0.65, -0.45, 0.12, 0.12),
+        (0, -0.75, 0, -0.75, 0.17, 0.17),
+        (0, 0.8, 0, 0.8, 0.1, 0.1),
+    ],
 }
 TEXTURES = ("plain", "stripes", "checks", "dots")
-HUES = 16      # neighbouring bins are 0.0625 of the circle apart: closer than the 0.1 that colour jitter moves
+HUES = 16  # neighbouring bins are 0.0625 of the circle apart: closer than the 0.1 that colour jitter moves
 FACTORS = {"train": 8192, "val": 2048, "test": 4096, "viewpoint": 4096}
 
 
@@ -101,74 +132,121 @@ def factors(split, size=32, count=None):
     """
     n = count or FACTORS[split]
     g = generator("factors", split)
-    rand = lambda *shape, low=0., high=1.: torch.rand(n, *shape, generator=g) * (high - low) + low
-    normal = lambda *shape, std=1.: torch.randn(n, *shape, generator=g) * std
-    obj, hue, fill = (torch.randint(k, (n,), generator=g) for k in (len(OBJECTS), HUES, len(TEXTURES)))
-    table = torch.tensor([(strokes * 4)[:4] for strokes in OBJECTS.values()])   # repeating a stroke draws nothing new
-    strokes = table[obj] + normal(4, 6) * torch.tensor([.05, .1, .1, .1, .03, .03])       # (n 4 6), bent
-    strokes[..., 4:] *= rand(1, 1, low=.6, high=1.5)                            # all of an object's radii thinner or thicker
+    rand = lambda *shape, low=0.0, high=1.0: torch.rand(n, *shape, generator=g) * (high - low) + low
+    normal = lambda *shape, std=1.0: torch.randn(n, *shape, generator=g) * std
+    obj, hue, fill = (
+        torch.randint(k, (n,), generator=g) for k in (len(OBJECTS), HUES, len(TEXTURES))
+    )
+    table = torch.tensor(
+        [(strokes * 4)[:4] for strokes in OBJECTS.values()]
+    )  # repeating a stroke draws nothing new
+    strokes = table[obj] + normal(4, 6) * torch.tensor(
+        [0.05, 0.1, 0.1, 0.1, 0.03, 0.03]
+    )  # (n 4 6), bent
+    strokes[..., 4:] *= rand(1, 1, low=0.6, high=1.5)  # all of an object's radii thinner or thicker
     look = dict(
         strokes=strokes,
-        marks=torch.cat([rand(4, 2, low=-.8, high=.8), rand(4, 1, low=.15, high=.3), rand(4, 1)], -1),
-        fill=fill, fill_angle=rand(high=math.tau), fill_period=rand(low=.4, high=.9), fill_depth=rand(low=.4, high=.9), fill_shift=rand(2),
-        hue=(hue + rand(low=.2, high=.8)) / HUES, saturation=rand(low=.4), value=rand(low=.5),
-        centre=normal(2, std=.08), scale=rand(low=.75, high=1.), tilt=normal(std=.2), light=normal(std=.3), relief=rand(low=.8, high=1.6),
-        ground=torch.stack([rand(), rand(high=.1), rand(low=.25, high=.85)], -1), horizon=normal(std=.3), haze=rand(low=-.02, high=.08))
+        marks=torch.cat(
+            [rand(4, 2, low=-0.8, high=0.8), rand(4, 1, low=0.15, high=0.3), rand(4, 1)], -1
+        ),
+        fill=fill,
+        fill_angle=rand(high=math.tau),
+        fill_period=rand(low=0.4, high=0.9),
+        fill_depth=rand(low=0.4, high=0.9),
+        fill_shift=rand(2),
+        hue=(hue + rand(low=0.2, high=0.8)) / HUES,
+        saturation=rand(low=0.4),
+        value=rand(low=0.5),
+        centre=normal(2, std=0.08),
+        scale=rand(low=0.75, high=1.0),
+        tilt=normal(std=0.2),
+        light=normal(std=0.3),
+        relief=rand(low=0.8, high=1.6),
+        ground=torch.stack([rand(), rand(high=0.1), rand(low=0.25, high=0.85)], -1),
+        horizon=normal(std=0.3),
+        haze=rand(low=-0.02, high=0.08),
+    )
     if split == "viewpoint":
-        look |= dict(tilt=normal(std=.7), ground=torch.stack([rand(), rand(high=.3), rand(low=.25, high=.85)], -1))
+        look |= dict(
+            tilt=normal(std=0.7),
+            ground=torch.stack([rand(), rand(high=0.3), rand(low=0.25, high=0.85)], -1),
+        )
     noise = generator("noise", split, size)
-    images = torch.cat([render({k: v[i:i + 256] for k, v in look.items()}, size, noise) for i in range(0, n, 256)])
+    images = torch.cat(
+        [
+            render({k: v[i : i + 256] for k, v in look.items()}, size, noise)
+            for i in range(0, n, 256)
+        ]
+    )
     labels = dict(object=obj, hue=hue, texture=fill, species=obj * HUES + hue)
-    classes = dict(object=list(OBJECTS), hue=[f"hue {i}" for i in range(HUES)], texture=list(TEXTURES),
-                   species=[f"{o} {i}" for o in OBJECTS for i in range(HUES)])
+    classes = dict(
+        object=list(OBJECTS),
+        hue=[f"hue {i}" for i in range(HUES)],
+        texture=list(TEXTURES),
+        species=[f"{o} {i}" for o in OBJECTS for i in range(HUES)],
+    )
     return Data(images, torch.ones(n), labels, classes)
 
 
 def render(look, size, noise):
     """One picture for each row of `look` (a dict of (n ...) parameters) -> (n 3 size size) uint8."""
-    p = {k: v[..., None, None] for k, v in look.items()}            # (n ... 1 1): parameters broadcast over pixels
-    axis = (torch.arange(size) + .5) * 2 / size - 1
-    x, y = axis[None, None, :], -axis[None, :, None]                # y is up
-    pixel = 2 / size / p["scale"]                                   # one pixel in the object's units: the width of an edge
+    p = {
+        k: v[..., None, None] for k, v in look.items()
+    }  # (n ... 1 1): parameters broadcast over pixels
+    axis = (torch.arange(size) + 0.5) * 2 / size - 1
+    x, y = axis[None, None, :], -axis[None, :, None]  # y is up
+    pixel = 2 / size / p["scale"]  # one pixel in the object's units: the width of an edge
     u, v = (x - p["centre"][:, 0]) / p["scale"], (y - p["centre"][:, 1]) / p["scale"]
     cos, sin = p["tilt"].cos(), p["tilt"].sin()
-    u, v = cos * u + sin * v, cos * v - sin * u                     # the object's own frame, (n h w)
+    u, v = cos * u + sin * v, cos * v - sin * u  # the object's own frame, (n h w)
 
-    x0, y0, x1, y1, r0, r1 = p["strokes"].unbind(2)                 # (n 4 1 1) each
+    x0, y0, x1, y1, r0, r1 = p["strokes"].unbind(2)  # (n 4 1 1) each
     px, py, ax, ay = u.abs()[:, None] - x0, v[:, None] - y0, x1 - x0, y1 - y0
     t = ((px * ax + py * ay) / (ax * ax + ay * ay).clamp(min=1e-6)).clamp(0, 1)
-    outside = (torch.hypot(px - t * ax, py - t * ay) - torch.lerp(r0, r1, t)).amin(1)   # distance to the outline, (n h w)
-    inside = (.5 - outside / pixel).clamp(0, 1)
+    outside = (torch.hypot(px - t * ax, py - t * ay) - torch.lerp(r0, r1, t)).amin(
+        1
+    )  # distance to the outline, (n h w)
+    inside = (0.5 - outside / pixel).clamp(0, 1)
 
     cos, sin = p["fill_angle"].cos(), p["fill_angle"].sin()
     f1 = (cos * u + sin * v) / p["fill_period"] + p["fill_shift"][:, 0]
     f2 = (cos * v - sin * u) / p["fill_period"] + p["fill_shift"][:, 1]
     w1, w2 = (f1 * math.tau).sin(), (f2 * math.tau).sin()
-    fills = torch.stack([torch.zeros_like(w1), (3 * w1).tanh(), (5 * w1 * w2).tanh(), (6 * (w1 * w2).abs() - 3).tanh()], 1)
+    fills = torch.stack(
+        [
+            torch.zeros_like(w1),
+            (3 * w1).tanh(),
+            (5 * w1 * w2).tanh(),
+            (6 * (w1 * w2).abs() - 3).tanh(),
+        ],
+        1,
+    )
     fill = fills[torch.arange(len(fills)), look["fill"]]
 
-    mx, my, radius, gray = p["marks"].unbind(2)                     # (n 4 1 1) each
-    spots = (.5 - (torch.hypot(u[:, None] - mx, v[:, None] - my) - radius) / pixel[:, None]).clamp(0, 1)
-    height = (-outside / .3).clamp(-.1, 1)                          # a rounded relief, lit from above
+    mx, my, radius, gray = p["marks"].unbind(2)  # (n 4 1 1) each
+    spots = (0.5 - (torch.hypot(u[:, None] - mx, v[:, None] - my) - radius) / pixel[:, None]).clamp(
+        0, 1
+    )
+    height = (-outside / 0.3).clamp(-0.1, 1)  # a rounded relief, lit from above
     dy, dx = torch.gradient(height, spacing=2 / size, dim=(1, 2))
-    facing = -(dx * p["light"].sin() - dy * p["light"].cos()) * p["scale"] * .3
+    facing = -(dx * p["light"].sin() - dy * p["light"].cos()) * p["scale"] * 0.3
     body = hsv(p["hue"], p["saturation"], p["value"] * (1 + p["fill_depth"] * fill))
     for spot, shade in zip(spots.unbind(1), gray.unbind(1)):
         body = torch.lerp(body, shade[:, None], spot[:, None])
     body = body * (1 + p["relief"] * facing)[:, None]
 
-    far = ((y - p["horizon"]) * 8).sigmoid()                        # sky above a faint horizon
+    far = ((y - p["horizon"]) * 8).sigmoid()  # sky above a faint horizon
     under = F.pad(outside, (0, 0, size // 16, 0), value=1e3)[:, :size]
-    shadow = (.5 - under / pixel / 3).clamp(0, 1) * .15
-    ground = hsv(*p["ground"].unbind(1)) * (1 - shadow + p["haze"] * (far - .5))[:, None]
+    shadow = (0.5 - under / pixel / 3).clamp(0, 1) * 0.15
+    ground = hsv(*p["ground"].unbind(1)) * (1 - shadow + p["haze"] * (far - 0.5))[:, None]
     image = torch.lerp(ground, body, inside[:, None])
-    image = image + .02 * torch.randn(image.shape, generator=noise)
+    image = image + 0.02 * torch.randn(image.shape, generator=noise)
     return (image * 255).round().clamp(0, 255).byte()
 
 
 def hsv(hue, saturation, value):
     """(n h w) each, broadcast against one another -> rgb (n 3 h w)."""
-    k = (torch.tensor([5., 3., 1.])[:, None, None] + (hue * 6)[:, None]) % 6
+    k = (torch.tensor([5.0, 3.0, 1.0])[:, None, None] + (hue * 6)[:, None]) % 6
     return value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
 
 
@@ -178,14 +256,32 @@ def hsv(hue, saturation, value):
 TORCHVISION = {
     "cifar10": ("CIFAR10", {"train": dict(train=True), "test": dict(train=False)}),
     "cifar100": ("CIFAR100", {"train": dict(train=True), "test": dict(train=False)}),
-    "stl10": ("STL10", {"pretrain": dict(split="train+unlabeled"), "train": dict(split="train"), "test": dict(split="test")}),
+    "stl10": (
+        "STL10",
+        {
+            "pretrain": dict(split="train+unlabeled"),
+            "train": dict(split="train"),
+            "test": dict(split="test"),
+        },
+    ),
     "dtd": ("DTD", {s: dict(split=s) for s in ("train", "val", "test")}),
     "pets": ("OxfordIIITPet", {"train": dict(split="trainval"), "test": dict(split="test")}),
     "food101": ("Food101", {"train": dict(split="train"), "test": dict(split="test")}),
 }
 
 
-def find(name, split, *, root=None, size=32, canvas=None, central=False, download=False, seed=0, whole=True):
+def find(
+    name,
+    split,
+    *,
+    root=None,
+    size=32,
+    canvas=None,
+    central=False,
+    download=False,
+    seed=0,
+    whole=True,
+):
     """The `split` ("pretrain", "train", "val" or "test") of a data set -> Data, not decoded yet (`factors`: drawn).
 
     Each picture whole on a canvas (of side `canvas`, by default so large that its central crop has `size`), for training; or, central=True,
@@ -193,11 +289,15 @@ def find(name, split, *, root=None, size=32, canvas=None, central=False, downloa
     Raises UserError when the data is not there.
     """
     choose("data", name, NAMES)
-    if split == "pretrain" and "pretrain" not in TORCHVISION.get(name, ((), ()))[1]:       # of all sets, stl10 alone has it
+    if (
+        split == "pretrain" and "pretrain" not in TORCHVISION.get(name, ((), ()))[1]
+    ):  # of all sets, stl10 alone has it
         split = "train"
     if name == "factors":
         if root:
-            raise UserError(f"--root={root}: factors is drawn by code and reads no folder; use --data=folder for pictures of your own")
+            raise UserError(
+                f"--root={root}: factors is drawn by code and reads no folder; use --data=folder for pictures of your own"
+            )
         return factors(split, size)
     read, mend = read_picture, ""
     if name in TORCHVISION:
@@ -207,28 +307,52 @@ def find(name, split, *, root=None, size=32, canvas=None, central=False, downloa
         if download:
             root = fetch_archives(name, root or "downloads")
         root = folder_of(root, name)
-        source, labels, classes = folder(split, root, seed) if name == "folder" else published(name, split, root)
+        source, labels, classes = (
+            folder(split, root, seed) if name == "folder" else published(name, split, root)
+        )
     if name in PUBLISHED:
         mend = "download it again, a part of a published set gives a number that means nothing"
         if whole:
             be_whole(name, split, source, labels)
     if name == "objectnet13":
-        read = functools.partial(read_picture, border=2)         # it is red, to be cut off
+        read = functools.partial(read_picture, border=2)  # it is red, to be cut off
     side, share = (size, kept(name)) if central else (canvas or round(size / kept(name)), None)
     images = Canvases(source, read, side, share, mend)
-    return Data(images, torch.ones(len(labels)), {"class": torch.as_tensor(labels).long()}, {"class": list(classes)})
+    return Data(
+        images,
+        torch.ones(len(labels)),
+        {"class": torch.as_tensor(labels).long()},
+        {"class": list(classes)},
+    )
 
 
-def load(name, split, *, root=None, seed=0, workers=2, cache=None, shared=False, texture=False, textures=None, device="cpu", **where):
+def load(
+    name,
+    split,
+    *,
+    root=None,
+    seed=0,
+    workers=2,
+    cache=None,
+    shared=False,
+    texture=False,
+    textures=None,
+    device="cpu",
+    **where,
+):
     """The same, decoded: what training reads. cache, shared: see `decoded`; texture: with stylised copies, see `with_textures`."""
     files = find(name, split, root=root, seed=seed, **where)
     found = decoded(files, workers, cache, shared)
-    return with_textures(name, files, found, root, textures, cache, workers, device, seed) if texture else found
+    return (
+        with_textures(name, files, found, root, textures, cache, workers, device, seed)
+        if texture
+        else found
+    )
 
 
 def kept(name):
     """The share of a picture's short side that evaluations look at: all of the sets that are small or centred already."""
-    return 1 if name in ("factors", "cifar10", "cifar100", "imagenetc100") else .875
+    return 1 if name in ("factors", "cifar10", "cifar100", "imagenetc100") else 0.875
 
 
 def splits(name, root=None):
@@ -238,25 +362,48 @@ def splits(name, root=None):
             return ("train", "val")
         others = tuple(s for s in ("val", "test") if (Path(root) / s).is_dir())
         if not others:
-            raise UserError(f"{root} has a train folder, so evaluations need a val or test folder beside it")
+            raise UserError(
+                f"{root} has a train folder, so evaluations need a val or test folder beside it"
+            )
         return ("train", *others)
-    return tuple(("train", "val", "test") if name == "factors" else PUBLISHED[name][0] if name in PUBLISHED else (s for s in TORCHVISION[name][1] if s != "pretrain"))
+    return tuple(
+        ("train", "val", "test")
+        if name == "factors"
+        else PUBLISHED[name][0]
+        if name in PUBLISHED
+        else (s for s in TORCHVISION[name][1] if s != "pretrain")
+    )
 
 
 def folder_of(root, name="folder"):
-    if name == "flowers102" and Path("downloads/flowers-102").is_dir():          # where --download leaves it
+    if (
+        name == "flowers102" and Path("downloads/flowers-102").is_dir()
+    ):  # where --download leaves it
         root = root or "downloads"
     if not root or not Path(root).is_dir():
-        holds = f"with what {PUBLISHED[name][1]} gives" if name in PUBLISHED else "with one sub-folder of pictures for each class"
-        raise UserError((f"--root={root}: no such folder; " if root else "") + f"--data={name} needs --root=DIR {holds}")
+        holds = (
+            f"with what {PUBLISHED[name][1]} gives"
+            if name in PUBLISHED
+            else "with one sub-folder of pictures for each class"
+        )
+        raise UserError(
+            (f"--root={root}: no such folder; " if root else "")
+            + f"--data={name} needs --root=DIR {holds}"
+        )
     return Path(root)
 
 
 def keep_out(flag, out, root):
     """UserError where the folder `out` lies in a tree of classes, and would be one of them the next time."""
     where, tree = Path(out).resolve(), Path(root).resolve()
-    if not (tree / "train").is_dir() and where.is_relative_to(tree) and not hidden(where.relative_to(tree)):
-        raise UserError(f"--{flag}={out} lies in --root={root}, where it would be read as a class: name a folder outside it")
+    if (
+        not (tree / "train").is_dir()
+        and where.is_relative_to(tree)
+        and not hidden(where.relative_to(tree))
+    ):
+        raise UserError(
+            f"--{flag}={out} lies in --root={root}, where it would be read as a class: name a folder outside it"
+        )
 
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
@@ -264,7 +411,11 @@ PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 
 def pictures(folder):
     """The pictures in a folder and below, sorted; nothing hidden, such as the ._NAME that macOS leaves beside a file."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and not hidden(p.relative_to(folder)))
+    return sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in PICTURES and not hidden(p.relative_to(folder))
+    )
 
 
 def hidden(path):
@@ -277,22 +428,43 @@ def folder(split, root, seed=0):
     one_tree = not (root / "train").is_dir()
     top = root if one_tree else root / split
     if not top.is_dir():
-        raise UserError(f"{top}: no such folder; {root} has a train folder, so it needs {split} beside it")
-    named = lambda where: sorted(p.name for p in where.iterdir() if p.is_dir() and not p.name.startswith("."))
-    classes, here = named(root if one_tree else root / "train"), named(top)   # a class has the same number in every split
+        raise UserError(
+            f"{top}: no such folder; {root} has a train folder, so it needs {split} beside it"
+        )
+    named = lambda where: sorted(
+        p.name for p in where.iterdir() if p.is_dir() and not p.name.startswith(".")
+    )
+    classes, here = (
+        named(root if one_tree else root / "train"),
+        named(top),
+    )  # a class has the same number in every split
     for c in here:
         if c not in classes:
             raise UserError(f"{top / c}: a class that {root / 'train'} does not have")
     if classes and not here:
-        raise UserError(f"{top}: no sub-folders; it needs those of {root / 'train'}, one for each class")
+        raise UserError(
+            f"{top}: no sub-folders; it needs those of {root / 'train'}, one for each class"
+        )
     files = {c: pictures(top / c) for c in here}
-    if not classes:                              # pictures without labels, enough to train on
+    if not classes:  # pictures without labels, enough to train on
         classes, files = ["."], {".": pictures(top)}
     for c, found in files.items():
         if not found:
-            raise UserError(f"{top / c}: no pictures in this folder (expected {', '.join(sorted(PICTURES))})")
-    place = lambda path: int(hashlib.sha1(f"{seed}/{path.relative_to(root).as_posix()}".encode()).hexdigest()[:8], 16) / 2 ** 32
-    chosen = [(p, i) for i, c in enumerate(classes) for p in files.get(c, ()) if not one_tree or (place(p) < .8) == (split == "train")]
+            raise UserError(
+                f"{top / c}: no pictures in this folder (expected {', '.join(sorted(PICTURES))})"
+            )
+    place = lambda path: (
+        int(
+            hashlib.sha1(f"{seed}/{path.relative_to(root).as_posix()}".encode()).hexdigest()[:8], 16
+        )
+        / 2**32
+    )
+    chosen = [
+        (p, i)
+        for i, c in enumerate(classes)
+        for p in files.get(c, ())
+        if not one_tree or (place(p) < 0.8) == (split == "train")
+    ]
     if not chosen:
         raise UserError(f"{root}: too few pictures to split into train and val")
     return *zip(*chosen), classes
@@ -303,10 +475,14 @@ def from_torchvision(name, split, root, download):
     kind, arguments = TORCHVISION[name]
     root = root or "downloads"
     try:
-        found = getattr(torchvision.datasets, kind)(root, download=download, **arguments[choose("split", split, tuple(arguments))])
+        found = getattr(torchvision.datasets, kind)(
+            root, download=download, **arguments[choose("split", split, tuple(arguments))]
+        )
     except (RuntimeError, OSError) as error:
-        raise UserError(f"--data={name}: not found under {root}; name its folder with --root=DIR or fetch it with --download "
-                        f"({first_line(error)})") from None
+        raise UserError(
+            f"--data={name}: not found under {root}; name its folder with --root=DIR or fetch it with --download "
+            f"({first_line(error)})"
+        ) from None
     labels = next(getattr(found, a) for a in ("targets", "labels", "_labels") if hasattr(found, a))
     labels = torch.as_tensor(labels).long()
     return found, labels, getattr(found, "classes", range(int(labels.max()) + 1))
@@ -321,7 +497,11 @@ def read_picture(paths, i, border=0):
     try:
         with Image.open(paths[i]) as picture:
             picture = upright(picture)
-            return picture.crop((border, border, picture.width - border, picture.height - border)) if border else picture
+            return (
+                picture.crop((border, border, picture.width - border, picture.height - border))
+                if border
+                else picture
+            )
     except Exception as error:
         raise UserError(f"{paths[i]}: {first_line(error)}") from None
 
@@ -330,12 +510,16 @@ def upright(picture):
     """A PIL picture of any mode -> RGB, turned as its EXIF orientation says, transparency on white."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F":
-        raise ValueError("its pixels are floating point, of which nobody says what is white: save it with 8 or 16 bits")
-    if picture.mode.startswith("I"):             # 16 bits: convert() would clip, not scale
+        raise ValueError(
+            "its pixels are floating point, of which nobody says what is white: save it with 8 or 16 bits"
+        )
+    if picture.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
         picture = picture.convert("I").point(lambda v: v * (1 / 256)).convert("L")
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
+            "RGB"
+        )
     return picture.convert("RGB")
 
 
@@ -355,14 +539,26 @@ class Canvases(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             picture = self.read(self.source, i)
-        except Exception as error:               # whatever the reader raises: Pillow alone has OSError, SyntaxError, struct.error, ...
-            return torch.zeros(3, self.side, self.side, dtype=torch.uint8), 1., str(error) or type(error).__name__
+        except Exception as error:  # whatever the reader raises: Pillow alone has OSError, SyntaxError, struct.error, ...
+            return (
+                torch.zeros(3, self.side, self.side, dtype=torch.uint8),
+                1.0,
+                str(error) or type(error).__name__,
+            )
         w, h = picture.size
         box, aspect = None, w / h
         if self.share:
-            half, aspect = min(w, h) * self.share / 2, 1.
+            half, aspect = min(w, h) * self.share / 2, 1.0
             box = (w / 2 - half, h / 2 - half, w / 2 + half, h / 2 + half)
-        return pil_to_tensor(picture.resize((self.side, self.side), Image.Resampling.BICUBIC, box, reducing_gap=3)), aspect, ""
+        return (
+            pil_to_tensor(
+                picture.resize(
+                    (self.side, self.side), Image.Resampling.BICUBIC, box, reducing_gap=3
+                )
+            ),
+            aspect,
+            "",
+        )
 
 
 def stream(found, workers=2, batch=256, part=(0, 1), count=None):
@@ -371,12 +567,16 @@ def stream(found, workers=2, batch=256, part=(0, 1), count=None):
 
     A picture that cannot be read is named in a warning and left out; in a published set, or when none can, UserError.
     """
-    every = torch.arange(len(found.images))[:count].split(batch)[part[0]::part[1]]
+    every = torch.arange(len(found.images))[:count].split(batch)[part[0] :: part[1]]
     if torch.is_tensor(found.images):
         yield from ((rows, found.images[rows], found.aspect[rows]) for rows in every)
         return
     n, wrong = sum(map(len, every)), []
-    loader = torch.utils.data.DataLoader(found.images, batch_sampler=[rows.tolist() for rows in every], num_workers=workers if n > 256 else 0)
+    loader = torch.utils.data.DataLoader(
+        found.images,
+        batch_sampler=[rows.tolist() for rows in every],
+        num_workers=workers if n > 256 else 0,
+    )
     for rows, (images, aspect, errors) in zip(every, loader):
         good = torch.tensor([not error for error in errors])
         rows = rows[good]
@@ -415,36 +615,52 @@ def decoded(found, workers=2, cache=None, shared=False):
             print(f"decoding {n} pictures, once: {path}", file=sys.stderr, flush=True)
             try:
                 with open(aside, "wb") as file:
-                    if hasattr(os, "posix_fallocate"):           # a full disk is found now, not when a page of the map is written
+                    if hasattr(
+                        os, "posix_fallocate"
+                    ):  # a full disk is found now, not when a page of the map is written
                         os.posix_fallocate(file.fileno(), 0, size)
                 rows, aspect = decode(found, mapped(aside, n, side), workers)
                 aside.replace(path)
-                write_tensors(index, (rows, aspect))             # written last: what it names is whole
+                write_tensors(index, (rows, aspect))  # written last: what it names is whole
             except OSError as error:
-                raise UserError(f"cannot write {path}, which needs {size / 2 ** 20:.1f} MB: {error.strerror}") from None
+                raise UserError(
+                    f"cannot write {path}, which needs {size / 2**20:.1f} MB: {error.strerror}"
+                ) from None
             finally:
                 aside.unlink(missing_ok=True)
         rows, aspect = read_tensors(index)
         images = mapped(path, n, side)
     missing = tuple(sorted(set(range(n)) - set(rows.tolist())))
-    return Data(images[:len(rows)], aspect, {k: y[rows] for k, y in found.labels.items()}, found.classes, missing)
+    return Data(
+        images[: len(rows)],
+        aspect,
+        {k: y[rows] for k, y in found.labels.items()},
+        found.classes,
+        missing,
+    )
 
 
 def mapped(path, n, side):
     """The file as images (n 3 side side) uint8."""
-    shared = os.access(path, os.W_OK)            # between processes, which needs the right to write; from a read-only disk a map of its own
-    return torch.from_file(str(path), shared=shared, size=n * 3 * side * side, dtype=torch.uint8).view(n, 3, side, side)
+    shared = os.access(
+        path, os.W_OK
+    )  # between processes, which needs the right to write; from a read-only disk a map of its own
+    return torch.from_file(
+        str(path), shared=shared, size=n * 3 * side * side, dtype=torch.uint8
+    ).view(n, 3, side, side)
 
 
 def decode(found, images, workers):
     """Decodes into images (n 3 side side), without gaps -> rows (m,) of the pictures that could be read, aspect (m,)."""
     seen, aspects, at = [], [], 0
     for rows, some, aspect in stream(found, workers, 64):
-        images[at:at + len(rows)] = some
+        images[at : at + len(rows)] = some
         at += len(rows)
         seen.append(rows), aspects.append(aspect)
     if len(images) - at > max(1, len(images) // 100):
-        raise UserError(f"{len(images) - at} of {len(images)} pictures cannot be read, named above: more than 1%, mend or remove them")
+        raise UserError(
+            f"{len(images) - at} of {len(images)} pictures cannot be read, named above: more than 1%, mend or remove them"
+        )
     return torch.cat(seen), torch.cat(aspects)
 
 
@@ -452,9 +668,16 @@ def fingerprint(found):
     """What a cache of these pictures depends on: their pixels, or the names, sizes and times of their files."""
     if torch.is_tensor(found.images):
         return hashlib.sha1(found.images.numpy()).hexdigest()
-    source = found.images.source                 # paths, or a data set of torchvision's
-    real = functools.cache(os.path.realpath)     # of folders: the same pictures through a link
-    files = [(os.path.join(real(p.parent), p.name), (stat := p.stat()).st_size, stat.st_mtime_ns) for p in source] if isinstance(source, (tuple, list)) else repr(source)
+    source = found.images.source  # paths, or a data set of torchvision's
+    real = functools.cache(os.path.realpath)  # of folders: the same pictures through a link
+    files = (
+        [
+            (os.path.join(real(p.parent), p.name), (stat := p.stat()).st_size, stat.st_mtime_ns)
+            for p in source
+        ]
+        if isinstance(source, (tuple, list))
+        else repr(source)
+    )
     return hashlib.sha1(repr((files, found.images.side, found.images.share)).encode()).hexdigest()
 
 
@@ -463,8 +686,15 @@ def fingerprint(found):
 
 def clouds(n, size, decay, generator):
     """Smooth noise of all scales -> (n size size), mean 0, deviation 1; more decay is softer."""
-    octaves = [torch.randn(n, 1, k, k, generator=generator) * k ** -decay for k in (4 << i for i in range(12)) if k <= size]
-    out = sum(F.interpolate(octave, size=size, mode="bicubic", align_corners=False)[:, 0] for octave in octaves)
+    octaves = [
+        torch.randn(n, 1, k, k, generator=generator) * k**-decay
+        for k in (4 << i for i in range(12))
+        if k <= size
+    ]
+    out = sum(
+        F.interpolate(octave, size=size, mode="bicubic", align_corners=False)[:, 0]
+        for octave in octaves
+    )
     return (out - out.mean((1, 2), keepdim=True)) / out.std((1, 2), keepdim=True)
 
 
@@ -472,54 +702,99 @@ def materials(n, size, seed=0):
     """Textures drawn by code, the styles when there is no folder of them -> (n 3 size size) in [0, 1]; 14 patterns in turn, each with its own
     colours, angle, scale, warp and relief."""
     g = generator("materials", seed)
-    rand = lambda *shape, low=0., high=1.: torch.rand(n, *shape, generator=g) * (high - low) + low
+    rand = lambda *shape, low=0.0, high=1.0: torch.rand(n, *shape, generator=g) * (high - low) + low
     x, y = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="xy")
-    angle, scale, warp = (rand(1, 1, low=low, high=high) for low, high in ((0, math.tau), (2.5, 9), (0, .25)))
-    soft, fine, bend_x, bend_y = (clouds(n, size, decay, g) for decay in (1.5, .5, 1.2, 1.2))
+    angle, scale, warp = (
+        rand(1, 1, low=low, high=high) for low, high in ((0, math.tau), (2.5, 9), (0, 0.25))
+    )
+    soft, fine, bend_x, bend_y = (clouds(n, size, decay, g) for decay in (1.5, 0.5, 1.2, 1.2))
     bend_x, bend_y = bend_x * warp, bend_y * warp
-    u, v = (angle.cos() * x + angle.sin() * y + bend_x) * scale, (angle.cos() * y - angle.sin() * x + bend_y) * scale
-    zigzag = lambda t: (t - t.floor() - .5).abs() * 4 - 1
-    cell, brick = torch.hypot(u - u.round(), v - v.round()), u + .5 * (v.floor() % 2)
-    seeds = torch.cdist(torch.stack([x + bend_x / 2, y + bend_y / 2], -1).flatten(1, 2), rand(36, 2, low=-1.2, high=1.2))
+    u, v = (
+        (angle.cos() * x + angle.sin() * y + bend_x) * scale,
+        (angle.cos() * y - angle.sin() * x + bend_y) * scale,
+    )
+    zigzag = lambda t: (t - t.floor() - 0.5).abs() * 4 - 1
+    cell, brick = torch.hypot(u - u.round(), v - v.round()), u + 0.5 * (v.floor() % 2)
+    seeds = torch.cdist(
+        torch.stack([x + bend_x / 2, y + bend_y / 2], -1).flatten(1, 2),
+        rand(36, 2, low=-1.2, high=1.2),
+    )
     near, next_ = seeds.topk(2, largest=False).values.view(n, size, size, 2).unbind(3)
-    patterns = [(math.tau * u).sin(), (4 * (math.tau * u).sin() * (math.tau * v).sin()).tanh(), ((.3 - cell) * 12).tanh(),                # stripes checks dots
-                ((torch.minimum(.5 - (brick - brick.round()).abs(), .5 - (v - v.floor() - .5).abs()) - .07) * 30).tanh(),                # bricks
-                (math.tau * torch.hypot(u, .35 * v)).sin(), (3 * u + 2.5 * soft).sin(), soft, near * 9 - 1.2,                            # wood marble clouds cells
-                ((next_ - near) * 14 - .6).tanh(), zigzag(u + zigzag(v) * .35),                                                          # cracks chevrons
-                torch.where((u.floor() + v.floor()) % 2 > 0, zigzag(u * 2), zigzag(v * 2)), (fine * 3 - 1.5).tanh(),                     # weave lichen
-                (cell * math.tau * 1.5).cos(), (1 - soft.abs() * 3).clamp(-1, 1)]                                                        # scales veins
+    patterns = [
+        (math.tau * u).sin(),
+        (4 * (math.tau * u).sin() * (math.tau * v).sin()).tanh(),
+        ((0.3 - cell) * 12).tanh(),  # stripes checks dots
+        (
+            (
+                torch.minimum(
+                    0.5 - (brick - brick.round()).abs(), 0.5 - (v - v.floor() - 0.5).abs()
+                )
+                - 0.07
+            )
+            * 30
+        ).tanh(),  # bricks
+        (math.tau * torch.hypot(u, 0.35 * v)).sin(),
+        (3 * u + 2.5 * soft).sin(),
+        soft,
+        near * 9 - 1.2,  # wood marble clouds cells
+        ((next_ - near) * 14 - 0.6).tanh(),
+        zigzag(u + zigzag(v) * 0.35),  # cracks chevrons
+        torch.where((u.floor() + v.floor()) % 2 > 0, zigzag(u * 2), zigzag(v * 2)),
+        (fine * 3 - 1.5).tanh(),  # weave lichen
+        (cell * math.tau * 1.5).cos(),
+        (1 - soft.abs() * 3).clamp(-1, 1),
+    ]  # scales veins
     which = torch.arange(n)
-    height = (torch.stack(patterns)[which % len(patterns), which] + fine * rand(1, 1, low=.02, high=.35)).clamp(-1.5, 1.5)
-    dark, middle, light = hsv(*(rand(3, low=low, high=high).T.reshape(3 * n, 1, 1) for low, high in ((0, 1), (.1, .9), (.1, 1)))).view(3, n, 3, 1, 1)
+    height = (
+        torch.stack(patterns)[which % len(patterns), which] + fine * rand(1, 1, low=0.02, high=0.35)
+    ).clamp(-1.5, 1.5)
+    dark, middle, light = hsv(
+        *(
+            rand(3, low=low, high=high).T.reshape(3 * n, 1, 1)
+            for low, high in ((0, 1), (0.1, 0.9), (0.1, 1))
+        )
+    ).view(3, n, 3, 1, 1)
     t = height[:, None] / 1.5
-    image = torch.where(t < 0, torch.lerp(dark / 2, middle, (t + 1).clamp(max=1)), torch.lerp(middle, (light + 1) / 2, t.clamp(min=0)))
+    image = torch.where(
+        t < 0,
+        torch.lerp(dark / 2, middle, (t + 1).clamp(max=1)),
+        torch.lerp(middle, (light + 1) / 2, t.clamp(min=0)),
+    )
     dy, dx = torch.gradient(height, dim=(1, 2))
-    return (image * (1 + (dx - dy) * rand(1, 1, high=.8) * size / 64).clamp(.4, 1.6)[:, None]).clamp(0, 1)
+    return (
+        image * (1 + (dx - dy) * rand(1, 1, high=0.8) * size / 64).clamp(0.4, 1.6)[:, None]
+    ).clamp(0, 1)
 
 
-def structure(images, radius, flat=.003, times=2):
+def structure(images, radius, flat=0.003, times=2):
     """images (b c h w) without their texture: He et al.'s guided filter, by their own luminance -> (b c h w). What varies less than `flat` within
     `radius` pixels becomes even, edges stay."""
     box = lambda x: F.avg_pool2d(F.pad(x, (radius,) * 4, mode="reflect"), 2 * radius + 1, stride=1)
     for _ in range(times):
         guide = rgb_to_grayscale(images)
         middle, mean = box(guide), box(images)
-        slope = (box(guide * images) - middle * mean) / (box(guide * guide) - middle * middle + flat)
+        slope = (box(guide * images) - middle * mean) / (
+            box(guide * guide) - middle * middle + flat
+        )
         images = box(slope) * guide + box(mean - slope * middle)
     return images
 
 
 def recolor(images, style):
     """images (b 3 h w) with the mean and covariance of the colours of style (b 3 h w)."""
+
     def moments(x):
         mean = x.flatten(2).mean(2, keepdim=True)
-        return mean, (x.flatten(2) - mean) @ (x.flatten(2) - mean).mT / x[0, 0].numel() + 1e-4 * torch.eye(3, device=x.device)
+        return mean, (x.flatten(2) - mean) @ (x.flatten(2) - mean).mT / x[
+            0, 0
+        ].numel() + 1e-4 * torch.eye(3, device=x.device)
 
     def power(matrix, p):
         values, vectors = torch.linalg.eigh(matrix)
         return vectors @ torch.diag_embed(values.clamp(min=1e-6) ** p) @ vectors.mT
+
     (mean, cov), (want, like) = moments(images), moments(style)
-    return (power(like, .5) @ power(cov, -.5) @ (images.flatten(2) - mean) + want).view_as(images)
+    return (power(like, 0.5) @ power(cov, -0.5) @ (images.flatten(2) - mean) + want).view_as(images)
 
 
 def random_features(images, filters=48):
@@ -531,7 +806,7 @@ def random_features(images, filters=48):
     maps, content = [], 0
     while images.shape[-1] >= 8:
         content = len(maps) if images.shape[-1] >= 32 else content
-        maps.append(F.relu(F.conv2d(F.pad(images - .5, (2,) * 4, mode="reflect"), bank)))
+        maps.append(F.relu(F.conv2d(F.pad(images - 0.5, (2,) * 4, mode="reflect"), bank)))
         images = F.avg_pool2d(images, 2)
     return maps, content
 
@@ -539,7 +814,7 @@ def random_features(images, filters=48):
 def vgg_features(net, images):
     """conv1_1, 2_1, 3_1, 4_1, 4_2 and 5_1 of torchvision's VGG-19 (Gatys et al. 2016): (b 3 h w) -> [(b f h w), ...],
     and which of them is the content: conv4_2."""
-    mean, std = images.new_tensor([[.485, .456, .406], [.229, .224, .225]])[:, :, None, None]
+    mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
     maps, x = [], (images - mean) / std
     for i, layer in enumerate(net.features[:30]):
         x = layer(x)
@@ -554,7 +829,16 @@ def gram(maps):
     return maps @ maps.mT / maps.shape[2]
 
 
-def stylised(images, styles, features=random_features, steps=10, lr=.01, content=.1, strength=.7, keep_color=False):
+def stylised(
+    images,
+    styles,
+    features=random_features,
+    steps=10,
+    lr=0.01,
+    content=0.1,
+    strength=0.7,
+    keep_color=False,
+):
     """Texture randomised, shape kept (Gatys et al. 2016): images, styles (b 3 h w) in [0, 1] -> (b 3 h w) in [0, 1].
 
     Starts from the picture's structure in the style's colours with the style's fine detail on it, where the optimisation has little left to
@@ -565,20 +849,28 @@ def stylised(images, styles, features=random_features, steps=10, lr=.01, content
     with torch.no_grad():
         styles = recolor(styles, images).clamp(0, 1) if keep_color else styles
         plain = recolor(structure(images, max(1, size // 32)), styles)
-        coarse = F.interpolate(F.avg_pool2d(styles, max(1, size // 8)), size=size, mode="bicubic", align_corners=False)
+        coarse = F.interpolate(
+            F.avg_pool2d(styles, max(1, size // 8)), size=size, mode="bicubic", align_corners=False
+        )
         out = (plain + strength * (styles - coarse)).clamp(0, 1)
         goals = [gram(m) for m in features(styles)[0]]
         maps, at = features(plain.clamp(0, 1))
         keep, push = maps[at], torch.zeros_like(out)
-    apart = lambda x, goal: ((x.float() - goal).square().flatten(1).mean(1) / goal.float().square().flatten(1).mean(1)).sum()
+    apart = lambda x, goal: (
+        (x.float() - goal).square().flatten(1).mean(1) / goal.float().square().flatten(1).mean(1)
+    ).sum()
     for i in range(steps):
         out.requires_grad_()
         with torch.autocast(out.device.type, torch.bfloat16, enabled=out.is_cuda):
             maps, _ = features(out)
-        loss = sum(apart(gram(m), goal) for m, goal in zip(maps, goals)) + content * apart(maps[at], keep)
-        gradient, = torch.autograd.grad(loss, out)
-        with torch.no_grad():                    # steps of one size for each picture
-            push = .8 * push + .2 * gradient / (gradient.square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-12)
+        loss = sum(apart(gram(m), goal) for m, goal in zip(maps, goals)) + content * apart(
+            maps[at], keep
+        )
+        (gradient,) = torch.autograd.grad(loss, out)
+        with torch.no_grad():  # steps of one size for each picture
+            push = 0.8 * push + 0.2 * gradient / (
+                gradient.square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-12
+            )
             out = (out - lr * (1 - i / steps) * push).clamp(0, 1)
     return out.detach()
 
@@ -586,11 +878,27 @@ def stylised(images, styles, features=random_features, steps=10, lr=.01, content
 def copies_of(path, top, root, count):
     """Where the stylised copies of a picture below `top` are, below `root`: the same path, numbered."""
     where = Path(root) / Path(path).relative_to(top)
-    return [where.with_name(f"{where.name}.{k}.jpg") for k in range(count)]     # a.png and a.jpg are two pictures
+    return [
+        where.with_name(f"{where.name}.{k}.jpg") for k in range(count)
+    ]  # a.png and a.jpg are two pictures
 
 
-def stylize(data: str = "folder", root: str = None, styles: str = None, out: str = "stylised", *, copies: int = 1, size: int = 256, split: str = "train",
-            features: str = "auto", steps: int = 10, strength: float = .7, batch: int = 32, device: str = "auto", seed: int = 0):
+def stylize(
+    data: str = "folder",
+    root: str = None,
+    styles: str = None,
+    out: str = "stylised",
+    *,
+    copies: int = 1,
+    size: int = 256,
+    split: str = "train",
+    features: str = "auto",
+    steps: int = 10,
+    strength: float = 0.7,
+    batch: int = 32,
+    device: str = "auto",
+    seed: int = 0,
+):
     """Write stylised copies of a set's pictures, a tree that mirrors it: texture gone, shape kept. For `python loo.py train --groups=texture
     --textures=OUT`. Goes on where it stopped; each file is written whole or not at all.
 
@@ -611,10 +919,17 @@ def stylize(data: str = "folder", root: str = None, styles: str = None, out: str
     """
     choose("features", features, ("auto", "vgg19", "random"))
     if min(copies, size, steps + 1, batch) < 1 or size < 16:
-        raise UserError(f"--copies={copies} --size={size} --steps={steps} --batch={batch}: expected 1 or more, and 16 pixels or more")
+        raise UserError(
+            f"--copies={copies} --size={size} --steps={steps} --batch={batch}: expected 1 or more, and 16 pixels or more"
+        )
     if choose("data", data, NAMES) == "factors" or data in TORCHVISION:
-        raise UserError(f"--data={data} is not a tree of pictures: factors makes its copies when it is trained on, torchvision's sets cannot have them")
-    found, top = find(data, split, root=root, size=size, canvas=size, seed=seed), folder_of(root, data)
+        raise UserError(
+            f"--data={data} is not a tree of pictures: factors makes its copies when it is trained on, torchvision's sets cannot have them"
+        )
+    found, top = (
+        find(data, split, root=root, size=size, canvas=size, seed=seed),
+        folder_of(root, data),
+    )
     if data == "folder":
         keep_out("out", out, top)
     place, paths = device_of(device), found.images.source
@@ -623,32 +938,75 @@ def stylize(data: str = "folder", root: str = None, styles: str = None, out: str
     if styles and not painted:
         raise UserError(f"--styles={styles}: no pictures in this folder")
     drawn = None if styles else materials(56, size, seed)
-    jobs = [(i, target) for i, path in enumerate(paths) for target in copies_of(path, top, out, copies) if not target.exists()]
-    print(f"{len(paths) * copies - len(jobs)} of {len(paths) * copies} copies are there; styles from {styles or 'code'}, features {name}, {place}", flush=True)
+    jobs = [
+        (i, target)
+        for i, path in enumerate(paths)
+        for target in copies_of(path, top, out, copies)
+        if not target.exists()
+    ]
+    print(
+        f"{len(paths) * copies - len(jobs)} of {len(paths) * copies} copies are there; styles from {styles or 'code'}, features {name}, {place}",
+        flush=True,
+    )
     begun, shown = time.perf_counter(), 0
     for start in range(0, len(jobs), batch):
-        some = jobs[start:start + batch]
+        some = jobs[start : start + batch]
         canvases, aspect, errors = zip(*(found.images[i] for i, _ in some))
-        pick = [int(torch.randint(1 << 30, (1,), generator=generator("style", seed, str(t.relative_to(out))))) for _, t in some]
-        style = [drawn[p % len(drawn)] if drawn is not None else style_of(painted[p % len(painted)], size) for p in pick]
-        done = stylised(torch.stack(canvases).to(place) / 255, torch.stack(style).to(place), to_style, steps, strength=strength)
-        for (_, target), picture, shape, error in zip(some, (done * 255).round().byte().cpu(), aspect, errors):
+        pick = [
+            int(
+                torch.randint(
+                    1 << 30, (1,), generator=generator("style", seed, str(t.relative_to(out)))
+                )
+            )
+            for _, t in some
+        ]
+        style = [
+            drawn[p % len(drawn)]
+            if drawn is not None
+            else style_of(painted[p % len(painted)], size)
+            for p in pick
+        ]
+        done = stylised(
+            torch.stack(canvases).to(place) / 255,
+            torch.stack(style).to(place),
+            to_style,
+            steps,
+            strength=strength,
+        )
+        for (_, target), picture, shape, error in zip(
+            some, (done * 255).round().byte().cpu(), aspect, errors
+        ):
             if error:
                 print(f"warning: unreadable: {error}", file=sys.stderr)
                 continue
             sides = round(size * max(shape, 1)), round(size * max(1 / shape, 1))
-            write(target, functools.partial(to_pil_image(picture).resize(sides, Image.Resampling.BICUBIC).save, format="JPEG", quality=95))
+            write(
+                target,
+                functools.partial(
+                    to_pil_image(picture).resize(sides, Image.Resampling.BICUBIC).save,
+                    format="JPEG",
+                    quality=95,
+                ),
+            )
         at, seconds = start + len(some), time.perf_counter() - begun
         if at * 10 // len(jobs) > shown or sys.stdout.isatty():
             shown = at * 10 // len(jobs)
-            print(f"{at}/{len(jobs)}  {at / seconds:.1f} pictures/s  {seconds / at * (len(jobs) - at) / 60:.0f} minutes left", flush=True)
+            print(
+                f"{at}/{len(jobs)}  {at / seconds:.1f} pictures/s  {seconds / at * (len(jobs) - at) / 60:.0f} minutes left",
+                flush=True,
+            )
     print(f"wrote {out}; train with --groups=color,rotation,texture --textures={out}")
 
 
 def style_of(path, size):
     """The middle of a picture as a square, (3 size size) in [0, 1]."""
     try:
-        return pil_to_tensor(ImageOps.fit(read_picture([path], 0), (size, size), Image.Resampling.BICUBIC)) / 255
+        return (
+            pil_to_tensor(
+                ImageOps.fit(read_picture([path], 0), (size, size), Image.Resampling.BICUBIC)
+            )
+            / 255
+        )
     except UserError as error:
         raise UserError(f"{error}; remove it from --styles, and the same command goes on") from None
 
@@ -657,11 +1015,15 @@ def features_of(name, device):
     """-> images -> (maps, content), and what it is called."""
     if name != "random":
         try:
-            net = torchvision.models.vgg19(weights="DEFAULT").eval().requires_grad_(False).to(device)
+            net = (
+                torchvision.models.vgg19(weights="DEFAULT").eval().requires_grad_(False).to(device)
+            )
             return functools.partial(vgg_features, net), "vgg19"
-        except OSError as error:                 # URLError is one
+        except OSError as error:  # URLError is one
             if name == "vgg19":
-                raise UserError(f"the weights of VGG-19 cannot be downloaded ({error}): --features=random needs none") from None
+                raise UserError(
+                    f"the weights of VGG-19 cannot be downloaded ({error}): --features=random needs none"
+                ) from None
     return random_features, "random"
 
 
@@ -676,15 +1038,21 @@ def with_textures(name, files, found, root, textures, cache, workers=2, device="
             style = F.interpolate(materials(56, max(64, side)), size=side, mode="area")
             for rows in torch.arange(n).split(64):
                 pick = torch.randint(56, (len(rows),), generator=generator("style", int(rows[0])))
-                done = stylised(found.images[rows].to(device) / 255, style[pick].to(device), keep_color=True)     # hue is another group's
+                done = stylised(
+                    found.images[rows].to(device) / 255, style[pick].to(device), keep_color=True
+                )  # hue is another group's
                 made.append((done * 255).round().byte().cpu())
             write_tensors(path, torch.cat(made)[:, None])
         return found._replace(textures=read_tensors(path))
     if name in TORCHVISION:
-        raise UserError(f"--data={name}: torchvision's sets cannot have stylised copies; use a tree of pictures")
+        raise UserError(
+            f"--data={name}: torchvision's sets cannot have stylised copies; use a tree of pictures"
+        )
     if not textures:
-        raise UserError(f"--groups=texture needs --textures=DIR, stylised copies of the pictures; write them with "
-                        f"`python data.py stylize --data={name} --root={root} --seed={seed}`")
+        raise UserError(
+            f"--groups=texture needs --textures=DIR, stylised copies of the pictures; write them with "
+            f"`python data.py stylize --data={name} --root={root} --seed={seed}`"
+        )
     side, top, unread = found.images.shape[-1], folder_of(root, name), set(found.missing)
     paths = [p for i, p in enumerate(files.images.source) if i not in unread]
     count = 1
@@ -692,17 +1060,27 @@ def with_textures(name, files, found, root, textures, cache, workers=2, device="
         count += 1
     copies = [one for p in paths for one in copies_of(p, top, textures, count)]
     if gone := absent(copies):
-        raise UserError(f"{gone[0]}: no such file; `python data.py stylize --data={name} --root={root} --out={textures} --copies={count} --seed={seed}` "
-                        "(and the --styles it was made with) writes what is missing")
-    canvases = Canvases(copies, read_picture, side, mend="remove it: `python data.py stylize` writes it again")
-    images = decoded(Data(canvases, torch.ones(len(copies)), {}, {}), workers, cache, shared=found.images.is_shared()).images
+        raise UserError(
+            f"{gone[0]}: no such file; `python data.py stylize --data={name} --root={root} --out={textures} --copies={count} --seed={seed}` "
+            "(and the --styles it was made with) writes what is missing"
+        )
+    canvases = Canvases(
+        copies, read_picture, side, mend="remove it: `python data.py stylize` writes it again"
+    )
+    images = decoded(
+        Data(canvases, torch.ones(len(copies)), {}, {}),
+        workers,
+        cache,
+        shared=found.images.is_shared(),
+    ).images
     return found._replace(textures=images.view(len(paths), -1, 3, side, side))
 
 
 # ---------------------------------------------------------------- the paper's data sets, each as it is downloaded
 
 # IN-100, the classes of CMC. A picture's label is its class's place in the sorted list, so that all derived sets agree.
-IMAGENET100 = sorted("""
+IMAGENET100 = sorted(
+    """
 n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455 n01980166 n01983481 n02009229 n02018207 n02085620
 n02086240 n02086910 n02087046 n02089867 n02089973 n02090622 n02091831 n02093428 n02099849 n02100583 n02104029 n02105505 n02106550 n02107142
 n02108089 n02109047 n02113799 n02113978 n02114855 n02116738 n02119022 n02123045 n02138441 n02172182 n02231487 n02259212 n02326432 n02396427
@@ -711,22 +1089,58 @@ n03379051 n03424325 n03492542 n03494278 n03530642 n03584829 n03594734 n03637318 
 n03794056 n03837869 n03891251 n03903868 n03930630 n03947888 n04026417 n04067472 n04099969 n04111531 n04127249 n04136333 n04229816 n04238763
 n04336792 n04418357 n04429376 n04435653 n04485082 n04493381 n04517823 n04589890 n04592741 n07714571 n07715103 n07753275 n07831146 n07836838
 n13037406 n13040303
-""".split())
-OBJECTNET13 = {"bench": "n03891251", "bottle_cap": "n02877765", "chair": "n04099969", "helmet": "n03379051", "iron_for_clothes": "n03584829",
-               "jeans": "n03594734", "keyboard": "n03085013", "lampshade": "n03637318", "laptop_open": "n03642806",
-               "mixing_salad_bowl": "n03775546", "safety_pin": "n04127249", "vacuum_cleaner": "n04517823", "wheel": "n02974003"}
-IMAGENETC = {"noise": ("gaussian_noise", "shot_noise", "impulse_noise"), "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-             "weather": ("snow", "frost", "fog", "brightness"), "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression")}
+""".split()
+)
+OBJECTNET13 = {
+    "bench": "n03891251",
+    "bottle_cap": "n02877765",
+    "chair": "n04099969",
+    "helmet": "n03379051",
+    "iron_for_clothes": "n03584829",
+    "jeans": "n03594734",
+    "keyboard": "n03085013",
+    "lampshade": "n03637318",
+    "laptop_open": "n03642806",
+    "mixing_salad_bowl": "n03775546",
+    "safety_pin": "n04127249",
+    "vacuum_cleaner": "n04517823",
+    "wheel": "n02974003",
+}
+IMAGENETC = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+}
 
 # name: ({split: (classes, pictures)}, where to get it); None where no count is published for these classes
 PUBLISHED = {
-    "imagenet100": ({"train": (100, 126_689), "val": (100, 5_000)}, "https://image-net.org/challenges/LSVRC/2012 (train, val and the devkit)"),
-    "inat2019": ({"train": (1010, 265_213), "val": (1010, 3_030)}, "https://github.com/visipedia/inat_comp/tree/master/2019"),
-    "cub200": ({"train": (200, 5_994), "test": (200, 5_794)}, "https://www.vision.caltech.edu/datasets/cub_200_2011"),
-    "flowers102": ({"train": (102, 1_020), "val": (102, 1_020), "test": (102, 6_149)}, "https://www.robots.ox.ac.uk/~vgg/data/flowers/102 (or --download)"),
+    "imagenet100": (
+        {"train": (100, 126_689), "val": (100, 5_000)},
+        "https://image-net.org/challenges/LSVRC/2012 (train, val and the devkit)",
+    ),
+    "inat2019": (
+        {"train": (1010, 265_213), "val": (1010, 3_030)},
+        "https://github.com/visipedia/inat_comp/tree/master/2019",
+    ),
+    "cub200": (
+        {"train": (200, 5_994), "test": (200, 5_794)},
+        "https://www.vision.caltech.edu/datasets/cub_200_2011",
+    ),
+    "flowers102": (
+        {"train": (102, 1_020), "val": (102, 1_020), "test": (102, 6_149)},
+        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102 (or --download)",
+    ),
     "objectnet13": ({"test": (13, None)}, "https://objectnet.dev"),
-    "imagenetc100": ({f"{corruption}/{severity}": (100, 5_000) for names in IMAGENETC.values() for corruption in names for severity in range(1, 6)},
-                     "https://zenodo.org/records/2235448"),
+    "imagenetc100": (
+        {
+            f"{corruption}/{severity}": (100, 5_000)
+            for names in IMAGENETC.values()
+            for corruption in names
+            for severity in range(1, 6)
+        },
+        "https://zenodo.org/records/2235448",
+    ),
 }
 NAMES = ("factors", "folder", *PUBLISHED, *TORCHVISION)
 
@@ -738,7 +1152,9 @@ def published(name, split, root):
     except UserError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{root}: its tables cannot be read as those of {name} ({type(error).__name__}: {error}); get them at {PUBLISHED[name][1]}") from None
+        raise UserError(
+            f"{root}: its tables cannot be read as those of {name} ({type(error).__name__}: {error}); get them at {PUBLISHED[name][1]}"
+        ) from None
     if not chosen:
         raise UserError(f"{root}: no pictures of {name} here; get it at {PUBLISHED[name][1]}")
     return *zip(*sorted(chosen, key=lambda one: one[0])), classes
@@ -747,51 +1163,96 @@ def published(name, split, root):
 def imagenet100(split, root):
     """The 100 classes out of a tree of them or of all ImageNet, train/WNID/*.JPEG and val/WNID/*.JPEG. val may also lie flat, as in
     its archive: then the devkit (or Kaggle's LOC_val_solution.csv) beside it says what is what."""
-    top = first_of("imagenet100", root, split, f"ILSVRC/Data/CLS-LOC/{split}", f"Data/CLS-LOC/{split}", f"ILSVRC2012_img_{split}")
+    top = first_of(
+        "imagenet100",
+        root,
+        split,
+        f"ILSVRC/Data/CLS-LOC/{split}",
+        f"Data/CLS-LOC/{split}",
+        f"ILSVRC2012_img_{split}",
+    )
     if split == "train" or any((top / wnid).is_dir() for wnid in IMAGENET100):
         return by_wnid(top), IMAGENET100
     label = {wnid: i for i, wnid in enumerate(IMAGENET100)}
-    truth = first_of("imagenet100", root, "LOC_val_solution.csv",
-                     *(f"{kit}/ILSVRC2012_validation_ground_truth.txt" for kit in ("ILSVRC2012_devkit_t12/data", "data")))
+    truth = first_of(
+        "imagenet100",
+        root,
+        "LOC_val_solution.csv",
+        *(
+            f"{kit}/ILSVRC2012_validation_ground_truth.txt"
+            for kit in ("ILSVRC2012_devkit_t12/data", "data")
+        ),
+    )
     if truth.suffix == ".txt":
         ground = map(int, truth.read_text().split())
-        wnid = {int(one["ILSVRC2012_ID"][0]): one["WNID"] for one in read_mat(truth.with_name("meta.mat"))["synsets"]}
+        wnid = {
+            int(one["ILSVRC2012_ID"][0]): one["WNID"]
+            for one in read_mat(truth.with_name("meta.mat"))["synsets"]
+        }
         named = {f"ILSVRC2012_val_{i:08d}": wnid[c] for i, c in enumerate(ground, 1)}
     else:
-        named = {line.split(",")[0]: line.split(",")[1].split()[0] for line in truth.read_text().splitlines()[1:]}
-    return [(top / f"{stem}.JPEG", label[c]) for stem, c in named.items() if c in label], IMAGENET100
+        named = {
+            line.split(",")[0]: line.split(",")[1].split()[0]
+            for line in truth.read_text().splitlines()[1:]
+        }
+    return [
+        (top / f"{stem}.JPEG", label[c]) for stem, c in named.items() if c in label
+    ], IMAGENET100
 
 
 def inat2019(split, root):
     """train2019.json and val2019.json, as COCO: pictures, species and what belongs together, joined by id."""
     table = json.loads(first_of("inat2019", root, f"{split}2019.json").read_text())
     species = sorted((c["id"], c["name"]) for c in table["categories"])
-    label, category = {c: i for i, (c, _) in enumerate(species)}, {a["image_id"]: a["category_id"] for a in table["annotations"]}
-    return [(root / one["file_name"], label[category[one["id"]]]) for one in table["images"]], [name for _, name in species]
+    label, category = (
+        {c: i for i, (c, _) in enumerate(species)},
+        {a["image_id"]: a["category_id"] for a in table["annotations"]},
+    )
+    return [(root / one["file_name"], label[category[one["id"]]]) for one in table["images"]], [
+        name for _, name in species
+    ]
 
 
 def cub200(split, root):
     """CUB-200-2011's tables, joined by picture id; its classes count from 1."""
     top = first_of("cub200", root, "images.txt", "CUB_200_2011/images.txt").parent
-    table = lambda name: dict(line.split(maxsplit=1) for line in first_of("cub200", top, name).read_text().splitlines())
+    table = lambda name: dict(
+        line.split(maxsplit=1) for line in first_of("cub200", top, name).read_text().splitlines()
+    )
     train, species = table("train_test_split.txt"), table("image_class_labels.txt")
-    return ([(top / "images" / file, int(species[i]) - 1) for i, file in table("images.txt").items() if (train[i] == "1") == (split == "train")],
-            [name for _, name in sorted(table("classes.txt").items(), key=lambda one: int(one[0]))])
+    return (
+        [
+            (top / "images" / file, int(species[i]) - 1)
+            for i, file in table("images.txt").items()
+            if (train[i] == "1") == (split == "train")
+        ],
+        [name for _, name in sorted(table("classes.txt").items(), key=lambda one: int(one[0]))],
+    )
 
 
 def flowers102(split, root):
     """Flowers-102: setid.mat numbers the pictures of a split, imagelabels.mat their classes, both from 1."""
     top = first_of("flowers102", root, "setid.mat", "flowers-102/setid.mat").parent
-    names = getattr(torchvision.datasets.Flowers102, "classes", range(1, 103))     # since torchvision 0.22
+    names = getattr(
+        torchvision.datasets.Flowers102, "classes", range(1, 103)
+    )  # since torchvision 0.22
     ids = read_mat(top / "setid.mat")[{"train": "trnid", "val": "valid", "test": "tstid"}[split]]
     labels = read_mat(first_of("flowers102", top, "imagelabels.mat"))["labels"]
-    return [(top / "jpg" / f"image_{int(i):05d}.jpg", int(labels[int(i) - 1]) - 1) for i in ids], names
+    return [
+        (top / "jpg" / f"image_{int(i):05d}.jpg", int(labels[int(i) - 1]) - 1) for i in ids
+    ], names
 
 
 def objectnet13(split, root):
     """The 13 folders of ObjectNet whose classes are in IN-100, with IN-100's labels."""
-    top = first_of("objectnet13", root, "images/bench", "objectnet-1.0/images/bench", "bench").parent
-    return [(p, IMAGENET100.index(wnid)) for name, wnid in OBJECTNET13.items() for p in pictures(top / name)], IMAGENET100
+    top = first_of(
+        "objectnet13", root, "images/bench", "objectnet-1.0/images/bench", "bench"
+    ).parent
+    return [
+        (p, IMAGENET100.index(wnid))
+        for name, wnid in OBJECTNET13.items()
+        for p in pictures(top / name)
+    ], IMAGENET100
 
 
 def imagenetc100(split, root):
@@ -803,23 +1264,34 @@ def imagenetc100(split, root):
 
 def by_wnid(top):
     """top/WNID/* of the 100 classes -> (path, label) pairs."""
-    return [(p, i) for i, wnid in enumerate(IMAGENET100) if (top / wnid).is_dir() for p in pictures(top / wnid)]
+    return [
+        (p, i)
+        for i, wnid in enumerate(IMAGENET100)
+        if (top / wnid).is_dir()
+        for p in pictures(top / wnid)
+    ]
 
 
-READERS = {f.__name__: f for f in (imagenet100, inat2019, cub200, flowers102, objectnet13, imagenetc100)}
+READERS = {
+    f.__name__: f for f in (imagenet100, inat2019, cub200, flowers102, objectnet13, imagenetc100)
+}
 
 
 def first_of(name, root, *places):
     """The first of root/place that exists, else UserError."""
     found = next((root / place for place in places if (root / place).exists()), None)
     if not found:
-        raise UserError(f"{root}: expected {' or '.join(places)} in it, as --data={name} has it from {PUBLISHED[name][1]}")
+        raise UserError(
+            f"{root}: expected {' or '.join(places)} in it, as --data={name} has it from {PUBLISHED[name][1]}"
+        )
     return found
 
 
 def absent(paths):
     """The paths that do not exist, found by one listing a folder."""
-    listing = functools.lru_cache(None)(lambda folder: set(os.listdir(folder)) if folder.is_dir() else set())
+    listing = functools.lru_cache(None)(
+        lambda folder: set(os.listdir(folder)) if folder.is_dir() else set()
+    )
     return [p for p in paths if p.name not in listing(p.parent)]
 
 
@@ -827,24 +1299,33 @@ def be_whole(name, split, paths, labels):
     """UserError unless all pictures of the published set are there: half a set gives a number that means nothing."""
     classes, count = PUBLISHED[name][0][split]
     if missing := absent(paths):
-        raise UserError(f"{name} {split}: {len(missing)} of {len(paths)} pictures are missing, the first is {missing[0]}; get them at {PUBLISHED[name][1]}")
+        raise UserError(
+            f"{name} {split}: {len(missing)} of {len(paths)} pictures are missing, the first is {missing[0]}; get them at {PUBLISHED[name][1]}"
+        )
     if len(set(labels)) != classes or count and len(paths) != count:
-        raise UserError(f"{name} {split}: found {len(paths)} pictures of {len(set(labels))} classes under {paths[0].parent.parent}, published are "
-                        f"{count or 'pictures'} of {classes}; `python data.py check --data={name} --root=DIR` says more")
+        raise UserError(
+            f"{name} {split}: found {len(paths)} pictures of {len(set(labels))} classes under {paths[0].parent.parent}, published are "
+            f"{count or 'pictures'} of {classes}; `python data.py check --data={name} --root=DIR` says more"
+        )
 
 
 def fetch_archives(name, root):
     """--download of the published sets: Flowers-102 through torchvision, the others have conditions to agree to, or a form. -> root"""
     if name != "flowers102":
-        raise UserError(f"--download: --data={name} cannot be fetched by itself; get it at {PUBLISHED[name][1]}" if name in PUBLISHED else
-                        f"--download: --data={name} is yours to provide")
+        raise UserError(
+            f"--download: --data={name} cannot be fetched by itself; get it at {PUBLISHED[name][1]}"
+            if name in PUBLISHED
+            else f"--download: --data={name} is yours to provide"
+        )
     Path(root).mkdir(parents=True, exist_ok=True)
     try:
         torchvision.datasets.Flowers102(root, download=True)
-    except ModuleNotFoundError:                  # all is fetched when it looks for scipy
+    except ModuleNotFoundError:  # all is fetched when it looks for scipy
         pass
     except (RuntimeError, OSError) as error:
-        raise UserError(f"--download: {first_line(error)}; get it at {PUBLISHED[name][1]}") from None
+        raise UserError(
+            f"--download: {first_line(error)}; get it at {PUBLISHED[name][1]}"
+        ) from None
     return root
 
 
@@ -859,27 +1340,32 @@ def read_mat(path):
         at = 0
         while at + 8 <= len(data):
             kind, size = struct.unpack_from("<II", data, at)
-            if kind >> 16:                       # small: type and size share four bytes, the value has the other four
-                yield kind & 0xffff, data[at + 4:at + 4 + (kind >> 16)]
+            if kind >> 16:  # small: type and size share four bytes, the value has the other four
+                yield kind & 0xFFFF, data[at + 4 : at + 4 + (kind >> 16)]
                 at += 8
             else:
-                yield kind, data[at + 8:at + 8 + size]
+                yield kind, data[at + 8 : at + 8 + size]
                 at += 8 + size + (-size % 8 if kind != 15 else 0)
 
     def numbers(kind, data):
         if kind in (16, 17):
             return data.decode("utf-8" if kind == 16 else "utf-16-le")
-        return [x for x, in struct.iter_unpack("<" + MAT_NUMBERS[kind], data)]
+        return [x for (x,) in struct.iter_unpack("<" + MAT_NUMBERS[kind], data)]
 
     def array(data):
         (_, flags), (_, shape), (_, name), *rest = elements(data)
         kind = flags[0]
-        if kind == 2:                            # struct: the fields of one after another
+        if kind == 2:  # struct: the fields of one after another
             (_, width), (_, fields), *values = rest
-            width, = struct.unpack("<I", width)
-            fields = [fields[i:i + width].rstrip(b"\0").decode() for i in range(0, len(fields), width)]
+            (width,) = struct.unpack("<I", width)
+            fields = [
+                fields[i : i + width].rstrip(b"\0").decode() for i in range(0, len(fields), width)
+            ]
             values = [array(value)[1] for _, value in values]
-            value = [dict(zip(fields, values[i:i + len(fields)])) for i in range(0, len(values), len(fields))]
+            value = [
+                dict(zip(fields, values[i : i + len(fields)]))
+                for i in range(0, len(values), len(fields))
+            ]
         else:
             value = numbers(*rest[0]) if rest else []
             value = "".join(map(chr, value)) if kind == 4 and not isinstance(value, str) else value
@@ -887,10 +1373,23 @@ def read_mat(path):
 
     try:
         content = Path(path).read_bytes()[128:]
-        inner = [next(elements(zlib.decompress(data))) if kind == 15 else (kind, data) for kind, data in elements(content)]
+        inner = [
+            next(elements(zlib.decompress(data))) if kind == 15 else (kind, data)
+            for kind, data in elements(content)
+        ]
         return dict(array(data) for kind, data in inner if kind == 14)
-    except (OSError, struct.error, zlib.error, ValueError, KeyError, IndexError, StopIteration) as error:
-        raise UserError(f"{path}: cannot be read as a MATLAB 5 file ({type(error).__name__}); download it again") from None
+    except (
+        OSError,
+        struct.error,
+        zlib.error,
+        ValueError,
+        KeyError,
+        IndexError,
+        StopIteration,
+    ) as error:
+        raise UserError(
+            f"{path}: cannot be read as a MATLAB 5 file ({type(error).__name__}); download it again"
+        ) from None
 
 
 def check(data: str = "factors", root: str = None, sample: int = 64, download: bool = False):
@@ -907,7 +1406,11 @@ def check(data: str = "factors", root: str = None, sample: int = 64, download: b
     wrong, all_splits = [], splits(choose("data", data, NAMES), root)
     if data in PUBLISHED and not download:
         folder_of(root, data)
-    print("| split | classes | published | pictures | published | missing | opened |\n" + "|---" * 7 + "|")
+    print(
+        "| split | classes | published | pictures | published | missing | opened |\n"
+        + "|---" * 7
+        + "|"
+    )
     for split in all_splits:
         classes, count = PUBLISHED[data][0][split] if data in PUBLISHED else (None, None)
         try:
@@ -920,7 +1423,10 @@ def check(data: str = "factors", root: str = None, sample: int = 64, download: b
         missing = absent(found.images.source) if data in PUBLISHED else []
         opened = range(0, 0 if torch.is_tensor(found.images) else n, max(1, n // sample))
         errors = [error for i in opened if (error := found.images[i][2])]
-        print(f"| {split} | {seen} | {classes or '-'} | {n - len(missing)} | {count or '-'} | {len(missing)} | {len(opened) - len(errors)} of {len(opened)} |", flush=True)
+        print(
+            f"| {split} | {seen} | {classes or '-'} | {n - len(missing)} | {count or '-'} | {len(missing)} | {len(opened) - len(errors)} of {len(opened)} |",
+            flush=True,
+        )
         if missing:
             wrong.append(f"{split}: {len(missing)} pictures are missing, the first is {missing[0]}")
         if classes not in (None, seen):
@@ -929,9 +1435,21 @@ def check(data: str = "factors", root: str = None, sample: int = 64, download: b
             wrong.append(f"{split}: {n} pictures, published are {count}")
         wrong += errors
     if wrong:
-        where = f"; get it at {PUBLISHED[data][1]}" if data in PUBLISHED and PUBLISHED[data][1] not in wrong[0] else ""
-        raise UserError(f"{data} is not whole: {wrong[0]}" + f" (and {len(wrong) - 1} more findings)" * (len(wrong) > 1) + where)
-    print(f"{data} is whole" if data in PUBLISHED else f"{data}: every file that was opened is a picture")
+        where = (
+            f"; get it at {PUBLISHED[data][1]}"
+            if data in PUBLISHED and PUBLISHED[data][1] not in wrong[0]
+            else ""
+        )
+        raise UserError(
+            f"{data} is not whole: {wrong[0]}"
+            + f" (and {len(wrong) - 1} more findings)" * (len(wrong) > 1)
+            + where
+        )
+    print(
+        f"{data} is whole"
+        if data in PUBLISHED
+        else f"{data}: every file that was opened is a picture"
+    )
 
 
 # ---------------------------------------------------------------- the command line, for all three modules
@@ -939,13 +1457,19 @@ def check(data: str = "factors", root: str = None, sample: int = 64, download: b
 
 def nearest(word, words):
     """ "did you mean ...? " with the nearest of words, or nothing where none is near."""
-    return "".join(f"did you mean {near}? " for near in difflib.get_close_matches(str(word), words, 1, .6))
+    return "".join(
+        f"did you mean {near}? " for near in difflib.get_close_matches(str(word), words, 1, 0.6)
+    )
 
 
 def choose(flag, word, words):
     """word if it is one of words, else UserError with the nearest."""
     if word not in words:
-        hint = f"did you mean --data=folder --root={word}? " if flag == "data" and Path(str(word)).is_dir() else nearest(word, words)
+        hint = (
+            f"did you mean --data=folder --root={word}? "
+            if flag == "data" and Path(str(word)).is_dir()
+            else nearest(word, words)
+        )
         raise UserError(f"--{flag}={word}: {hint}expected one of {', '.join(words)}")
     return word
 
@@ -958,27 +1482,48 @@ def words(text):
     return tuple(w for w in text.split(",") if w)
 
 
-PARSERS = {int: (int, "a whole number"), float: (float, "a number, such as 0.03"), bool: (yes, "true or false"),
-           tuple: (words, "words with commas between"), str: (str, "text")}
+PARSERS = {
+    int: (int, "a whole number"),
+    float: (float, "a number, such as 0.03"),
+    bool: (yes, "true or false"),
+    tuple: (words, "words with commas between"),
+    str: (str, "text"),
+}
 
 
 def command_line(commands, argv=None):
     """Run commands[argv[0]] with the flags in argv. All flags are checked against the function's signature, and typed by it,
     before anything runs; UserError becomes one line and exit code 2."""
     # `finally` shall remove what is half written. (Other ranks write nothing, and a handler would wait until rank 0 comes.)
-    if os.environ.get("RANK", "0") == "0" and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+    if (
+        os.environ.get("RANK", "0") == "0"
+        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        and threading.current_thread() is threading.main_thread()
+    ):
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     argv = ["--help" if word == "-h" else word for word in (sys.argv[1:] if argv is None else argv)]
     try:
         if argv and not argv[0].startswith("-") and argv[0] not in commands:
-            raise UserError(f"{argv[0]}: no such command; {nearest(argv[0], commands)}there are {', '.join(commands)}")
+            raise UserError(
+                f"{argv[0]}: no such command; {nearest(argv[0], commands)}there are {', '.join(commands)}"
+            )
         if argv and argv[0] in commands and "--help" not in argv:
             check_flags(argv[0], inspect.signature(commands[argv[0]]).parameters, argv[1:])
-        command = fire.Fire({name: bound(f) for name, f in commands.items()}, argv, name=Path(sys.argv[0]).name, serialize=lambda _: None)
+        command = fire.Fire(
+            {name: bound(f) for name, f in commands.items()},
+            argv,
+            name=Path(sys.argv[0]).name,
+            serialize=lambda _: None,
+        )
         if isinstance(command, Bound):
             command.call()
-    except (UserError, OSError) as error:        # OSError: a full disk, a folder that may not be written to
-        if os.environ.get("RANK", "0") != "0":   # mostly the same error as rank 0's; torchrun ends the others when one ends, so it is said once
+    except (
+        UserError,
+        OSError,
+    ) as error:  # OSError: a full disk, a folder that may not be written to
+        if (
+            os.environ.get("RANK", "0") != "0"
+        ):  # mostly the same error as rank 0's; torchrun ends the others when one ends, so it is said once
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(getattr(error, "code", 2)) from None
@@ -987,18 +1532,22 @@ def command_line(commands, argv=None):
 def check_flags(command, parameters, argv):
     for before, word in zip(["", *argv], argv):
         if not word.startswith("--"):
-            value = before.startswith("--") and "=" not in before        # --flag value
+            value = before.startswith("--") and "=" not in before  # --flag value
             if not value and (word.startswith("-") or "=" in word):
                 raise UserError(f"{word}: flags begin with two dashes, as in --{word.lstrip('-')}")
             continue
         flag = word[2:].partition("=")[0].replace("-", "_")
         if flag not in parameters and not (flag.startswith("no") and flag[2:] in parameters):
             flags = ["--" + p for p in parameters]
-            raise UserError(f"--{flag}: {command} has no such flag; " + (nearest("--" + flag, flags).strip() or f"it has {', '.join(flags)}"))
+            raise UserError(
+                f"--{flag}: {command} has no such flag; "
+                + (nearest("--" + flag, flags).strip() or f"it has {', '.join(flags)}")
+            )
 
 
 class Bound(NamedTuple):
     """A call to make later. (fire would make it at once if this were callable.)"""
+
     call: functools.partial
 
 
@@ -1018,23 +1567,33 @@ def bound(function):
                 return convert(text)
             except (ValueError, KeyError):
                 raise UserError(f"--{flag}={text}: expected {expected}") from None
+
         return parse
 
-    return fire.decorators.SetParseFns(**{name: parser(name, p.annotation) for name, p in inspect.signature(function).parameters.items()})(bind)
+    return fire.decorators.SetParseFns(
+        **{
+            name: parser(name, p.annotation)
+            for name, p in inspect.signature(function).parameters.items()
+        }
+    )(bind)
 
 
 def device_of(flag):
-    """"auto", "cpu", "cuda" or "cuda:1" -> the device's name; UserError where this machine has none."""
+    """ "auto", "cpu", "cuda" or "cuda:1" -> the device's name; UserError where this machine has none."""
     kind, _, index = flag.partition(":")
     choose("device", kind, ("auto", "cpu", "cuda"))
     count = torch.cuda.device_count()
     if kind == "cuda" and (index or "0") not in map(str, range(count)):
-        raise UserError(f"--device={flag}: this machine shows {count} CUDA devices; leave the flag out, or --device=cpu")
+        raise UserError(
+            f"--device={flag}: this machine shows {count} CUDA devices; leave the flag out, or --device=cpu"
+        )
     if kind == "cpu" or not count:
         return "cpu"
-    local = os.environ.get("LOCAL_RANK", "")     # torchrun's: one process a device
+    local = os.environ.get("LOCAL_RANK", "")  # torchrun's: one process a device
     if local and not index and int(local) >= count:
-        raise UserError(f"--nproc-per-node: this machine shows {count} CUDA devices, and process {local} has none; start at most {count}")
+        raise UserError(
+            f"--nproc-per-node: this machine shows {count} CUDA devices, and process {local} has none; start at most {count}"
+        )
     return f"cuda:{index or local}" if index or local else "cuda"
 
 
@@ -1042,7 +1601,7 @@ def read_tensors(path, device="cpu"):
     """A file of torch.save; no code in it is run. UserError when it is not whole."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:                   # cut short, not a checkpoint, or a pickle that would run code: torch raises what it likes
+    except Exception as error:  # cut short, not a checkpoint, or a pickle that would run code: torch raises what it likes
         raise UserError(f"{path} is cut short, or not ours ({first_line(error)})") from None
 
 
@@ -1067,14 +1626,25 @@ def write(path, content, keep=None):
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:     # torch.save turns the one into the other
-        needs = "" if callable(content) else f", which needs {len(content) / 2 ** 20:.1f} MB"
-        raise UserError(f"cannot write {path}{needs}: {getattr(error, 'strerror', None) or error}") from None
+    except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
+        needs = "" if callable(content) else f", which needs {len(content) / 2**20:.1f} MB"
+        raise UserError(
+            f"cannot write {path}{needs}: {getattr(error, 'strerror', None) or error}"
+        ) from None
     finally:
         aside.unlink(missing_ok=True)
 
 
-def pack(data: str = "folder", root: str = None, out: str = "runs", size: int = 224, canvas: int = None, workers: int = 2, download: bool = False, seed: int = 0):
+def pack(
+    data: str = "folder",
+    root: str = None,
+    out: str = "runs",
+    size: int = 224,
+    canvas: int = None,
+    workers: int = 2,
+    download: bool = False,
+    seed: int = 0,
+):
     """Decode a training set once, to a memory map that every later `python loo.py train --packed=OUT` on it reads (same data, size and canvas).
 
     Args:
@@ -1088,17 +1658,23 @@ def pack(data: str = "folder", root: str = None, out: str = "runs", size: int = 
         seed: of the folder's own split
     """
     if size < 1 or canvas is not None and canvas < 1 or workers < 0:
-        raise UserError(f"--size={size} --canvas={canvas} --workers={workers}: expected 1 or more, and 0 workers or more")
+        raise UserError(
+            f"--size={size} --canvas={canvas} --workers={workers}: expected 1 or more, and 0 workers or more"
+        )
     if data == "factors":
         raise UserError("--data=factors is drawn by code: there is nothing to decode")
     if data == "folder":
         keep_out("out", out, folder_of(root))
-    found = find(data, "pretrain", root=root, size=size, canvas=canvas, download=download, seed=seed)
+    found = find(
+        data, "pretrain", root=root, size=size, canvas=canvas, download=download, seed=seed
+    )
     begun = time.perf_counter()
     packed = decoded(found, workers, out, shared=True)
     n, side, seconds = len(packed.images), found.images.side, time.perf_counter() - begun
-    print(f"{n} pictures of {side} x {side} ({n * 3 * side ** 2 / 2 ** 30:.2f} GiB) in {out}, in {seconds:.0f} s; train with --data={data}"
-          f"{f' --root={root}' if root else ''} --size={size}{f' --canvas={canvas}' if canvas else ''}{f' --seed={seed}' if seed else ''} --packed={out}")
+    print(
+        f"{n} pictures of {side} x {side} ({n * 3 * side**2 / 2**30:.2f} GiB) in {out}, in {seconds:.0f} s; train with --data={data}"
+        f"{f' --root={root}' if root else ''} --size={size}{f' --canvas={canvas}' if canvas else ''}{f' --seed={seed}' if seed else ''} --packed={out}"
+    )
 
 
 # ---------------------------------------------------------------- pictures for people
@@ -1110,7 +1686,9 @@ def picture_grid(images, row_names, column_names, path, zoom=1):
     images = images if images.dtype == torch.uint8 else (images * 255).round().byte()
     images = images.cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
     left, top, gap = 12 + int(max(map(ImageFont.load_default().getlength, row_names))), 20, 3
-    sheet = Image.new("RGB", (left + cols * (w * zoom + gap), top + rows * (h * zoom + gap)), "white")
+    sheet = Image.new(
+        "RGB", (left + cols * (w * zoom + gap), top + rows * (h * zoom + gap)), "white"
+    )
     pen = ImageDraw.Draw(sheet)
     for j, name in enumerate(column_names):
         pen.text((left + j * (w * zoom + gap), 4), name, fill="black")
@@ -1134,8 +1712,16 @@ def sheet(out: str = "docs/factors.png", size: int = 48):
     if size < 8:
         raise UserError(f"--size={size}: expected 8 or more")
     found = factors("train", size)
-    first = [[((found.labels["object"] == o) & (found.labels["hue"] == h)).nonzero()[0, 0] for h in range(HUES)] for o in range(len(OBJECTS))]
-    picture_grid(found.images[torch.tensor(first)], found.classes["object"], found.classes["hue"], out)
+    first = [
+        [
+            ((found.labels["object"] == o) & (found.labels["hue"] == h)).nonzero()[0, 0]
+            for h in range(HUES)
+        ]
+        for o in range(len(OBJECTS))
+    ]
+    picture_grid(
+        found.images[torch.tensor(first)], found.classes["object"], found.classes["hue"], out
+    )
     print(f"wrote {out}")
 
 

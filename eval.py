@@ -10,6 +10,7 @@
 Each task prints a Markdown row for each result and appends a JSON line to RUN/results.jsonl.
 Axes: b image, s space, d feature, n sample, r quarter turns, t trial, k class, h w pixel.
 """
+
 import contextlib
 import functools
 import glob
@@ -48,14 +49,25 @@ def features(encoder, found, turns=(0,), workers=2, batch=256):
     of the pictures that could be read. turns: every picture is seen once for each, in quarter turns. Ranks share the work."""
     encoder.eval()
     n, (spaces, dim, _) = len(found.images), encoder.w2.shape
-    v, z, seen = torch.zeros(len(turns), n, encoder.features), torch.zeros(spaces, len(turns), n, dim), torch.zeros(n)
+    v, z, seen = (
+        torch.zeros(len(turns), n, encoder.features),
+        torch.zeros(spaces, len(turns), n, dim),
+        torch.zeros(n),
+    )
     for rows, crops in on_device(encoder, found, workers, batch):
         some_v, some_z = zip(*(loo.encode(encoder, crops.rot90(turn, (2, 3))) for turn in turns))
-        v[:, rows], z[:, :, rows] = torch.stack(some_v).float().cpu(), torch.stack(some_z, 1).float().cpu()      # (r b d), (s r b c)
+        v[:, rows], z[:, :, rows] = (
+            torch.stack(some_v).float().cpu(),
+            torch.stack(some_z, 1).float().cpu(),
+        )  # (r b d), (s r b c)
         seen[rows] = 1
     v, z, seen = map(loo.summed, (v, z, seen))
     rows = seen.nonzero().squeeze(1)
-    return rearrange(v[:, rows], "r n d -> (r n) d"), rearrange(z[:, :, rows], "s r n c -> s (r n) c"), rows
+    return (
+        rearrange(v[:, rows], "r n d -> (r n) d"),
+        rearrange(z[:, :, rows], "s r n c -> s (r n) c"),
+        rows,
+    )
 
 
 def on_device(encoder, found, workers=2, batch=256, count=None):
@@ -80,7 +92,11 @@ def pick(v, z, config, feature):
     if feature in ("v", "z"):
         return v if feature == "v" else rearrange(z, "s n c -> n (s c)")
     space = method.spaces.index(feature)
-    return rearrange(v, "n (s d) -> s n d", s=len(method.spaces))[space] if method.heads == "conv5" else z[space]
+    return (
+        rearrange(v, "n (s d) -> s n d", s=len(method.spaces))[space]
+        if method.heads == "conv5"
+        else z[space]
+    )
 
 
 def of_spaces(encoder, v, z, config, layer):
@@ -100,14 +116,26 @@ def logistic(x, y, k, l2, iterations=500, start=None):
 
     Minimises mean cross-entropy + l2 / 2 * |w|^2, as scikit-learn's LogisticRegression at C = 1 / (n l2), from `start` (w, b).
     """
-    w, b = (p.clone().requires_grad_() for p in start or (x.new_zeros(k, x.shape[1]), x.new_zeros(k)))
-    optimizer = torch.optim.LBFGS([w, b], max_iter=iterations, history_size=20, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe")
+    w, b = (
+        p.clone().requires_grad_() for p in start or (x.new_zeros(k, x.shape[1]), x.new_zeros(k))
+    )
+    optimizer = torch.optim.LBFGS(
+        [w, b],
+        max_iter=iterations,
+        history_size=20,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(x, w, b), y) + l2 / 2 * w.square().sum()     # with w (d k) four classes took three times as long
+        loss = (
+            F.cross_entropy(F.linear(x, w, b), y) + l2 / 2 * w.square().sum()
+        )  # with w (d k) four classes took three times as long
         loss.backward()
         return loss
+
     optimizer.step(closure)
     return w.detach(), b.detach()
 
@@ -117,10 +145,13 @@ def fast_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
     -> w (k d), b (k,)."""
     n = len(x) // turns
     order = torch.randperm(n, generator=pixels.generator("held out", seed))
-    held, rest = ((some + n * torch.arange(turns)[:, None]).flatten() for some in (order[: n // 5], order[n // 5:]))
+    held, rest = (
+        (some + n * torch.arange(turns)[:, None]).flatten()
+        for some in (order[: n // 5], order[n // 5 :])
+    )
     held, rest, y_held, y_rest = x[held], x[rest], y[held], y[rest]
     tried, start = [], None
-    for l2 in grid:                              # from strong to weak, each from the one before: the short way down
+    for l2 in grid:  # from strong to weak, each from the one before: the short way down
         start = logistic(rest, y_rest, k, l2, 60, start)
         tried.append((accuracy(F.linear(held, *start), y_held), l2, start))
     _, l2, start = max(tried, key=lambda one: one[0])
@@ -133,31 +164,53 @@ def paper_probe(b, found, label, k, d, epochs, lr, batch=256):
     not flipped (that would turn 90 degrees into 270)."""
     device, turn, n = device_of(b.encoder), label == "rotation", len(found.images)
     if n < batch:
-        raise UserError(f"--protocol=paper takes batches of {batch}, the training split has {n} pictures: use the default protocol")
+        raise UserError(
+            f"--protocol=paper takes batches of {batch}, the training split has {n} pictures: use the default protocol"
+        )
     layer = torch.nn.Linear(d, k, device=device)
-    layer.weight.data.copy_(torch.randn(k, d, generator=pixels.generator("probe", b.seed)) * .01)
+    layer.weight.data.copy_(torch.randn(k, d, generator=pixels.generator("probe", b.seed)) * 0.01)
     layer.bias.data.zero_()
-    optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=.9)
+    optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
     for epoch in range(epochs):
         for i, rows in enumerate(pixels.batches(n, batch, b.seed, epoch)):
             g = pixels.generator("probe", b.seed, epoch, i)
             with torch.no_grad():
-                images, _, _ = loo.augment_groups(found.images[rows].to(device).float() / 255, (), torch.zeros(0, 0, dtype=torch.bool), g,
-                                                  always=("crop",) if turn else ("crop", "flip"), size=b.config["size"], aspect=found.aspect[rows].to(device))
-                y = (torch.randint(4, (batch,), generator=g) if turn else found.labels[label][rows]).to(device)
-                x = pick(*loo.encode(b.encoder, loo.resample(images, {"turns": y}) if turn else images), b.config, b.feature).float()
-            optimizer.param_groups[0]["lr"] = lr * .1 ** ((epoch >= .6 * epochs) + (epoch >= .8 * epochs))
+                images, _, _ = loo.augment_groups(
+                    found.images[rows].to(device).float() / 255,
+                    (),
+                    torch.zeros(0, 0, dtype=torch.bool),
+                    g,
+                    always=("crop",) if turn else ("crop", "flip"),
+                    size=b.config["size"],
+                    aspect=found.aspect[rows].to(device),
+                )
+                y = (
+                    torch.randint(4, (batch,), generator=g) if turn else found.labels[label][rows]
+                ).to(device)
+                x = pick(
+                    *loo.encode(b.encoder, loo.resample(images, {"turns": y}) if turn else images),
+                    b.config,
+                    b.feature,
+                ).float()
+            optimizer.param_groups[0]["lr"] = lr * 0.1 ** (
+                (epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)
+            )
             loo.descend(optimizer, F.cross_entropy(layer(x), y))
     return layer.weight.detach(), layer.bias.detach()
 
 
-def few_shot(x, y, k, iterations=250, lr=.03):
+def few_shot(x, y, k, iterations=250, lr=0.03):
     """All trials at once as one batched problem, Adam: x (t n d), y (t n) -> w (t d k), b (t 1 k). Trials do not touch each other."""
     t, n, d = x.shape
     w, b = x.new_zeros(t, d, k).requires_grad_(), x.new_zeros(t, 1, k).requires_grad_()
     optimizer = torch.optim.Adam([w, b], lr)
     for _ in range(iterations):
-        loss = F.cross_entropy(rearrange(torch.baddbmm(b, x, w), "t n k -> (t n) k"), y.flatten(), reduction="sum") / n
+        loss = (
+            F.cross_entropy(
+                rearrange(torch.baddbmm(b, x, w), "t n k -> (t n) k"), y.flatten(), reduction="sum"
+            )
+            / n
+        )
         loo.descend(optimizer, loss)
     return w.detach(), b.detach()
 
@@ -169,15 +222,22 @@ def shots_of(y, k, shots, trials, seed):
         raise UserError(f"--shots={shots}: a class has only {int(counts.min())} training pictures")
     g = pixels.generator("shots", seed, shots)
     rows = [(y == c).nonzero().squeeze(1) for c in range(k)]
-    return torch.stack([torch.cat([r[torch.randperm(len(r), generator=g)[:shots]] for r in rows]) for _ in range(trials)])
+    return torch.stack(
+        [
+            torch.cat([r[torch.randperm(len(r), generator=g)[:shots]] for r in rows])
+            for _ in range(trials)
+        ]
+    )
 
 
-def nearest(x, y, k, test, neighbours=20, tau=.07):
+def nearest(x, y, k, test, neighbours=20, tau=0.07):
     """Weighted kNN on cosine similarity: x (n d), y (n,), test (m d) -> votes (m k), each neighbour's weight exp(similarity / tau)."""
     x, votes = F.normalize(x, dim=1), []
     for some in F.normalize(test, dim=1).split(1024):
         similar, rows = (some @ x.T).topk(min(neighbours, len(x)), dim=1)
-        votes.append(x.new_zeros(len(some), k).scatter_add_(1, y[rows], ((similar - 1) / tau).exp()))
+        votes.append(
+            x.new_zeros(len(some), k).scatter_add_(1, y[rows], ((similar - 1) / tau).exp())
+        )
     return torch.cat(votes)
 
 
@@ -211,15 +271,24 @@ def interval(values, of=1):
     """Half of Student's 95% interval of the mean of a list, infinite for one value. of: as one of so many intervals, all of which hold with
     95% (Bonferroni)."""
     n = len(values)
-    return student(n - 1, .025 / of) * torch.tensor(values, dtype=torch.float64).std().item() / math.sqrt(n) if n > 1 else math.inf
+    return (
+        student(n - 1, 0.025 / of)
+        * torch.tensor(values, dtype=torch.float64).std().item()
+        / math.sqrt(n)
+        if n > 1
+        else math.inf
+    )
 
 
 @functools.cache
-def student(freedom, tail=.025):
+def student(freedom, tail=0.025):
     """The t beyond which Student's distribution has this much left."""
     at = torch.linspace(0, math.pi / 2, 2_000_001, dtype=torch.float64)[:-1].tan()
-    half = torch.cumulative_trapezoid(torch.distributions.StudentT(torch.tensor(freedom, dtype=torch.float64)).log_prob(at).exp(), at)
-    return at[int((half < .5 - tail).sum())].item()
+    half = torch.cumulative_trapezoid(
+        torch.distributions.StudentT(torch.tensor(freedom, dtype=torch.float64)).log_prob(at).exp(),
+        at,
+    )
+    return at[int((half < 0.5 - tail).sum())].item()
 
 
 # ---------------------------------------------------------------- corruptions: the 15 of ImageNet-C, in batches, on any device
@@ -228,7 +297,7 @@ def student(freedom, tail=.025):
 # sigma, distance) is scaled by side / 224 for others. Each picture has its own draws, made on the CPU. The published pictures were also
 # saved as JPEG at quality 85; ours are not. Each function: images (b c h w) in [0, 1], h == w, a CPU generator, its constants -> (b c h w).
 # Axes beside the project's: k kernel, t point along a motion.
-SIDE = 224   # of the pictures that the constants are for
+SIDE = 224  # of the pictures that the constants are for
 
 
 def corrupt(images, name, severity, generator):
@@ -269,8 +338,13 @@ def convolve(images, kernels, border):
     k = kernels.shape[-1]
     padded = F.pad(images, (k // 2,) * 4, border)
     size = padded.shape[-2:]
-    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(kernels / kernels.sum((1, 2), keepdim=True), s=size)[:, None]
-    return torch.fft.irfft2(spectrum, s=size)[..., k - 1:, k - 1:]       # what comes before mixes opposite borders
+    spectrum = (
+        torch.fft.rfft2(padded)
+        * torch.fft.rfft2(kernels / kernels.sum((1, 2), keepdim=True), s=size)[:, None]
+    )
+    return torch.fft.irfft2(spectrum, s=size)[
+        ..., k - 1 :, k - 1 :
+    ]  # what comes before mixes opposite borders
 
 
 def gaussian(images, sigma):
@@ -279,8 +353,10 @@ def gaussian(images, sigma):
     reach = math.ceil(4 * sigma)
     pixel = torch.arange(n, device=images.device)
     at = torch.arange(-reach, n + reach, device=images.device)
-    weight = torch.softmax(-((at - pixel[:, None]) / sigma) ** 2 / 2, 1)
-    folded = torch.minimum(at % (2 * n), -(at + 1) % (2 * n))            # mirrored again and again, where it takes more than once
+    weight = torch.softmax(-(((at - pixel[:, None]) / sigma) ** 2) / 2, 1)
+    folded = torch.minimum(
+        at % (2 * n), -(at + 1) % (2 * n)
+    )  # mirrored again and again, where it takes more than once
     matrix = torch.zeros_like(weight[:, :n]).index_add_(1, folded, weight)
     return matrix @ images @ matrix.T
 
@@ -290,7 +366,7 @@ def defocus_blur(images, generator, radius):
     radius = radius * scale(images)
     points = (torch.linspace(-1, 1, 257, device=images.device)[:-1] + 1 / 256) * radius
     weights = hat(points, math.ceil(radius))
-    disk = (points[:, None] ** 2 + points ** 2 <= radius ** 2).float()
+    disk = (points[:, None] ** 2 + points**2 <= radius**2).float()
     return convolve(images, (weights @ disk @ weights.T)[None], "reflect")
 
 
@@ -302,7 +378,7 @@ def glass_blur(images, generator, sigma, distance, times):
     """
     b, c, h, w = images.shape
     whole, fraction = divmod(distance * scale(images), 1)
-    edge = whole + (fraction > 0)                                        # so wide a border keeps its colours
+    edge = whole + (fraction > 0)  # so wide a border keeps its colours
     sigma = sigma * scale(images)
     images = gaussian(images, sigma).flatten(2)
     own = torch.arange(h * w).view(h, w)
@@ -310,7 +386,9 @@ def glass_blur(images, generator, sigma, distance, times):
     inside = (y > edge) & (y <= h - edge) & (x > edge) & (x <= w - edge)
     for _ in range(times):
         far = whole + (torch.rand(b, 2, h, w, generator=generator) < fraction)
-        dy, dx = (loo.uniform(-1, 1, b, 2, h, w, generator=generator) * far).floor().long().unbind(1)
+        dy, dx = (
+            (loo.uniform(-1, 1, b, 2, h, w, generator=generator) * far).floor().long().unbind(1)
+        )
         source = torch.where(inside, own + dy * w + dx, own).flatten(1).to(images.device)
         # a source further on has already taken its colour from elsewhere: six times doubled, the jump goes 64 sources back
         back = torch.maximum(source, own.flatten().to(source))
@@ -325,9 +403,11 @@ def smear(images, angle, radius, sigma, border="replicate"):
     """Each image along its angle (b,), in degrees: to one side, by half a Gaussian of `sigma`, cut at 2 radius -> (b c h w)."""
     length = 2 * radius * scale(images)
     far = torch.linspace(0, 1, 2 * radius * math.ceil(scale(images)) + 1, device=images.device)
-    weight = (-(far * 2 * radius / sigma) ** 2 / 2).exp()
+    weight = (-((far * 2 * radius / sigma) ** 2) / 2).exp()
     angle = angle.to(images).deg2rad()[:, None]
-    rows, columns = (hat(far * length * along, math.ceil(length)) for along in (angle.sin(), angle.cos()))
+    rows, columns = (
+        hat(far * length * along, math.ceil(length)) for along in (angle.sin(), angle.cos())
+    )
     return convolve(images, rows * weight @ columns.mT, border)
 
 
@@ -340,8 +420,12 @@ def zoom_blur(images, generator, step, count):
     total = images
     for i in range(count):
         theta = torch.eye(2, 3, device=images.device) / (1 + i * step)
-        total = total + F.grid_sample(images, F.affine_grid(theta.expand(len(images), 2, 3), images.shape, align_corners=False),
-                                      padding_mode="border", align_corners=False)
+        total = total + F.grid_sample(
+            images,
+            F.affine_grid(theta.expand(len(images), 2, 3), images.shape, align_corners=False),
+            padding_mode="border",
+            align_corners=False,
+        )
     return total / (count + 1)
 
 
@@ -351,11 +435,20 @@ def resize(images, size):
 
 def snow(images, generator, mean, std, zoom, threshold, radius, sigma, keep):
     """Flakes are what exceeds `threshold` in coarse noise, smeared, and once more turned by 180 degrees; below them the image is bleached."""
-    cells = torch.randn(len(images), 1, *[math.ceil(SIDE / zoom)] * 2, generator=generator).to(images) * std + mean
+    cells = (
+        torch.randn(len(images), 1, *[math.ceil(SIDE / zoom)] * 2, generator=generator).to(images)
+        * std
+        + mean
+    )
     flakes = F.interpolate(cells, (SIDE, SIDE), mode="bilinear", align_corners=True)
     flakes = F.threshold(flakes, threshold, 0).clamp(0, 1)
-    flakes = smear(resize(flakes, images.shape[-1]), loo.uniform(-135, -45, len(images), generator=generator), radius, sigma)
-    bleached = torch.maximum(images, loo.grayscale(images) * 1.5 + .5)
+    flakes = smear(
+        resize(flakes, images.shape[-1]),
+        loo.uniform(-135, -45, len(images), generator=generator),
+        radius,
+        sigma,
+    )
+    bleached = torch.maximum(images, loo.grayscale(images) * 1.5 + 0.5)
     return keep * images + (1 - keep) * bleached + flakes + flakes.rot90(2, (2, 3))
 
 
@@ -365,17 +458,24 @@ def plasma(b, side, decay, generator):
     Every pass doubles a grid that goes round on both axes: first the middles of its cells, then those of their sides, are the mean of
     their four neighbours plus noise, which is `decay` ** 2 smaller each time.
     """
-    grid, noise = torch.zeros(b, 1, 1), 1.
+    grid, noise = torch.zeros(b, 1, 1), 1.0
     full = 1 << (side * 8 // 7 - 1).bit_length()
     while grid.shape[-1] < full:
-        around = lambda cross: cross / 4 + noise * loo.uniform(-1, 1, *grid.shape, generator=generator)
+        around = lambda cross: (
+            cross / 4 + noise * loo.uniform(-1, 1, *grid.shape, generator=generator)
+        )
         below, right = grid.roll(-1, 1), grid.roll(-1, 2)
         middle = around(grid + below + right + below.roll(-1, 2))
-        top, left = around(grid + right + middle + middle.roll(1, 1)), around(grid + below + middle + middle.roll(1, 2))
-        grid = rearrange(torch.stack([grid, top, left, middle]), "(y x) b h w -> b (h y) (w x)", y=2)
-        noise /= decay ** 2
+        top, left = (
+            around(grid + right + middle + middle.roll(1, 1)),
+            around(grid + below + middle + middle.roll(1, 2)),
+        )
+        grid = rearrange(
+            torch.stack([grid, top, left, middle]), "(y x) b h w -> b (h y) (w x)", y=2
+        )
+        noise /= decay**2
     low, high = grid.amin((1, 2), keepdim=True), grid.amax((1, 2), keepdim=True)
-    return resize(((grid - low) / (high - low))[:, None, :full * 7 // 8, :full * 7 // 8], side)
+    return resize(((grid - low) / (high - low))[:, None, : full * 7 // 8, : full * 7 // 8], side)
 
 
 def fog(images, generator, amount, decay):
@@ -388,14 +488,23 @@ def frost(images, generator, keep, amount):
     """Adds ice. The published photographs of it are replaced by drawn ones, with their range of lightness and color and their contrast:
     blades (dots smeared along an angle, then slightly across) of four angles over clouds, from dark and blue to white."""
     b, side = len(images), images.shape[-1]
-    dots = torch.rand(4 * b, 1, side, side, generator=generator) * (torch.rand(4 * b, 1, side, side, generator=generator) < .006 / scale(images) ** 2)
+    dots = torch.rand(4 * b, 1, side, side, generator=generator) * (
+        torch.rand(4 * b, 1, side, side, generator=generator) < 0.006 / scale(images) ** 2
+    )
     angle = loo.uniform(0, 360, 4 * b, generator=generator)
     blades = smear(smear(dots.to(images), angle, 15, 10, "circular"), angle + 30, 6, 4, "circular")
     blades = rearrange(blades, "(b n) 1 h w -> b n h w", n=4).amax(1, keepdim=True)
-    relief = F.instance_norm(blades) * .9 + F.instance_norm(plasma(b, side, 1.5, generator).to(images)) * .45
-    dark, light = torch.tensor([[.34, .49, .55], [.81, .82, .86]]).to(images)[:, None, :, None, None]
+    relief = (
+        F.instance_norm(blades) * 0.9
+        + F.instance_norm(plasma(b, side, 1.5, generator).to(images)) * 0.45
+    )
+    dark, light = torch.tensor([[0.34, 0.49, 0.55], [0.81, 0.82, 0.86]]).to(images)[
+        :, None, :, None, None
+    ]
     whiteness = torch.rand(b, 1, 1, 1, generator=generator).to(images)
-    return keep * images + amount * (torch.lerp(dark, light, whiteness) + (.19 - .09 * whiteness) * relief)
+    return keep * images + amount * (
+        torch.lerp(dark, light, whiteness) + (0.19 - 0.09 * whiteness) * relief
+    )
 
 
 def brightness(images, generator, amount):
@@ -415,13 +524,20 @@ def elastic_transform(images, generator, alpha, sigma, shift):
     alpha scales with the area: what is left of noise after a blur goes down with sigma, so the displacements scale as every length.
     """
     b, s = len(images), scale(images)
-    third = torch.tensor([[1., 1.], [1., -1.], [-1., -1.]]) * 2 / 3      # of the way from the middle to the corners
-    moved = F.pad(third + loo.uniform(-shift, shift, b, 3, 2, generator=generator) * 2 / SIDE, (0, 1), value=1)
+    third = (
+        torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]) * 2 / 3
+    )  # of the way from the middle to the corners
+    moved = F.pad(
+        third + loo.uniform(-shift, shift, b, 3, 2, generator=generator) * 2 / SIDE, (0, 1), value=1
+    )
     theta = torch.linalg.solve(moved, third.expand(b, 3, 2)).mT.to(images)
     noise = loo.uniform(-1, 1, b, 2, *images.shape[2:], generator=generator).to(images)
     local = rearrange(gaussian(noise, sigma * s) * alpha * s * 2 / SIDE, "b xy h w -> b h w xy")
-    for grid in (F.affine_grid(theta, images.shape, align_corners=False),
-                 F.affine_grid(torch.eye(2, 3).expand(b, 2, 3).to(images), images.shape, align_corners=False) + local):
+    for grid in (
+        F.affine_grid(theta, images.shape, align_corners=False),
+        F.affine_grid(torch.eye(2, 3).expand(b, 2, 3).to(images), images.shape, align_corners=False)
+        + local,
+    ):
         images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     return images
 
@@ -429,7 +545,7 @@ def elastic_transform(images, generator, alpha, sigma, shift):
 def pixelate(images, generator, share):
     """`share` of the pixels each way: every block, as wide as they need be, becomes its mean."""
     n = images.shape[-1]
-    block = ((torch.arange(n, device=images.device) + .5) * int(n * share) / n).long()
+    block = ((torch.arange(n, device=images.device) + 0.5) * int(n * share) / n).long()
     same = (block[:, None] == block).float()
     mean = same / same.sum(1)
     return mean @ images @ mean.T
@@ -440,25 +556,46 @@ def jpeg_compression(images, generator, quality):
         file = io.BytesIO()
         to_pil_image(image).save(file, "JPEG", quality=quality)
         return pil_to_tensor(Image.open(file))
-    return torch.stack([coded(image) for image in (images * 255).round().byte().cpu()]).to(images) / 255
+
+    return (
+        torch.stack([coded(image) for image in (images * 255).round().byte().cpu()]).to(images)
+        / 255
+    )
 
 
-CORRUPTIONS = {   # name: (function, its constants at severity 1 to 5)
-    "gaussian_noise": (gaussian_noise, [(.08,), (.12,), (.18,), (.26,), (.38,)]),
+CORRUPTIONS = {  # name: (function, its constants at severity 1 to 5)
+    "gaussian_noise": (gaussian_noise, [(0.08,), (0.12,), (0.18,), (0.26,), (0.38,)]),
     "shot_noise": (shot_noise, [(60,), (25,), (12,), (5,), (3,)]),
-    "impulse_noise": (impulse_noise, [(.03,), (.06,), (.09,), (.17,), (.27,)]),
+    "impulse_noise": (impulse_noise, [(0.03,), (0.06,), (0.09,), (0.17,), (0.27,)]),
     "defocus_blur": (defocus_blur, [(3,), (4,), (6,), (8,), (10,)]),
-    "glass_blur": (glass_blur, [(.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)]),
+    "glass_blur": (glass_blur, [(0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)]),
     "motion_blur": (motion_blur, [(10, 3), (15, 5), (15, 8), (15, 12), (20, 15)]),
-    "zoom_blur": (zoom_blur, [(.01, 12), (.01, 16), (.02, 11), (.02, 13), (.03, 11)]),
-    "snow": (snow, [(.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7),
-                               (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55)]),
-    "frost": (frost, [(1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)]),
+    "zoom_blur": (zoom_blur, [(0.01, 12), (0.01, 16), (0.02, 11), (0.02, 13), (0.03, 11)]),
+    "snow": (
+        snow,
+        [
+            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+        ],
+    ),
+    "frost": (frost, [(1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)]),
     "fog": (fog, [(1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)]),
-    "brightness": (brightness, [(.1,), (.2,), (.3,), (.4,), (.5,)]),
-    "contrast": (contrast, [(.4,), (.3,), (.2,), (.1,), (.05,)]),
-    "elastic_transform": (elastic_transform, [(488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)]),
-    "pixelate": (pixelate, [(.6,), (.5,), (.4,), (.3,), (.25,)]),
+    "brightness": (brightness, [(0.1,), (0.2,), (0.3,), (0.4,), (0.5,)]),
+    "contrast": (contrast, [(0.4,), (0.3,), (0.2,), (0.1,), (0.05,)]),
+    "elastic_transform": (
+        elastic_transform,
+        [
+            (488, 170.8, 24.4),
+            (488, 19.52, 48.8),
+            (12.2, 2.44, 4.88),
+            (17.08, 2.44, 4.88),
+            (29.28, 2.44, 4.88),
+        ],
+    ),
+    "pixelate": (pixelate, [(0.6,), (0.5,), (0.4,), (0.3,), (0.25,)]),
     "jpeg_compression": (jpeg_compression, [(25,), (18,), (15,), (10,), (7,)]),
 }
 
@@ -468,36 +605,53 @@ CORRUPTIONS = {   # name: (function, its constants at severity 1 to 5)
 
 class Bench(NamedTuple):
     """What a task works on: a run's encoder and a data set."""
+
     run: Path
     encoder: loo.Encoder
     config: dict
     data: str
-    split: dict       # {"train", "test", and "val" where there is one: Data of central crops}, not decoded
+    split: (
+        dict  # {"train", "test", and "val" where there is one: Data of central crops}, not decoded
+    )
     feature: str
     seed: int
     workers: int
-    root: str         # where the data is, or None
-    weights: str      # a hash of the run's
-    find: functools.partial   # data.find of this data set
-    leader_first: object = contextlib.nullcontext   # a context that rank 0 enters first
+    root: str  # where the data is, or None
+    weights: str  # a hash of the run's
+    find: functools.partial  # data.find of this data set
+    leader_first: object = contextlib.nullcontext  # a context that rank 0 enters first
 
 
-def bench(run: str = "runs/latest", *, data: str = None, root: str = None, feature: str = "v", download: bool = False, workers: int = 2,
-          device: str = "auto", seed: int = 0):
+def bench(
+    run: str = "runs/latest",
+    *,
+    data: str = None,
+    root: str = None,
+    feature: str = "v",
+    download: bool = False,
+    workers: int = 2,
+    device: str = "auto",
+    seed: int = 0,
+):
     """
-        run: folder of a finished run; runs/latest is the last one
-        data: factors, folder, one of the paper's sets (python data.py check) or of torchvision's; by default what the run was trained on
-        root: where that data is
-        feature: v (the backbone's), z (all spaces) or the name of one space
-        download: let torchvision fetch the data
-        workers: processes that decode pictures
-        device: auto, cpu or cuda
-        seed: of held-out parts, shots and orders
-        json: print the JSON lines and nothing else
+    run: folder of a finished run; runs/latest is the last one
+    data: factors, folder, one of the paper's sets (python data.py check) or of torchvision's; by default what the run was trained on
+    root: where that data is
+    feature: v (the backbone's), z (all spaces) or the name of one space
+    download: let torchvision fetch the data
+    workers: processes that decode pictures
+    device: auto, cpu or cuda
+    seed: of held-out parts, shots and orders
+    json: print the JSON lines and nothing else
     """
     if not Path(run).exists():
-        others = sorted(str(p.parent) for p in Path("runs").glob("*/config.json") if not p.parent.is_symlink())
-        raise UserError(f"--run={run}: no such run; train one with `python loo.py train`" + f"; there are {', '.join(others)}" * bool(others))
+        others = sorted(
+            str(p.parent) for p in Path("runs").glob("*/config.json") if not p.parent.is_symlink()
+        )
+        raise UserError(
+            f"--run={run}: no such run; train one with `python loo.py train`"
+            + f"; there are {', '.join(others)}" * bool(others)
+        )
     if workers < 0:
         raise UserError(f"--workers={workers}: expected 0 or more")
     device = pixels.device_of(device)
@@ -507,30 +661,59 @@ def bench(run: str = "runs/latest", *, data: str = None, root: str = None, featu
     root = str(Path(root).resolve()) if root else config["root"] if name == config["data"] else None
     splits = pixels.splits(name, root)
     if "train" not in splits:
-        raise UserError(f"--data={name} has nothing to train a classifier on; it is what `python eval.py robust --data=imagenet100` tests on")
-    find = functools.partial(pixels.find, name, root=root, size=config["size"], canvas=config["canvas"], download=download, seed=config["seed"])
+        raise UserError(
+            f"--data={name} has nothing to train a classifier on; it is what `python eval.py robust --data=imagenet100` tests on"
+        )
+    find = functools.partial(
+        pixels.find,
+        name,
+        root=root,
+        size=config["size"],
+        canvas=config["canvas"],
+        download=download,
+        seed=config["seed"],
+    )
     split = {s: find(s, central=True) for s in splits}
     split["test"] = split.pop("test", None) or split.pop(splits[-1])
-    weights = hashlib.sha1(b"".join((Path(run) / f).read_bytes() for f in ("backbone.pt", "heads.pt"))).hexdigest()
-    return Bench(Path(run).resolve(), encoder, config, name, split, feature, seed, workers, root, weights, find)
+    weights = hashlib.sha1(
+        b"".join((Path(run) / f).read_bytes() for f in ("backbone.pt", "heads.pt"))
+    ).hexdigest()
+    return Bench(
+        Path(run).resolve(),
+        encoder,
+        config,
+        name,
+        split,
+        feature,
+        seed,
+        workers,
+        root,
+        weights,
+        find,
+    )
 
 
 def frozen(b, split, turns=(0,)):
     """The split's v ((r n) d), z (s (r n) c) and labels {name: ((r n),)} of the pictures that could be read; also "rotation", the turns,
     and "picture", which of the split it is. Computed once for a run, data set, split and turns."""
     found = b.split[split]
-    name = hashlib.sha1(repr(((b.data, b.root, b.weights), split, turns, pixels.fingerprint(found))).encode()).hexdigest()[:16]
+    name = hashlib.sha1(
+        repr(((b.data, b.root, b.weights), split, turns, pixels.fingerprint(found))).encode()
+    ).hexdigest()[:16]
     path = b.run / "features" / f"{b.data}-{split}-{name}.pt"
     try:
         kept = pixels.read_tensors(path)
-    except UserError:                            # not there, or not whole
+    except UserError:  # not there, or not whole
         kept = None
     if loo.agreed(kept is None):
         kept = features(b.encoder, found, turns, b.workers)
         if loo.rank() == 0:
             pixels.write_tensors(path, kept)
     v, z, rows = kept
-    own = {"rotation": torch.tensor(turns).repeat_interleave(len(rows)), "picture": rows.repeat(len(turns))}
+    own = {
+        "rotation": torch.tensor(turns).repeat_interleave(len(rows)),
+        "picture": rows.repeat(len(turns)),
+    }
     return v, z, {k: y[rows].repeat(len(turns)) for k, y in found.labels.items()} | own
 
 
@@ -538,14 +721,18 @@ def known(b, split, turns=(0,)):
     """The chosen feature of a split, (n d), and its labels, on the encoder's device."""
     v, z, y = frozen(b, split, turns)
     device = device_of(b.encoder)
-    return pick(v, z, b.config, b.feature).to(device), {k: labels.to(device) for k, labels in y.items()}
+    return pick(v, z, b.config, b.feature).to(device), {
+        k: labels.to(device) for k, labels in y.items()
+    }
 
 
 def names_of(b, label):
     """The classes of a label; UserError where there is nothing to tell apart."""
     names = ["0", "90", "180", "270"] if label == "rotation" else b.split["train"].classes[label]
     if len(names) < 2:
-        raise UserError(f"--label={label}: the pictures of {b.data} are all of one class, there is nothing to tell apart")
+        raise UserError(
+            f"--label={label}: the pictures of {b.data} are all of one class, there is nothing to tell apart"
+        )
     return names
 
 
@@ -558,39 +745,102 @@ def task(function):
     def command(*args, json=False, **flags):
         begun = time.perf_counter()
         with loo.processes(pixels.device_of(flags.get("device", "auto"))) as leader_first:
-            b = bench(*args, **{k: v for k, v in flags.items() if k in names})._replace(leader_first=leader_first)
+            b = bench(*args, **{k: v for k, v in flags.items() if k in names})._replace(
+                leader_first=leader_first
+            )
             columns, said = (), []
             for found in function(b, **{k: v for k, v in flags.items() if k not in names}):
                 if loo.rank():
                     continue
                 keep = found.pop("keep", True)
                 said += filter(None, [found.pop("say", None)])
-                line = dict(run=b.run.name, task=function.__name__, data=b.data, root=b.root, label=None, on=None, feature=b.feature, method=b.config["method"],
-                            groups=b.config["groups"], protocol="fast", shots=None, top1=None, top5=None, ci95=None, n_train=None, n_test=None,
-                            seed=b.seed, seconds=round(time.perf_counter() - begun, 1)) | found
+                line = (
+                    dict(
+                        run=b.run.name,
+                        task=function.__name__,
+                        data=b.data,
+                        root=b.root,
+                        label=None,
+                        on=None,
+                        feature=b.feature,
+                        method=b.config["method"],
+                        groups=b.config["groups"],
+                        protocol="fast",
+                        shots=None,
+                        top1=None,
+                        top5=None,
+                        ci95=None,
+                        n_train=None,
+                        n_test=None,
+                        seed=b.seed,
+                        seconds=round(time.perf_counter() - begun, 1),
+                    )
+                    | found
+                )
                 begun = time.perf_counter()
                 if keep:
                     kept = b.run / "results.jsonl"
                     cut = kept.exists() and kept.read_bytes()[-1:] not in (b"", b"\n")
                     with open(kept, "a") as file:
-                        file.write("\n" * cut + json_.dumps(line) + "\n")        # a line that a kill cut short stays alone
+                        file.write(
+                            "\n" * cut + json_.dumps(line) + "\n"
+                        )  # a line that a kill cut short stays alone
                 if not columns:
-                    columns = [k for k in PRINTED if k not in ("on", "shots", "gain", "gain95", "n_train") or line.get(k) is not None]
+                    columns = [
+                        k
+                        for k in PRINTED
+                        if k not in ("on", "shots", "gain", "gain95", "n_train")
+                        or line.get(k) is not None
+                    ]
                     if not json:
-                        print(f"| {' | '.join(PRINTED[k] for k in columns)} |\n" + "|---" * len(columns) + "|")
-                print(json_.dumps(line) if json else "| " + " | ".join(cell(line[k]) for k in columns) + " |", flush=True)
+                        print(
+                            f"| {' | '.join(PRINTED[k] for k in columns)} |\n"
+                            + "|---" * len(columns)
+                            + "|"
+                        )
+                print(
+                    json_.dumps(line)
+                    if json
+                    else "| " + " | ".join(cell(line[k]) for k in columns) + " |",
+                    flush=True,
+                )
             if said and not json:
                 print("\n" + "\n".join(said))
 
-    json_flag = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
-    command.__signature__ = inspect.Signature([common[0], *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own[1:]), *common[1:], json_flag])
+    json_flag = inspect.Parameter(
+        "json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool
+    )
+    command.__signature__ = inspect.Signature(
+        [
+            common[0],
+            *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own[1:]),
+            *common[1:],
+            json_flag,
+        ]
+    )
     command.__doc__ = f"{function.__doc__.rstrip()}\n{bench.__doc__}"
     return command
 
 
 # A result's keys and the heads of their columns.
-PRINTED = dict(run="run", data="data", task="task", label="label", on="on", feature="feature", protocol="protocol", shots="shots", top1="top-1",
-               top5="top-5", ci95="+- 95%", gain="over all alone", gain95="+- 95%", n_train="train", n_test="test", seconds="seconds")
+PRINTED = dict(
+    run="run",
+    data="data",
+    task="task",
+    label="label",
+    on="on",
+    feature="feature",
+    protocol="protocol",
+    shots="shots",
+    top1="top-1",
+    top5="top-5",
+    ci95="+- 95%",
+    gain="over all alone",
+    gain95="+- 95%",
+    n_train="train",
+    n_test="test",
+    seconds="seconds",
+)
 
 
 def cell(x):
@@ -600,18 +850,30 @@ def cell(x):
 def labels_of(b, label, more=(), least=1):
     """The labels that are named, or else all that tell pictures apart, and `more`. UserError where they are fewer than `least`."""
     classes = b.split["train"].classes
-    found = [choose("label", one, (*classes, *more)) for one in label] or [*pixels.told_apart(classes), *more]
+    found = [choose("label", one, (*classes, *more)) for one in label] or [
+        *pixels.told_apart(classes),
+        *more,
+    ]
     if len(found) < least:
-        raise UserError(f"the pictures of {b.root or b.data} have no labels, which a sub-folder for each class would give them; without labels there are "
-                        "the tasks rotation, spaces and retrieve --turn")
+        raise UserError(
+            f"the pictures of {b.root or b.data} have no labels, which a sub-folder for each class would give them; without labels there are "
+            "the tasks rotation, spaces and retrieve --turn"
+        )
     return found
 
 
 def result(logits, y, label, n_train, turns=1, **more):
     """logits ((r n) k), y ((r n),) -> a result with the interval of the mean over pictures, each with all its turns."""
     right = hits(logits, y).view(turns, -1).mean(0) * 100
-    return dict(label=label, top1=right.mean().item(), top5=accuracy(logits, y, 5) if logits.shape[1] > 5 else None, n_train=n_train, n_test=len(y),
-                ci95=spread(right), **more)
+    return dict(
+        label=label,
+        top1=right.mean().item(),
+        top5=accuracy(logits, y, 5) if logits.shape[1] > 5 else None,
+        n_train=n_train,
+        n_test=len(y),
+        ci95=spread(right),
+        **more,
+    )
 
 
 def probe(b, labels, turns, protocol, epochs, lr):
@@ -619,7 +881,10 @@ def probe(b, labels, turns, protocol, epochs, lr):
     choose("protocol", protocol, ("fast", "paper"))
     if protocol == "fast" and (epochs, lr) != (None, None):
         raise UserError("--epochs and --lr are of the paper's protocol: add --protocol=paper")
-    epochs, lr = (100 if b.data == "inat2019" else 200) if epochs is None else epochs, 30. if lr is None else lr
+    epochs, lr = (
+        (100 if b.data == "inat2019" else 200) if epochs is None else epochs,
+        30.0 if lr is None else lr,
+    )
     if epochs < 1 or lr <= 0:
         raise UserError(f"--epochs={epochs} --lr={lr}: expected 1 or more, and more than 0")
     test, y_test = known(b, "test", turns)
@@ -628,12 +893,24 @@ def probe(b, labels, turns, protocol, epochs, lr):
         train, test = standardise(train, test)
     else:
         with b.leader_first():
-            train = pixels.decoded(b.find("train"), b.workers, b.run.parent, shared=loo.ranks() > 1)     # where training left them, if it did
+            train = pixels.decoded(
+                b.find("train"), b.workers, b.run.parent, shared=loo.ranks() > 1
+            )  # where training left them, if it did
     for label in labels:
         k = len(names_of(b, label))
-        head = (fast_probe(train, y[label], k, b.seed, len(turns)) if protocol == "fast" else
-                paper_probe(b, train, label, k, test.shape[1], epochs, lr))
-        yield result(F.linear(test, *head), y_test[label], label, len(train if protocol == "fast" else train.images), len(turns), protocol=protocol)
+        head = (
+            fast_probe(train, y[label], k, b.seed, len(turns))
+            if protocol == "fast"
+            else paper_probe(b, train, label, k, test.shape[1], epochs, lr)
+        )
+        yield result(
+            F.linear(test, *head),
+            y_test[label],
+            label,
+            len(train if protocol == "fast" else train.images),
+            len(turns),
+            protocol=protocol,
+        )
 
 
 @task
@@ -673,7 +950,13 @@ def knn(b, label: tuple = (), neighbours: int = 20):
         raise UserError(f"--neighbours={neighbours}: expected 1 or more")
     (x, y), (test, y_test) = known(b, "train"), known(b, "test")
     for name in labels_of(b, label):
-        yield result(nearest(x, y[name], len(names_of(b, name)), test, neighbours), y_test[name], name, len(x), protocol="knn") | {"top5": None}    # fewer may have a vote
+        yield result(
+            nearest(x, y[name], len(names_of(b, name)), test, neighbours),
+            y_test[name],
+            name,
+            len(x),
+            protocol="knn",
+        ) | {"top5": None}  # fewer may have a vote
 
 
 @task
@@ -687,20 +970,36 @@ def fewshot(b, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
         trials: independent draws
     """
     if not shots or not all(n.isdecimal() and int(n) for n in map(str, shots)) or trials < 2:
-        raise UserError(f"--shots={','.join(map(str, shots))} --trials={trials}: expected numbers of pictures, as 5,10, and two trials or more")
+        raise UserError(
+            f"--shots={','.join(map(str, shots))} --trials={trials}: expected numbers of pictures, as 5,10, and two trials or more"
+        )
     pool = [known(b, s) for s in ("train", "val") if s in b.split]
     test, y_test = known(b, "test")
-    x, test = standardise(torch.cat([x for x, _ in pool]), test)     # by all of the pool, labels unseen
+    x, test = standardise(
+        torch.cat([x for x, _ in pool]), test
+    )  # by all of the pool, labels unseen
     y = {name: torch.cat([labels[name] for _, labels in pool]) for name in labels_of(b, label)}
     classes = {name: len(names_of(b, name)) for name in y}
-    drawn = {(name, n): shots_of(y[name], classes[name], n, trials, b.seed) for name in y for n in map(int, shots)}   # too few pictures: before any result
+    drawn = {
+        (name, n): shots_of(y[name], classes[name], n, trials, b.seed)
+        for name in y
+        for n in map(int, shots)
+    }  # too few pictures: before any result
     for (name, n), rows in drawn.items():
         k = classes[name]
         w, bias = few_shot(x[rows], y[name][rows], k)
         logits = [test @ one + c for one, c in zip(w, bias)]
         top1, top5 = ([accuracy(one, y_test[name], top) for one in logits] for top in (1, 5))
-        yield dict(label=name, shots=n, top1=sum(top1) / trials, top5=sum(top5) / trials if k > 5 else None, ci95=interval(top1),
-                   n_train=n * k, n_test=len(test), protocol="adam")
+        yield dict(
+            label=name,
+            shots=n,
+            top1=sum(top1) / trials,
+            top5=sum(top5) / trials if k > 5 else None,
+            ci95=interval(top1),
+            n_train=n * k,
+            n_test=len(test),
+            protocol="adam",
+        )
 
 
 def among(logits, classes):
@@ -709,10 +1008,14 @@ def among(logits, classes):
 
 
 CELLS = list(itertools.product(CORRUPTIONS, range(1, 6)))
-SUMMARIES = {   # name: which cells it is the mean of
+SUMMARIES = {  # name: which cells it is the mean of
     **{name: [n == name for n, _ in CELLS] for name in CORRUPTIONS},
-    **{name + more: [n in members and severity >= least for n, severity in CELLS]
-       for name, members in (*pixels.IMAGENETC.items(), ("all corruptions", tuple(CORRUPTIONS))) for more, least in (("", 1), (", severity 3+", 3))}}
+    **{
+        name + more: [n in members and severity >= least for n, severity in CELLS]
+        for name, members in (*pixels.IMAGENETC.items(), ("all corruptions", tuple(CORRUPTIONS)))
+        for more, least in (("", 1), (", severity 3+", 3))
+    },
+}
 
 
 def corrupted_pictures(b, published, count=None):
@@ -727,11 +1030,28 @@ def corrupted_pictures(b, published, count=None):
         for rows, crops in on_device(b.encoder, b.split["test"], b.workers, count=count):
             labels = {k: y[rows] for k, y in b.split["test"].labels.items()}
             for cell, (name, severity) in enumerate(CELLS):
-                yield cell, rows, corrupt(crops, name, severity, pixels.generator("corrupt", name, severity, int(rows[0]))), labels
+                yield (
+                    cell,
+                    rows,
+                    corrupt(
+                        crops,
+                        name,
+                        severity,
+                        pixels.generator("corrupt", name, severity, int(rows[0])),
+                    ),
+                    labels,
+                )
 
 
 @task
-def robust(b, label: tuple = (), source: str = None, corrupted: str = None, objectnet: str = None, pictures: int = None):
+def robust(
+    b,
+    label: tuple = (),
+    source: str = None,
+    corrupted: str = None,
+    objectnet: str = None,
+    pictures: int = None,
+):
     """A linear classifier trained on clean pictures, tested on corrupted ones (ImageNet-C) and on new viewpoints and backgrounds:
     ObjectNet's (section 4), or those of factors.
 
@@ -746,50 +1066,104 @@ def robust(b, label: tuple = (), source: str = None, corrupted: str = None, obje
     """
     if pictures is not None and pictures < 1:
         raise UserError(f"--pictures={pictures}: expected 1 or more")
-    source = choose("source", source or ("folder" if b.data == "imagenet100" else "generated"), ("folder", "generated"))
+    source = choose(
+        "source",
+        source or ("folder" if b.data == "imagenet100" else "generated"),
+        ("folder", "generated"),
+    )
     if (source == "folder") != bool(corrupted):
-        raise UserError("--source=folder reads the published ImageNet-C: name it with --corrupted=DIR, or make the corruptions here with --source=generated")
+        raise UserError(
+            "--source=folder reads the published ImageNet-C: name it with --corrupted=DIR, or make the corruptions here with --source=generated"
+        )
     if (corrupted or objectnet) and b.data != "imagenet100":
-        raise UserError(f"ImageNet-C and ObjectNet have the classes of imagenet100, not of {b.data}: use --data=imagenet100, or --source=generated")
-    where = dict(size=b.config["size"], central=True)           # all is found before hours are spent on the first of it
-    published = [pixels.find("imagenetc100", f"{name}/{severity}", root=corrupted, **where) for name, severity in CELLS] if corrupted else []
-    beyond = ({"objectnet13": pixels.find("objectnet13", "test", root=objectnet, **where)} if objectnet else
-              {"new viewpoint": b.find("viewpoint", central=True)} if b.data == "factors" else {})
+        raise UserError(
+            f"ImageNet-C and ObjectNet have the classes of imagenet100, not of {b.data}: use --data=imagenet100, or --source=generated"
+        )
+    where = dict(
+        size=b.config["size"], central=True
+    )  # all is found before hours are spent on the first of it
+    published = (
+        [
+            pixels.find("imagenetc100", f"{name}/{severity}", root=corrupted, **where)
+            for name, severity in CELLS
+        ]
+        if corrupted
+        else []
+    )
+    beyond = (
+        {"objectnet13": pixels.find("objectnet13", "test", root=objectnet, **where)}
+        if objectnet
+        else {"new viewpoint": b.find("viewpoint", central=True)}
+        if b.data == "factors"
+        else {}
+    )
     labels, (train, y), (test, y_test) = labels_of(b, label), known(b, "train"), known(b, "test")
     n = len((published[0] if published else b.split["test"]).images)
     mean, deviation = moments(train)
-    head = {one: fast_probe((train - mean) / deviation, y[one], len(names_of(b, one)), b.seed) for one in labels}
+    head = {
+        one: fast_probe((train - mean) / deviation, y[one], len(names_of(b, one)), b.seed)
+        for one in labels
+    }
     logits_of = lambda one, x: F.linear((x - mean) / deviation, *head[one])
-    right, there = {one: torch.zeros(len(CELLS), n, 2) for one in labels}, torch.zeros(n)       # top-1 and top-5; a picture is there in all cells or in none
+    right, there = (
+        {one: torch.zeros(len(CELLS), n, 2) for one in labels},
+        torch.zeros(n),
+    )  # top-1 and top-5; a picture is there in all cells or in none
     for one in labels:
-        say = f"the lengths in the corruptions' constants are scaled by {b.config['size']} / {SIDE}" if not published and one == labels[-1] else None
-        yield result(logits_of(one, test), y_test[one], one, len(train), on="clean", protocol=source, say=say)
+        say = (
+            f"the lengths in the corruptions' constants are scaled by {b.config['size']} / {SIDE}"
+            if not published and one == labels[-1]
+            else None
+        )
+        yield result(
+            logits_of(one, test), y_test[one], one, len(train), on="clean", protocol=source, say=say
+        )
     for on, found in beyond.items():
         v, z, rows = features(b.encoder, found, workers=b.workers)
         for one in labels:
-            logits, truth = logits_of(one, pick(v, z, b.config, b.feature).to(train)).cpu(), found.labels[one][rows]
+            logits, truth = (
+                logits_of(one, pick(v, z, b.config, b.feature).to(train)).cpu(),
+                found.labels[one][rows],
+            )
             yield result(logits, truth, one, len(train), on=on, protocol=source)
             if objectnet:
-                yield result(among(logits, truth.unique()), truth, one, len(train), on=f"{on}, of its 13", protocol=source)
+                yield result(
+                    among(logits, truth.unique()),
+                    truth,
+                    one,
+                    len(train),
+                    on=f"{on}, of its 13",
+                    protocol=source,
+                )
     for cell, rows, crops, truth in corrupted_pictures(b, published, pictures):
         with torch.no_grad():
             x = pick(*loo.encode(b.encoder, crops), b.config, b.feature).float()
         there[rows] = 1
         for one in labels:
             logits = logits_of(one, x).cpu()
-            right[one][cell, rows] = torch.stack([hits(logits, truth[one]), hits(logits, truth[one], 5)], 1).float()
+            right[one][cell, rows] = torch.stack(
+                [hits(logits, truth[one]), hits(logits, truth[one], 5)], 1
+            ).float()
     there = loo.summed(there) > 0
     for one in labels:
         of_cells = loo.summed(right[one])[:, there].double() * 100
         for on, cells in SUMMARIES.items():
-            each = of_cells[cells].mean(0)                                                # (n 2)
+            each = of_cells[cells].mean(0)  # (n 2)
             top1, top5 = each.mean(0).tolist()
-            yield dict(label=one, on=on, protocol=source, top1=top1, top5=top5 if len(names_of(b, one)) > 5 else None, ci95=spread(each[:, 0]),
-                       n_train=len(train), n_test=len(each))
+            yield dict(
+                label=one,
+                on=on,
+                protocol=source,
+                top1=top1,
+                top5=top5 if len(names_of(b, one)) > 5 else None,
+                ci95=spread(each[:, 0]),
+                n_train=len(train),
+                n_test=len(each),
+            )
 
 
 @task
-def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.):
+def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.0):
     """Which invariances a task wants (the paper's table on concatenating spaces): a linear classifier on Z_0, the space named all, with any of
     the other spaces beside it and on each space alone, every one against Z_0 alone, on the same pictures.
 
@@ -807,23 +1181,55 @@ def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.):
         raise UserError(f"--feature={b.feature}: spaces compares all of them")
     all_, *groups = loo.method_of(b.config).spaces or ("none",)
     if all_ != "all" or not groups:
-        raise UserError(f"{b.run.name} was trained with {b.config['method']}, which has no space for each augmentation: use a looc or looc++ run")
+        raise UserError(
+            f"{b.run.name} was trained with {b.config['method']}, which has no space for each augmentation: use a looc or looc++ run"
+        )
     if b.config["method"] == "looc" and layer == "hidden" and not b.config["hidden"]:
-        raise UserError(f"--layer=hidden: the heads of {b.run.name} are linear (--hidden=0); only their output is there")
+        raise UserError(
+            f"--layer=hidden: the heads of {b.run.name} are linear (--hidden=0); only their output is there"
+        )
     for one in labels_of(b, label, ("rotation",)):
         turns = (0, 1, 2, 3) if one == "rotation" else (0,)
         (v, z, y), (v_test, z_test, y_test) = frozen(b, "train", turns), frozen(b, "test", turns)
-        train, test = of_spaces(b.encoder, v, z, b.config, layer), of_spaces(b.encoder, v_test, z_test, b.config, layer)
-        subsets = [("all", *some) for r in range(len(groups) + 1) for some in itertools.combinations(groups, r)] + [(g,) for g in groups]
+        train, test = (
+            of_spaces(b.encoder, v, z, b.config, layer),
+            of_spaces(b.encoder, v_test, z_test, b.config, layer),
+        )
+        subsets = [
+            ("all", *some)
+            for r in range(len(groups) + 1)
+            for some in itertools.combinations(groups, r)
+        ] + [(g,) for g in groups]
         right, gain = {}, {}
         for some in subsets:
-            x, x_test = standardise(*(torch.cat([part[name] for name in some], 1).to(device_of(b.encoder)) for part in (train, test)))
-            logits = F.linear(x_test, *fast_probe(x, y[one].to(x.device), len(names_of(b, one)), b.seed, len(turns))).cpu()
+            x, x_test = standardise(
+                *(
+                    torch.cat([part[name] for name in some], 1).to(device_of(b.encoder))
+                    for part in (train, test)
+                )
+            )
+            logits = F.linear(
+                x_test,
+                *fast_probe(x, y[one].to(x.device), len(names_of(b, one)), b.seed, len(turns)),
+            ).cpu()
             right[some] = hits(logits, y_test[one]).view(len(turns), -1).mean(0)
             gain[some] = paired(right[some], right["all",])
-            line = result(logits, y_test[one], one, len(x), len(turns), feature="+".join(some), on=None if b.config["method"] == "looc++" else layer,
-                          gain=gain[some][0], gain95=gain[some][1])
-            say = f"{one} " + ", ".join(verdict(g, *gain[g,], margin) for g in groups) if some == subsets[-1] else None
+            line = result(
+                logits,
+                y_test[one],
+                one,
+                len(x),
+                len(turns),
+                feature="+".join(some),
+                on=None if b.config["method"] == "looc++" else layer,
+                gain=gain[some][0],
+                gain95=gain[some][1],
+            )
+            say = (
+                f"{one} " + ", ".join(verdict(g, *gain[g,], margin) for g in groups)
+                if some == subsets[-1]
+                else None
+            )
             yield line | dict(say=say)
 
 
@@ -834,12 +1240,28 @@ def paired(right, other):
 
 
 def verdict(group, gain, half, margin):
-    says = "wants" if gain > half else "is better without" if gain < -half else "does not care about" if abs(gain) + half < margin else "cannot tell about"
+    says = (
+        "wants"
+        if gain > half
+        else "is better without"
+        if gain < -half
+        else "does not care about"
+        if abs(gain) + half < margin
+        else "cannot tell about"
+    )
     return f"{says} {group} ({gain:+.1f} +- {half:.1f})"
 
 
 @task
-def retrieve(b, against: str = None, label: tuple = (), queries: int = 8, neighbours: int = 5, turn: bool = False, out: str = None):
+def retrieve(
+    b,
+    against: str = None,
+    label: tuple = (),
+    queries: int = 8,
+    neighbours: int = 5,
+    turn: bool = False,
+    out: str = None,
+):
     """Nearest neighbours among the test pictures, by cosine similarity, as one picture: RUN/retrieve.png (section 4).
 
     top-1 is the share of neighbours that have the query's label, over all test pictures.
@@ -855,29 +1277,72 @@ def retrieve(b, against: str = None, label: tuple = (), queries: int = 8, neighb
     if min(queries, neighbours) < 1:
         raise UserError(f"--queries={queries} --neighbours={neighbours}: expected 1 or more")
     if neighbours >= len(b.split["test"].images):
-        raise UserError(f"--neighbours={neighbours}: there are {len(b.split['test'].images)} test pictures")
-    labels, path = [*labels_of(b, label, least=0), *["rotation"] * turn], Path(out or b.run / "retrieve.png")
+        raise UserError(
+            f"--neighbours={neighbours}: there are {len(b.split['test'].images)} test pictures"
+        )
+    labels, path = (
+        [*labels_of(b, label, least=0), *["rotation"] * turn],
+        Path(out or b.run / "retrieve.png"),
+    )
     if path.is_dir():
         raise UserError(f"--out={out} is a folder; name a .png file")
     both = [b]
     if against:
-        other = bench(against, data=b.data, root=b.root, feature=b.feature, workers=b.workers, device=str(device_of(b.encoder)), seed=b.seed)
+        other = bench(
+            against,
+            data=b.data,
+            root=b.root,
+            feature=b.feature,
+            workers=b.workers,
+            device=str(device_of(b.encoder)),
+            seed=b.seed,
+        )
         if other.config["size"] != b.config["size"]:
-            raise UserError(f"--against={against} sees pictures of {other.config['size']} pixels, {b.run.name} of {b.config['size']}: name runs of one --size")
-        both.append(other._replace(split=b.split))   # a folder that splits itself does so by each run's seed
+            raise UserError(
+                f"--against={against} sees pictures of {other.config['size']} pixels, {b.run.name} of {b.config['size']}: name runs of one --size"
+            )
+        both.append(
+            other._replace(split=b.split)
+        )  # a folder that splits itself does so by each run's seed
     near, y = zip(*(neighbours_of(one, neighbours, turn) for one in both))
     rows = torch.randperm(len(near[0]), generator=pixels.generator("queries", b.seed))[:queries]
-    shown = torch.cat([rows[:, None], *(one[rows] for one in near)], 1)                            # (queries 1 + runs * neighbours)
-    pictures = torch.stack([torch.stack([seen(b, y[0]["picture"][i], y[0]["rotation"][i]) for i in row]) for row in shown])
+    shown = torch.cat(
+        [rows[:, None], *(one[rows] for one in near)], 1
+    )  # (queries 1 + runs * neighbours)
+    pictures = torch.stack(
+        [
+            torch.stack([seen(b, y[0]["picture"][i], y[0]["rotation"][i]) for i in row])
+            for row in shown
+        ]
+    )
     titles = [", ".join(str(names_of(b, name)[y[0][name][i]]) for name in labels[:2]) for i in rows]
-    heads = ["query", *(head for one in both for head in (f"nearest in {one.run.name}", *[""] * (neighbours - 1)))]
+    heads = [
+        "query",
+        *(
+            head
+            for one in both
+            for head in (f"nearest in {one.run.name}", *[""] * (neighbours - 1))
+        ),
+    ]
     if loo.rank() == 0:
         pixels.picture_grid(pictures, titles, heads, path, zoom=max(1, 64 // b.config["size"]))
     for one, found, known_labels in zip(both, near, y):
         for name in labels:
-            same = (known_labels[name][found] == known_labels[name][:, None]).double().mean(1) * 100   # (m,)
-            yield dict(run=one.run.name, method=one.config["method"], groups=one.config["groups"], label=name, on="turned" if turn else None, protocol="cosine",
-                       top1=same.mean().item(), ci95=spread(same), n_test=len(same), keep=one is b)     # the other may have been trained on some of these
+            same = (known_labels[name][found] == known_labels[name][:, None]).double().mean(
+                1
+            ) * 100  # (m,)
+            yield dict(
+                run=one.run.name,
+                method=one.config["method"],
+                groups=one.config["groups"],
+                label=name,
+                on="turned" if turn else None,
+                protocol="cosine",
+                top1=same.mean().item(),
+                ci95=spread(same),
+                n_test=len(same),
+                keep=one is b,
+            )  # the other may have been trained on some of these
     if loo.rank() == 0:
         print(f"wrote {path}", file=sys.stderr)
 
@@ -886,9 +1351,14 @@ def neighbours_of(b, k, turn):
     """Every test picture, in a quarter turn of its own if `turn`, and its k nearest by cosine similarity -> near (m k), labels {name: (m,)}."""
     v, z, y = frozen(b, "test", (0, 1, 2, 3) if turn else (0,))
     m = len(v) // (4 if turn else 1)
-    chosen = torch.randint(4 if turn else 1, (m,), generator=pixels.generator("turns", b.seed)) * m + torch.arange(m)
+    chosen = torch.randint(
+        4 if turn else 1, (m,), generator=pixels.generator("turns", b.seed)
+    ) * m + torch.arange(m)
     x = F.normalize(pick(v, z, b.config, b.feature)[chosen], dim=1)
-    near = [(some @ x.T).scatter(1, rows[:, None], -2).topk(k).indices for some, rows in zip(x.split(1024), torch.arange(m).split(1024))]
+    near = [
+        (some @ x.T).scatter(1, rows[:, None], -2).topk(k).indices
+        for some, rows in zip(x.split(1024), torch.arange(m).split(1024))
+    ]
     return torch.cat(near), {name: labels[chosen] for name, labels in y.items()}
 
 
@@ -898,8 +1368,21 @@ def seen(b, i, turns):
     return (images[i] if torch.is_tensor(images) else images[i][0]).rot90(int(turns), (1, 2))
 
 
-NAMED = {"seed", "out", "device", "precision", "workers", "download", "method", "groups", "label",
-         "cache", "compile", "save_every", "textures"}   # not told apart by `table`, or named by it otherwise
+NAMED = {
+    "seed",
+    "out",
+    "device",
+    "precision",
+    "workers",
+    "download",
+    "method",
+    "groups",
+    "label",
+    "cache",
+    "compile",
+    "save_every",
+    "textures",
+}  # not told apart by `table`, or named by it otherwise
 ALWAYS = inspect.signature(loo.train).parameters["always"].default
 
 
@@ -912,78 +1395,209 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
         runs: run folders or patterns, with commas between
         paper: the paper's tables instead, what it reports beside what these runs give
     """
-    found = {Path(p).resolve() for pattern in runs for p in glob.glob(f"{pattern}/results.jsonl")}   # runs/latest once
+    found = {
+        Path(p).resolve() for pattern in runs for p in glob.glob(f"{pattern}/results.jsonl")
+    }  # runs/latest once
     if not found:
-        raise UserError(f"--runs={','.join(runs)}: no results there; `python eval.py linear --run=DIR` writes some")
+        raise UserError(
+            f"--runs={','.join(runs)}: no results there; `python eval.py linear --run=DIR` writes some"
+        )
     configs = {p: json_.loads((p.parent / "config.json").read_text()) for p in found}
-    lines = [(configs[p], line) for p in sorted(found, key=lambda p: p.stat().st_mtime) for line in loo.read_lines(p)]
+    lines = [
+        (configs[p], line)
+        for p in sorted(found, key=lambda p: p.stat().st_mtime)
+        for line in loo.read_lines(p)
+    ]
 
     def value(c, k):
-        if k == "root" and c["data"] != "folder":                # a published set is the same wherever it is
+        if k == "root" and c["data"] != "folder":  # a published set is the same wherever it is
             return None
-        if k == "always":                                        # a named group leaves this list: only what is beside that tells runs apart
+        if (
+            k == "always"
+        ):  # a named group leaves this list: only what is beside that tells runs apart
             changed = sorted({*c["always"], *c["groups"]} ^ {*ALWAYS, *c["groups"]})
-            return "default" + "".join(f" {'+' if name in c['always'] else '-'}{name}" for name in changed)
+            return "default" + "".join(
+                f" {'+' if name in c['always'] else '-'}{name}" for name in changed
+            )
         return c.get(k)
-    unlike = lambda configs: [k for k in sorted({k for c in configs for k in c} - NAMED) if len({repr(value(c, k)) for c in configs}) > 1]
+
+    unlike = lambda configs: [
+        k
+        for k in sorted({k for c in configs for k in c} - NAMED)
+        if len({repr(value(c, k)) for c in configs}) > 1
+    ]
     if paper:
         lines = [(config, line) for config, line in lines if config["data"] == "imagenet100"]
         if differs := unlike([config for config, _ in lines]):
-            raise UserError(f"--paper: these runs differ in {', '.join(differs)}: name those that belong together with --runs")
+            raise UserError(
+                f"--paper: these runs differ in {', '.join(differs)}: name those that belong together with --runs"
+            )
         return papers_tables([line | {"seed": config["seed"]} for config, line in lines])
     cells, differs = defaultdict(dict), unlike(list(configs.values()))
     for config, line in lines:
         setting = ", ".join(f"{k} {value(config, k)}" for k in differs)
-        method = f"{line['method']} ({config['label']})" if line["method"] == "supervised" else line["method"]
+        method = (
+            f"{line['method']} ({config['label']})"
+            if line["method"] == "supervised"
+            else line["method"]
+        )
         row = (method, ", ".join(line["groups"]), line["feature"], setting)
-        elsewhere = line["data"] == "folder" and line.get("root", config["root"]) not in (None, config["root"])
-        column = (line["data"] + f" {line.get('root')}" * elsewhere, line["task"], line["label"], line["shots"] or 0, line.get("on") or "", line["protocol"])
-        cells[row, column][config["seed"]] = line["top1"]   # the last one counts
+        elsewhere = line["data"] == "folder" and line.get("root", config["root"]) not in (
+            None,
+            config["root"],
+        )
+        column = (
+            line["data"] + f" {line.get('root')}" * elsewhere,
+            line["task"],
+            line["label"],
+            line["shots"] or 0,
+            line.get("on") or "",
+            line["protocol"],
+        )
+        cells[row, column][config["seed"]] = line["top1"]  # the last one counts
     rows, columns = sorted({r for r, _ in cells}), sorted({c for _, c in cells})
     several = len({c[0] for c in columns}) > 1
     head = [column_name(*column) + f" on {column[0]}" * several for column in columns]
-    print("| method | groups | feature | differs in | seeds | " + " | ".join(head) + " |\n" + "|---" * (5 + len(head)) + "|")
+    print(
+        "| method | groups | feature | differs in | seeds | "
+        + " | ".join(head)
+        + " |\n"
+        + "|---" * (5 + len(head))
+        + "|"
+    )
     for row in rows:
         values = [list(cells[row, c].values()) for c in columns]
-        print(f"| {' | '.join(row)} | {seeds_in(values)} | " + " | ".join(map(mean_cell, values)) + " |")
+        print(
+            f"| {' | '.join(row)} | {seeds_in(values)} | "
+            + " | ".join(map(mean_cell, values))
+            + " |"
+        )
 
 
 def column_name(data, task, label, shots, on, protocol):
-    return "".join([task if task == label else f"{task} {label}", f", {shots} shots" if shots else "", f" {on}" if on else "",
-                    f" ({protocol})" if protocol in ("paper", "folder") else ""])
+    return "".join(
+        [
+            task if task == label else f"{task} {label}",
+            f", {shots} shots" if shots else "",
+            f" {on}" if on else "",
+            f" ({protocol})" if protocol in ("paper", "folder") else "",
+        ]
+    )
 
 
 # Where the paper's columns are found in results.jsonl: task, data, label, shots, on, value.
 COLUMNS = {
     "rotation": ("rotation", "imagenet100", "rotation", None, None, "top1"),
-    **{f"{short} top-{n}": ("linear", data, "class", None, None, f"top{n}")
-       for short, data in (("IN-100", "imagenet100"), ("iNat-1k", "inat2019"), ("CUB-200", "cub200")) for n in (1, 5)},
+    **{
+        f"{short} top-{n}": ("linear", data, "class", None, None, f"top{n}")
+        for short, data in (
+            ("IN-100", "imagenet100"),
+            ("iNat-1k", "inat2019"),
+            ("CUB-200", "cub200"),
+        )
+        for n in (1, 5)
+    },
     **{f"Flowers {n}-shot": ("fewshot", "flowers102", "class", n, None, "top1") for n in (5, 10)},
-    **{f"ON-13 top-{n}": ("robust", "imagenet100", "class", None, "objectnet13", f"top{n}") for n in (1, 5)},
-    **{f"IN-C {c}{more}": ("robust", "imagenet100", "class", None, c.replace("all", "all corruptions") + more, "top1")
-       for c in (*pixels.IMAGENETC, "all") for more in ("", ", severity 3+")}}
+    **{
+        f"ON-13 top-{n}": ("robust", "imagenet100", "class", None, "objectnet13", f"top{n}")
+        for n in (1, 5)
+    },
+    **{
+        f"IN-C {c}{more}": (
+            "robust",
+            "imagenet100",
+            "class",
+            None,
+            c.replace("all", "all corruptions") + more,
+            "top1",
+        )
+        for c in (*pixels.IMAGENETC, "all")
+        for more in ("", ", severity 3+")
+    },
+}
 ALL3 = ("color", "rotation", "texture")
 
 # Tables 1 to 5 of the paper: title, columns, {row: (method, groups, feature, reported figures)}. The figures are the paper's.
 TABLES = (
-    ("Table 1: rotation", ("rotation", "IN-100 top-1"), {
-        "MoCo": ("moco", ("color",), "v", 61.1, 81.0), "MoCo + rotation": ("moco", ("color", "rotation"), "v", 43.3, 79.4),
-        "MoCo + rotation, same for q and k": ("moco_same", ("color", "rotation"), "v", 45.5, 77.5), "LooC + rotation": ("looc", ("rotation",), "v", 65.2, 80.2)}),
-    ("Table 2: transfer", ("iNat-1k top-1", "CUB-200 top-1", "Flowers 5-shot", "Flowers 10-shot", "IN-100 top-1"), {
-        "MoCo (color)": ("moco", ("color",), "v", 36.2, 36.7, 67.9, 77.3, 81.0), "LooC (color)": ("looc", ("color",), "v", 41.2, 40.1, 68.2, 77.6, 81.1),
-        "LooC (rotation)": ("looc", ("rotation",), "v", 40.0, 38.8, 70.1, 79.3, 80.2),
-        "LooC (color, rotation)": ("looc", ("color", "rotation"), "v", 44.0, 39.6, 70.9, 80.8, 79.2),
-        "LooC++ (color, rotation)": ("looc++", ("color", "rotation"), "v", 46.1, 39.3, 68.1, 78.8, 81.2)}),
-    ("Table 3: robustness", ("ON-13 top-1", "ON-13 top-5", *(c for c in COLUMNS if c.startswith("IN-C"))), {
-        "supervised": ("supervised", None, "v"), "MoCo": ("moco", ("color",), "v"), "LooC (rotation)": ("looc", ("rotation",), "v"),
-        "LooC (texture)": ("looc", ("texture",), "v"), "LooC (rotation, texture)": ("looc", ("rotation", "texture"), "v"),
-        "LooC++ (rotation, texture)": ("looc++", ("rotation", "texture"), "v")}),
-    ("Table 4: all augmentations", ("IN-100 top-1", "iNat-1k top-1", "Flowers 5-shot", "Flowers 10-shot"), {
-        "MoCo (color)": ("moco", ("color",), "v"), "MoCo (color, rotation)": ("moco", ("color", "rotation"), "v"), "MoCo (all)": ("moco", ALL3, "v"),
-        "MoCo++ (color, rotation)": ("moco++", ("color", "rotation"), "v"), "LooC (color, rotation)": ("looc", ("color", "rotation"), "v"),
-        "LooC++ (color, rotation)": ("looc++", ("color", "rotation"), "v")}),
-    ("Table 5: spaces of LooC++", ("rotation", "IN-100 top-1", "iNat-1k top-1", "CUB-200 top-1"), {
-        "+".join(some): ("looc++", ALL3, "+".join(some)) for r in range(4) for some in (("all", *rest) for rest in itertools.combinations(ALL3, r))}))
+    (
+        "Table 1: rotation",
+        ("rotation", "IN-100 top-1"),
+        {
+            "MoCo": ("moco", ("color",), "v", 61.1, 81.0),
+            "MoCo + rotation": ("moco", ("color", "rotation"), "v", 43.3, 79.4),
+            "MoCo + rotation, same for q and k": (
+                "moco_same",
+                ("color", "rotation"),
+                "v",
+                45.5,
+                77.5,
+            ),
+            "LooC + rotation": ("looc", ("rotation",), "v", 65.2, 80.2),
+        },
+    ),
+    (
+        "Table 2: transfer",
+        ("iNat-1k top-1", "CUB-200 top-1", "Flowers 5-shot", "Flowers 10-shot", "IN-100 top-1"),
+        {
+            "MoCo (color)": ("moco", ("color",), "v", 36.2, 36.7, 67.9, 77.3, 81.0),
+            "LooC (color)": ("looc", ("color",), "v", 41.2, 40.1, 68.2, 77.6, 81.1),
+            "LooC (rotation)": ("looc", ("rotation",), "v", 40.0, 38.8, 70.1, 79.3, 80.2),
+            "LooC (color, rotation)": (
+                "looc",
+                ("color", "rotation"),
+                "v",
+                44.0,
+                39.6,
+                70.9,
+                80.8,
+                79.2,
+            ),
+            "LooC++ (color, rotation)": (
+                "looc++",
+                ("color", "rotation"),
+                "v",
+                46.1,
+                39.3,
+                68.1,
+                78.8,
+                81.2,
+            ),
+        },
+    ),
+    (
+        "Table 3: robustness",
+        ("ON-13 top-1", "ON-13 top-5", *(c for c in COLUMNS if c.startswith("IN-C"))),
+        {
+            "supervised": ("supervised", None, "v"),
+            "MoCo": ("moco", ("color",), "v"),
+            "LooC (rotation)": ("looc", ("rotation",), "v"),
+            "LooC (texture)": ("looc", ("texture",), "v"),
+            "LooC (rotation, texture)": ("looc", ("rotation", "texture"), "v"),
+            "LooC++ (rotation, texture)": ("looc++", ("rotation", "texture"), "v"),
+        },
+    ),
+    (
+        "Table 4: all augmentations",
+        ("IN-100 top-1", "iNat-1k top-1", "Flowers 5-shot", "Flowers 10-shot"),
+        {
+            "MoCo (color)": ("moco", ("color",), "v"),
+            "MoCo (color, rotation)": ("moco", ("color", "rotation"), "v"),
+            "MoCo (all)": ("moco", ALL3, "v"),
+            "MoCo++ (color, rotation)": ("moco++", ("color", "rotation"), "v"),
+            "LooC (color, rotation)": ("looc", ("color", "rotation"), "v"),
+            "LooC++ (color, rotation)": ("looc++", ("color", "rotation"), "v"),
+        },
+    ),
+    (
+        "Table 5: spaces of LooC++",
+        ("rotation", "IN-100 top-1", "iNat-1k top-1", "CUB-200 top-1"),
+        {
+            "+".join(some): ("looc++", ALL3, "+".join(some))
+            for r in range(4)
+            for some in (("all", *rest) for rest in itertools.combinations(ALL3, r))
+        },
+    ),
+)
 
 
 def by_protocol(lines, row, column):
@@ -991,25 +1605,48 @@ def by_protocol(lines, row, column):
     (method, groups, feature, *_), (task, data, label, shots, on, value) = row, column
     task, found = task if feature == "v" else "spaces", defaultdict(dict)
     for line in lines:
-        if (line["method"], line["task"], line["data"], line["label"], line["shots"], line.get("on")) == (method, task, data, label, shots, on) \
-                and set(line["feature"].split("+")) == set(feature.split("+")) and (groups is None or set(groups) == set(line["groups"])):
+        if (
+            (
+                line["method"],
+                line["task"],
+                line["data"],
+                line["label"],
+                line["shots"],
+                line.get("on"),
+            )
+            == (method, task, data, label, shots, on)
+            and set(line["feature"].split("+")) == set(feature.split("+"))
+            and (groups is None or set(groups) == set(line["groups"]))
+        ):
             found[line["protocol"]][line["seed"]] = line[value]
     return found
 
 
 def papers_tables(lines):
     """Prints TABLES: what the paper reports and what these runs give, each in its own column. lines: results, `seed` the training's."""
+
     def cell_of(row, column):
         found = by_protocol(lines, row, COLUMNS[column])
         protocol = next((p for p in ("paper", "folder", *found) if p in found), None)
-        return mean_cell(list(found[protocol].values())) + f" ({protocol})" * (protocol in ("fast", "generated") and row[2] == "v") if protocol else "-"
+        return (
+            mean_cell(list(found[protocol].values()))
+            + f" ({protocol})" * (protocol in ("fast", "generated") and row[2] == "v")
+            if protocol
+            else "-"
+        )
 
     for title, columns, rows in TABLES:
         heads = " | ".join(f"{c}, reported by the paper | {c}, these runs" for c in columns)
         print(f"{title}\n\n| method | {heads} |\n" + "|---" * (1 + 2 * len(columns)) + "|")
         for name, row in rows.items():
             values = itertools.zip_longest(columns, row[3:])
-            print(f"| {name} | " + " | ".join(f"{'-' if told is None else told} | {cell_of(row, c)}" for c, told in values) + " |")
+            print(
+                f"| {name} | "
+                + " | ".join(
+                    f"{'-' if told is None else told} | {cell_of(row, c)}" for c, told in values
+                )
+                + " |"
+            )
         print()
 
 
@@ -1020,57 +1657,160 @@ def seeds_in(cells):
 
 
 def mean_cell(values):
-    return "-" if not values else f"{sum(values) / len(values):.1f}" + (f" +- {interval(values):.1f}" if len(values) > 1 else "")
+    return (
+        "-"
+        if not values
+        else f"{sum(values) / len(values):.1f}"
+        + (f" +- {interval(values):.1f}" if len(values) > 1 else "")
+    )
 
 
 # ---------------------------------------------------------------- claims: does it do what the paper says?
 
 # The columns of TABLES on factors.
 ON_FACTORS = {
-    **{label: ("linear", "factors", label, None, None, "top1") for label in ("object", "hue", "texture", "species")},
+    **{
+        label: ("linear", "factors", label, None, None, "top1")
+        for label in ("object", "hue", "texture", "species")
+    },
     "rotation": ("rotation", "factors", "rotation", None, None, "top1"),
     **{f"species {n}-shot": ("fewshot", "factors", "species", n, None, "top1") for n in (5, 10)},
-    **{f"object, {on}": ("robust", "factors", "object", None, on, "top1") for on in ("new viewpoint", *pixels.IMAGENETC, "all corruptions")}}
+    **{
+        f"object, {on}": ("robust", "factors", "object", None, on, "top1")
+        for on in ("new viewpoint", *pixels.IMAGENETC, "all corruptions")
+    },
+}
 
 # For each of TABLES: its columns on factors, and what the paper says of it, {claim: [(row, sign, other rows, columns), ...]}. The sign is > for
 # more than, >= for at most MARGIN points less; where several rows or columns are named, with & between, it is said of each.
 MARGIN = 1
 CLAIMS = (
-    (("rotation", "object"), {
-        "adding rotation to MoCo lowers rotation accuracy": [("MoCo", ">", "MoCo + rotation", "rotation")],
-        "sharing the rotation between query and key does not bring it back": [("MoCo", ">", "MoCo + rotation, same for q and k", "rotation")],
-        "LooC brings it back": [("LooC + rotation", ">", "MoCo + rotation & MoCo + rotation, same for q and k", "rotation"), ("LooC + rotation", ">=", "MoCo", "rotation")]}),
-    (("hue", "species", "species 5-shot", "species 10-shot", "rotation", "texture", "object"), {
-        "LooC (color) beats MoCo on what color changes, without losing object":
-            [("LooC (color)", ">", "MoCo (color)", "hue & species"), ("LooC (color)", ">=", "MoCo (color)", "object")],
-        "LooC (color, rotation) beats MoCo on what color and rotation change, without losing object":
-            [("LooC (color, rotation)", ">", "MoCo (color)", "hue & species & rotation"), ("LooC (color, rotation)", ">=", "MoCo (color)", "object")],
-        "LooC++, all spaces side by side, is best or tied on all labels at once":
-            [("LooC++ (color, rotation)", ">=", "MoCo (color) & LooC (color) & LooC (rotation) & LooC (color, rotation)",
-              "hue & species & species 5-shot & species 10-shot & rotation & texture & object")]}),
-    (("object", *(c for c in ON_FACTORS if c.startswith("object, "))), {
-        "rotation helps under new viewpoints": [("LooC (rotation)", ">", "MoCo", "object, new viewpoint")],
-        "texture helps under corruptions": [("LooC (texture)", ">", "MoCo", "object, all corruptions")],
-        "both together help on both": [("LooC (rotation, texture)", ">", "MoCo", "object, new viewpoint & object, all corruptions")]}),
-    (("object", "hue", "species", "texture", "rotation"), {
-        "LooC beats MoCo with the same groups, without losing object":
-            [("LooC (color, rotation)", ">", "MoCo (color, rotation)", "hue & species & rotation"),
-             ("LooC (color, rotation)", ">=", "MoCo (color, rotation)", "object")],
-        "LooC (color, rotation) beats MoCo with all groups, without losing object":
-            [("LooC (color, rotation)", ">", "MoCo (all)", "hue & species & rotation"), ("LooC (color, rotation)", ">=", "MoCo (all)", "object")],
-        "MoCo++, as wide as LooC++, does not close the gap":
-            [("LooC++ (color, rotation)", ">", "MoCo++ (color, rotation)", "hue & species & rotation"),
-             ("LooC++ (color, rotation)", ">=", "MoCo++ (color, rotation)", "object")]}),
-    (("rotation", "object", "hue", "texture"), {
-        **{f"of two spaces, {label} prefers {one} for the second": [(f"all+{one}", ">", " & ".join(f"all+{g}" for g in ALL3 if g != one), label)]
-           for label, one in (("hue", "color"), ("rotation", "rotation"), ("texture", "texture"))},
-        "all spaces side by side are best or tied on all labels at once":
-            [("all+color+rotation+texture", ">=", " & ".join(name for name in TABLES[4][2] if name != "all+color+rotation+texture"), "rotation & object & hue & texture")]}))
+    (
+        ("rotation", "object"),
+        {
+            "adding rotation to MoCo lowers rotation accuracy": [
+                ("MoCo", ">", "MoCo + rotation", "rotation")
+            ],
+            "sharing the rotation between query and key does not bring it back": [
+                ("MoCo", ">", "MoCo + rotation, same for q and k", "rotation")
+            ],
+            "LooC brings it back": [
+                (
+                    "LooC + rotation",
+                    ">",
+                    "MoCo + rotation & MoCo + rotation, same for q and k",
+                    "rotation",
+                ),
+                ("LooC + rotation", ">=", "MoCo", "rotation"),
+            ],
+        },
+    ),
+    (
+        ("hue", "species", "species 5-shot", "species 10-shot", "rotation", "texture", "object"),
+        {
+            "LooC (color) beats MoCo on what color changes, without losing object": [
+                ("LooC (color)", ">", "MoCo (color)", "hue & species"),
+                ("LooC (color)", ">=", "MoCo (color)", "object"),
+            ],
+            "LooC (color, rotation) beats MoCo on what color and rotation change, without losing object": [
+                ("LooC (color, rotation)", ">", "MoCo (color)", "hue & species & rotation"),
+                ("LooC (color, rotation)", ">=", "MoCo (color)", "object"),
+            ],
+            "LooC++, all spaces side by side, is best or tied on all labels at once": [
+                (
+                    "LooC++ (color, rotation)",
+                    ">=",
+                    "MoCo (color) & LooC (color) & LooC (rotation) & LooC (color, rotation)",
+                    "hue & species & species 5-shot & species 10-shot & rotation & texture & object",
+                )
+            ],
+        },
+    ),
+    (
+        ("object", *(c for c in ON_FACTORS if c.startswith("object, "))),
+        {
+            "rotation helps under new viewpoints": [
+                ("LooC (rotation)", ">", "MoCo", "object, new viewpoint")
+            ],
+            "texture helps under corruptions": [
+                ("LooC (texture)", ">", "MoCo", "object, all corruptions")
+            ],
+            "both together help on both": [
+                (
+                    "LooC (rotation, texture)",
+                    ">",
+                    "MoCo",
+                    "object, new viewpoint & object, all corruptions",
+                )
+            ],
+        },
+    ),
+    (
+        ("object", "hue", "species", "texture", "rotation"),
+        {
+            "LooC beats MoCo with the same groups, without losing object": [
+                (
+                    "LooC (color, rotation)",
+                    ">",
+                    "MoCo (color, rotation)",
+                    "hue & species & rotation",
+                ),
+                ("LooC (color, rotation)", ">=", "MoCo (color, rotation)", "object"),
+            ],
+            "LooC (color, rotation) beats MoCo with all groups, without losing object": [
+                ("LooC (color, rotation)", ">", "MoCo (all)", "hue & species & rotation"),
+                ("LooC (color, rotation)", ">=", "MoCo (all)", "object"),
+            ],
+            "MoCo++, as wide as LooC++, does not close the gap": [
+                (
+                    "LooC++ (color, rotation)",
+                    ">",
+                    "MoCo++ (color, rotation)",
+                    "hue & species & rotation",
+                ),
+                ("LooC++ (color, rotation)", ">=", "MoCo++ (color, rotation)", "object"),
+            ],
+        },
+    ),
+    (
+        ("rotation", "object", "hue", "texture"),
+        {
+            **{
+                f"of two spaces, {label} prefers {one} for the second": [
+                    (f"all+{one}", ">", " & ".join(f"all+{g}" for g in ALL3 if g != one), label)
+                ]
+                for label, one in (
+                    ("hue", "color"),
+                    ("rotation", "rotation"),
+                    ("texture", "texture"),
+                )
+            },
+            "all spaces side by side are best or tied on all labels at once": [
+                (
+                    "all+color+rotation+texture",
+                    ">=",
+                    " & ".join(
+                        name for name in TABLES[4][2] if name != "all+color+rotation+texture"
+                    ),
+                    "rotation & object & hue & texture",
+                )
+            ],
+        },
+    ),
+)
 
-BUDGETS = {"small": {}, "large": dict(arch="resnet18", size=64, epochs=100)}    # flags of `train`
+BUDGETS = {"small": {}, "large": dict(arch="resnet18", size=64, epochs=100)}  # flags of `train`
 
 
-def claims(budget: str = "small", *, seeds: int = 5, first: int = 21, jobs: int = None, out: str = "runs/claims", results: str = None):
+def claims(
+    budget: str = "small",
+    *,
+    seeds: int = 5,
+    first: int = 21,
+    jobs: int = None,
+    out: str = "runs/claims",
+    results: str = None,
+):
     """Train and judge the rows of the paper's tables on factors, print the tables, and whether each claim of the paper holds.
 
     It runs the commands that it prints. What is there already is not done again, and a training that was stopped goes on where it was. A cell is the
@@ -1096,18 +1836,35 @@ def claims(budget: str = "small", *, seeds: int = 5, first: int = 21, jobs: int 
     chosen = range(first, first + seeds)
     if results:
         there = loo.read_lines(Path(results))
-        if not (lines := [line for line in there if line.get("budget") == budget and line["seed"] in chosen]):
+        if not (
+            lines := [
+                line for line in there if line.get("budget") == budget and line["seed"] in chosen
+            ]
+        ):
             held = sorted({f"{line.get('budget')} {line['seed']}" for line in there})
-            raise UserError(f"--results={results} has nothing of --budget={budget} and seeds {first} to {chosen[-1]}; it holds {', '.join(held) or 'no results'}")
+            raise UserError(
+                f"--results={results} has nothing of --budget={budget} and seeds {first} to {chosen[-1]}; it holds {', '.join(held) or 'no results'}"
+            )
         return claimed_tables(lines)
-    folder, cores = Path(out) / budget, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    chains, jobs = plan(folder, chosen, BUDGETS[budget]), jobs or (1 if torch.cuda.is_available() else min(cores, 8))
+    folder, cores = (
+        Path(out) / budget,
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    )
+    chains, jobs = (
+        plan(folder, chosen, BUDGETS[budget]),
+        jobs or (1 if torch.cuda.is_available() else min(cores, 8)),
+    )
     try:
         run_all(list(filter(None, chains)), jobs, max(1, cores // jobs))
-    finally:                                     # the tables so far, whatever ended it
-        runs = [run for run in sorted(folder.glob("*/")) if not run.suffix]       # --fresh moves a run aside to NAME.1
+    finally:  # the tables so far, whatever ended it
+        runs = [
+            run for run in sorted(folder.glob("*/")) if not run.suffix
+        ]  # --fresh moves a run aside to NAME.1
         lines = [line | {"budget": budget} for run in runs for line in results_of(run)]
-        pixels.write(Path(f"{out}/{budget}.jsonl"), "".join(json_.dumps(line) + "\n" for line in lines).encode())
+        pixels.write(
+            Path(f"{out}/{budget}.jsonl"),
+            "".join(json_.dumps(line) + "\n" for line in lines).encode(),
+        )
         if lines := [line for line in lines if line["seed"] in chosen]:
             claimed_tables(lines)
 
@@ -1123,40 +1880,75 @@ def results_of(run):
 def plan(out, seeds, flags):
     """What the rows of TABLES need on factors -> for each run a list of the commands that are not done yet, seed by seed. UserError where
     a run was trained with other settings."""
-    wanted = defaultdict(lambda: defaultdict(list))             # {(method, groups): {task: [(row, column), ...]}}
+    wanted = defaultdict(
+        lambda: defaultdict(list)
+    )  # {(method, groups): {task: [(row, column), ...]}}
     for (_, _, rows), (columns, _) in zip(TABLES, CLAIMS):
         for row, column in itertools.product(rows.values(), columns):
             method, groups, feature, *_ = row
-            wanted[method, groups or ("color",)][ON_FACTORS[column][0] if feature == "v" else "spaces"].append((row, ON_FACTORS[column]))
+            wanted[method, groups or ("color",)][
+                ON_FACTORS[column][0] if feature == "v" else "spaces"
+            ].append((row, ON_FACTORS[column]))
 
     def work(kind):
         name, groups = kind
         method = loo.methods(groups)[name]
         return method.heads == "conv5", len(method.share)
-    chains, longest = [], sorted(wanted, key=work, reverse=True)        # first, so that no core waits for it at the end
+
+    chains, longest = (
+        [],
+        sorted(wanted, key=work, reverse=True),
+    )  # first, so that no core waits for it at the end
     for seed, (method, groups) in itertools.product(seeds, longest):
         run = out / f"{method}-{'+'.join(groups)}-{seed}"
-        given = dict(method=method, groups=groups, seed=seed, out=str(run), **{"label": "object"} if method == "supervised" else {}, **flags)
+        given = dict(
+            method=method,
+            groups=groups,
+            seed=seed,
+            out=str(run),
+            **{"label": "object"} if method == "supervised" else {},
+            **flags,
+        )
         if (run / "config.json").exists():
-            loo.same_settings(loo.settings_with(**given), json_.loads((run / "config.json").read_text()), run)
+            loo.same_settings(
+                loo.settings_with(**given), json_.loads((run / "config.json").read_text()), run
+            )
         chain = [] if (run / "heads.pt").exists() else [command_of("loo.py", "train", **given)]
         lines = results_of(run)
         for task, cells in wanted[method, groups].items():
-            label = {} if task == "rotation" else {"label": tuple(dict.fromkeys(label for _, (_, _, label, *_) in cells))}
+            label = (
+                {}
+                if task == "rotation"
+                else {"label": tuple(dict.fromkeys(label for _, (_, _, label, *_) in cells))}
+            )
             if not all(seed in factors_cell(lines, *cell) for cell in cells):
-                chain.append(command_of("eval.py", task, run=run, seed=seed, **label, **{"pictures": 1024} if task == "robust" else {}))
+                chain.append(
+                    command_of(
+                        "eval.py",
+                        task,
+                        run=run,
+                        seed=seed,
+                        **label,
+                        **{"pictures": 1024} if task == "robust" else {},
+                    )
+                )
         chains.append(chain)
     return chains
 
 
 def command_of(*words, **flags):
     """As it is typed after `python`, in a list."""
-    return [*words, *(f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in flags.items())]
+    return [
+        *words,
+        *(f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in flags.items()),
+    ]
 
 
 def factors_cell(lines, row, column):
     """A cell of TABLES on factors, {seed: value}, by the protocol that its task has when none is named."""
-    return by_protocol(lines, row, column)[{"fewshot": "adam", "robust": "generated"}.get(column[0], "fast")]
+    return by_protocol(lines, row, column)[
+        {"fewshot": "adam", "robust": "generated"}.get(column[0], "fast")
+    ]
 
 
 def run_all(chains, jobs, threads):
@@ -1170,23 +1962,33 @@ def run_all(chains, jobs, threads):
                 while chains and len(running) < jobs:
                     command, *rest = chains.pop(0)
                     started += 1
-                    print(f"[{started}/{total}, {time.perf_counter() - begun:.0f} s] python {shlex.join(command)}", flush=True)
+                    print(
+                        f"[{started}/{total}, {time.perf_counter() - begun:.0f} s] python {shlex.join(command)}",
+                        flush=True,
+                    )
                     said = tempfile.TemporaryFile("w+")
-                    process = subprocess.Popen([sys.executable, Path(__file__).with_name(command[0]), *command[1:]], stdout=said, stderr=said,
-                                               env={"OMP_NUM_THREADS": str(threads)} | os.environ, start_new_session=True)
+                    process = subprocess.Popen(
+                        [sys.executable, Path(__file__).with_name(command[0]), *command[1:]],
+                        stdout=said,
+                        stderr=said,
+                        env={"OMP_NUM_THREADS": str(threads)} | os.environ,
+                        start_new_session=True,
+                    )
                     running[process] = command, rest, said
-                time.sleep(.1)
+                time.sleep(0.1)
                 for process in [p for p in running if p.poll() is not None]:
                     command, rest, said = running.pop(process)
-                    if process.returncode:       # its own chain ends, the others go on
+                    if process.returncode:  # its own chain ends, the others go on
                         said.seek(0)
                         text, total = said.read(), total - len(rest)
-                        failed.append(f"python {shlex.join(command)} ended with {process.returncode}: {(text.splitlines() or ['-'])[-1]}")
+                        failed.append(
+                            f"python {shlex.join(command)} ended with {process.returncode}: {(text.splitlines() or ['-'])[-1]}"
+                        )
                         print(text, file=sys.stderr)
                     elif rest:
                         chains.insert(0, rest)
         finally:
-            for process in running:              # a trainer saves its last step first
+            for process in running:  # a trainer saves its last step first
                 process.terminate()
             for process in running:
                 process.wait()
@@ -1194,15 +1996,24 @@ def run_all(chains, jobs, threads):
         print("stopped; all that was done is kept, and the same command goes on", file=sys.stderr)
         raise SystemExit(128 + asked[0])
     if failed:
-        raise UserError(f"{len(failed)} of {total} commands failed; the same command goes on with what is left; the first: {failed[0]}")
+        raise UserError(
+            f"{len(failed)} of {total} commands failed; the same command goes on with what is left; the first: {failed[0]}"
+        )
 
 
 def claimed_tables(lines):
     """Prints TABLES on factors, and under each what becomes of the paper's claims. lines: results, `seed` the training's."""
     verdicts = []
     for (title, _, rows), (columns, said) in zip(TABLES, CLAIMS):
-        cells = {(name, c): factors_cell(lines, row, ON_FACTORS[c]) for (name, row), c in itertools.product(rows.items(), columns)}
-        print(f"{title}, on factors\n\n| method | seeds | {' | '.join(columns)} |\n" + "|---" * (2 + len(columns)) + "|")
+        cells = {
+            (name, c): factors_cell(lines, row, ON_FACTORS[c])
+            for (name, row), c in itertools.product(rows.items(), columns)
+        }
+        print(
+            f"{title}, on factors\n\n| method | seeds | {' | '.join(columns)} |\n"
+            + "|---" * (2 + len(columns))
+            + "|"
+        )
         for name in rows:
             values = [list(cells[name, c].values()) for c in columns]
             print(f"| {name} | {seeds_in(values)} | " + " | ".join(map(mean_cell, values)) + " |")
@@ -1212,30 +2023,54 @@ def claimed_tables(lines):
             print(f"- {claim}: **{verdict}**. {evidence}")
             verdicts.append(verdict)
         print()
-    print(f"{len(verdicts)} claims: " + ", ".join(f"{v} {verdicts.count(v)}" for v in ("holds", "does not hold", "cannot tell")))
+    print(
+        f"{len(verdicts)} claims: "
+        + ", ".join(f"{v} {verdicts.count(v)}" for v in ("holds", "does not hold", "cannot tell"))
+    )
 
 
 def decide(cells, comparisons):
     """cells {(row, column): {seed: value}}, comparisons as in CLAIMS -> "holds", "does not hold" or "cannot tell", and the (three weakest of
     the) comparisons that decided it: differences within a seed, their mean and half of its 95% interval, and with how many seeds it is so."""
     found = defaultdict(list)
-    pairs = [(row, other, column, -MARGIN * (sign == ">=")) for row, sign, others, columns in comparisons
-             for other, column in itertools.product(others.split(" & "), columns.split(" & "))]
+    pairs = [
+        (row, other, column, -MARGIN * (sign == ">="))
+        for row, sign, others, columns in comparisons
+        for other, column in itertools.product(others.split(" & "), columns.split(" & "))
+    ]
     for row, other, column, least in pairs:
         ours, theirs = cells[row, column], cells[other, column]
         gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
         mean = sum(gains) / max(1, len(gains))
         half, wide = interval(gains), interval(gains, len(pairs))
         # All must be above, so each is asked at 95%; one below is enough, which among many happens by chance
-        verdict = "holds" if mean - half > least else "does not hold" if mean + wide < least else "cannot tell"
+        verdict = (
+            "holds"
+            if mean - half > least
+            else "does not hold"
+            if mean + wide < least
+            else "cannot tell"
+        )
         bound = mean + wide if verdict == "does not hold" else mean - half
-        number = f"{mean:+.1f} +- {half:.1f}" if len(gains) > 1 else f"{mean:+.1f}" if gains else "-"
+        number = (
+            f"{mean:+.1f} +- {half:.1f}" if len(gains) > 1 else f"{mean:+.1f}" if gains else "-"
+        )
         above = f" above {least}" if least else ""
-        found[verdict].append((bound - least, f"{column} {number} ({sum(g > least for g in gains)} of {len(gains)} seeds{above}), {row} over {other}"))
+        found[verdict].append(
+            (
+                bound - least,
+                f"{column} {number} ({sum(g > least for g in gains)} of {len(gains)} seeds{above}), {row} over {other}",
+            )
+        )
     verdict = next(v for v in ("does not hold", "cannot tell", "holds") if v in found)
     shown = [text for _, text in sorted(found[verdict])]
     return verdict, "; ".join(shown[:3]) + f"; and {len(shown) - 3} more" * (len(shown) > 3)
 
 
 if __name__ == "__main__":
-    pixels.command_line({f.__name__: f for f in (linear, rotation, fewshot, knn, robust, spaces, retrieve, table, claims)})
+    pixels.command_line(
+        {
+            f.__name__: f
+            for f in (linear, rotation, fewshot, knn, robust, spaces, retrieve, table, claims)
+        }
+    )

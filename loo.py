@@ -7,6 +7,7 @@
 Axes, one legend for the whole project: b image, v key view, g group, s space, d feature, c embedding (or colour channel),
 n queue slot or sample, t trial, h w pixel.
 """
+
 import collections
 import contextlib
 import ctypes
@@ -40,18 +41,20 @@ from data import UserError, generator, read_tensors, write, write_tensors
 
 try:
     import fcntl
-except ImportError:   # Windows: no lock on a run folder
+except ImportError:  # Windows: no lock on a run folder
     fcntl = None
 
 # ---------------------------------------------------------------- methods: a method of the paper is a small table
 
 
 class Method(NamedTuple):
-    groups: tuple         # the augmentation groups, one space each beside Z_0
-    share: torch.Tensor   # (v g) bool: key view v copies the query's draw of group g
-    role: torch.Tensor    # (s v) int: key view v is to space s 1 positive, -1 negative of the same image, 0 unused
-    heads: str            # "mlp": spaces share the whole backbone; "conv5": each has its own layer4 (the "++" methods)
-    spaces: tuple         # (s,) names: "all" is Z_0, the others are what they depend on
+    groups: tuple  # the augmentation groups, one space each beside Z_0
+    share: torch.Tensor  # (v g) bool: key view v copies the query's draw of group g
+    role: (
+        torch.Tensor
+    )  # (s v) int: key view v is to space s 1 positive, -1 negative of the same image, 0 unused
+    heads: str  # "mlp": spaces share the whole backbone; "conv5": each has its own layer4 (the "++" methods)
+    spaces: tuple  # (s,) names: "all" is Z_0, the others are what they depend on
 
 
 def methods(groups, same=()):
@@ -60,12 +63,18 @@ def methods(groups, same=()):
     none, eye = torch.zeros(1, n, dtype=torch.bool), torch.eye(n, dtype=torch.bool)
     share = torch.cat([none, eye])
     role = 2 * torch.eye(n + 1, dtype=torch.long) - 1
-    role[0, 1:] = 0                    # Z_0 is invariant to everything: it sees k_0 alone
+    role[0, 1:] = 0  # Z_0 is invariant to everything: it sees k_0 alone
     one, every = torch.ones(1, 1, dtype=torch.long), torch.ones(n + 1, 1, dtype=torch.long)
     names = ("all", *groups)
     return {
         "moco": Method(groups, none, one, "mlp", names[:1]),
-        "moco_same": Method(groups, torch.tensor([[g in same for g in groups]], dtype=torch.bool), one, "mlp", names[:1]),
+        "moco_same": Method(
+            groups,
+            torch.tensor([[g in same for g in groups]], dtype=torch.bool),
+            one,
+            "mlp",
+            names[:1],
+        ),
         "looc": Method(groups, share, role, "mlp", names),
         "looc++": Method(groups, share, role, "conv5", names),
         "moco++": Method(groups, none, every, "conv5", tuple(f"all{i}" for i in range(n + 1))),
@@ -88,43 +97,64 @@ def uniform(low, high, *shape, generator):
 
 def draw_texture(b, generator):
     """A stylised copy with probability 0.5, and which of them as a share of their number."""
-    stylised = torch.rand(b, generator=generator) < .5
-    return {"stylised": stylised, "copy": torch.where(stylised, torch.rand(b, generator=generator), 0.)}
+    stylised = torch.rand(b, generator=generator) < 0.5
+    return {
+        "stylised": stylised,
+        "copy": torch.where(stylised, torch.rand(b, generator=generator), 0.0),
+    }
 
 
 def draw_crop(b, generator):
     """Random-resized-crop's ten attempts: area and shape of the box, and where it goes in the room that is left."""
-    return {"area": uniform(.2, 1, b, 10, generator=generator),
-            "ratio": uniform(math.log(3 / 4), math.log(4 / 3), b, 10, generator=generator).exp(),
-            "place": torch.rand(b, 2, generator=generator)}
+    return {
+        "area": uniform(0.2, 1, b, 10, generator=generator),
+        "ratio": uniform(math.log(3 / 4), math.log(4 / 3), b, 10, generator=generator).exp(),
+        "place": torch.rand(b, 2, generator=generator),
+    }
 
 
 def draw_flip(b, generator):
-    return {"flip": torch.rand(b, generator=generator) < .5}
+    return {"flip": torch.rand(b, generator=generator) < 0.5}
 
 
 def draw_rotation(b, generator):
     """Counter-clockwise quarter turns: none with probability 0.5, else 1, 2 or 3."""
     turns = torch.randint(1, 4, (b,), generator=generator)
-    return {"turns": torch.where(torch.rand(b, generator=generator) < .5, turns, 0)}
+    return {"turns": torch.where(torch.rand(b, generator=generator) < 0.5, turns, 0)}
 
 
 def draw_color(b, generator):
     """Colour jitter with probability 0.8 (else the order of its four ops is -1), then grayscale with probability 0.2, as MoCo v2."""
-    jitter = torch.rand(b, generator=generator) < .8
-    around = lambda middle, reach: torch.where(jitter, uniform(middle - reach, middle + reach, b, generator=generator), middle)
-    return {"brightness": around(1, .4), "contrast": around(1, .4), "saturation": around(1, .4), "hue": around(0, .1),
-            "order": torch.where(jitter[:, None], torch.rand(b, len(JITTER), generator=generator).argsort(1), -1),
-            "gray": torch.rand(b, generator=generator) < .2}
+    jitter = torch.rand(b, generator=generator) < 0.8
+    around = lambda middle, reach: torch.where(
+        jitter, uniform(middle - reach, middle + reach, b, generator=generator), middle
+    )
+    return {
+        "brightness": around(1, 0.4),
+        "contrast": around(1, 0.4),
+        "saturation": around(1, 0.4),
+        "hue": around(0, 0.1),
+        "order": torch.where(
+            jitter[:, None], torch.rand(b, len(JITTER), generator=generator).argsort(1), -1
+        ),
+        "gray": torch.rand(b, generator=generator) < 0.2,
+    }
 
 
 def draw_blur(b, generator):
-    return {"blur": torch.rand(b, generator=generator) < .5, "sigma": uniform(.1, 2., b, generator=generator)}
+    return {
+        "blur": torch.rand(b, generator=generator) < 0.5,
+        "sigma": uniform(0.1, 2.0, b, generator=generator),
+    }
 
 
 def on(images, parameter):
     """A drawn parameter, or rows, where the images are and in their precision."""
-    return parameter.to(images.device, images.dtype if parameter.is_floating_point() else parameter.dtype, non_blocking=True)
+    return parameter.to(
+        images.device,
+        images.dtype if parameter.is_floating_point() else parameter.dtype,
+        non_blocking=True,
+    )
 
 
 def resample(images, draw, size=None, aspect=None):
@@ -135,10 +165,12 @@ def resample(images, draw, size=None, aspect=None):
     """
     b, c, h, w = images.shape
     size = size or h
-    odd = on(images, (draw["turns"] % 2 == 1).nonzero().squeeze(1)) if "turns" in draw else ()     # found on the CPU: no GPU is waited for
+    odd = (
+        on(images, (draw["turns"] % 2 == 1).nonzero().squeeze(1)) if "turns" in draw else ()
+    )  # found on the CPU: no GPU is waited for
     draw = {k: on(images, p) for k, p in draw.items()}
     zeros, ones = images.new_zeros(b), images.new_ones(b)
-    top, left, height, width = zeros, zeros, ones, ones          # all of the canvas
+    top, left, height, width = zeros, zeros, ones, ones  # all of the canvas
     if "area" in draw:
         top, left, height, width = crop_box(draw, ones if aspect is None else aspect)
     turns, flip = draw.get("turns", zeros), draw.get("flip", zeros.bool())
@@ -159,13 +191,16 @@ def products(images, rows, cols):
 def crop_box(draw, aspect):
     """The first attempt that fits, else the largest box in the middle -> top, left, height, width (b,) as shares of the canvas."""
     aspect = aspect[:, None]
-    width, height = (draw["area"] * draw["ratio"] / aspect).sqrt(), (draw["area"] / draw["ratio"] * aspect).sqrt()
+    width, height = (
+        (draw["area"] * draw["ratio"] / aspect).sqrt(),
+        (draw["area"] / draw["ratio"] * aspect).sqrt(),
+    )
     fallback = torch.cat([(4 / 3 / aspect).clamp(max=1), (aspect * 4 / 3).clamp(max=1)], 1)
     fits = (width <= 1) & (height <= 1)
     first, none = fits.int().argmax(1, keepdim=True), ~fits.any(1, keepdim=True)
     box = torch.cat([width.gather(1, first), height.gather(1, first)], 1)
     width, height = torch.where(none, fallback, box).unbind(1)
-    top, left = torch.where(none, .5, draw["place"]).unbind(1)
+    top, left = torch.where(none, 0.5, draw["place"]).unbind(1)
     return top * (1 - height), left * (1 - width), height, width
 
 
@@ -173,9 +208,11 @@ def interpolation(start, extent, mirror, n, size):
     """(b size n): row i weighs the n pixels behind output pixel i of the box [start, start + extent] (shares of n)."""
     start, extent = start[:, None, None] * n, extent[:, None, None] * n
     step = extent / size
-    at = torch.arange(size, device=start.device)[:, None] + .5
-    at = start + step * torch.where(mirror[:, None, None], size - at, at)            # (b size 1) centres, in pixels
-    pixel = torch.arange(n, device=start.device) + .5
+    at = torch.arange(size, device=start.device)[:, None] + 0.5
+    at = start + step * torch.where(
+        mirror[:, None, None], size - at, at
+    )  # (b size 1) centres, in pixels
+    pixel = torch.arange(n, device=start.device) + 0.5
     # As of a picture that was cropped first: what lies outside the box has no weight. 1e-4 forgives rounding.
     inside = (pixel > start - 1e-4) & (pixel < start + extent + 1e-4)
     weight = (pixel - at).abs_().div_(-step.clamp(min=1)).add_(1).clamp_(min=0).mul_(inside)
@@ -197,13 +234,15 @@ def texture(images, draw, textures, at):
 def grayscale(images):
     """(b 3 h w) -> (b 1 h w), ITU-R 601."""
     r, g, b = images.unbind(1)
-    return (.2989 * r).add_(g, alpha=.587).add_(b, alpha=.114)[:, None]
+    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)[:, None]
 
 
 def blend(images, other, factor):
     """images (b 3 h w), other (b 1 h w) or (b 1 1 1), factor (b,): 0 is other, 1 is images, beyond is more than images -> (b 3 h w) in [0, 1]."""
     factor = factor[:, None, None, None]
-    return (images * factor).add_(other * (1 - factor)).clamp_(0, 1)                 # addcmul would take longer than both
+    return (
+        (images * factor).add_(other * (1 - factor)).clamp_(0, 1)
+    )  # addcmul would take longer than both
 
 
 def brightness(images, factor):
@@ -212,7 +251,9 @@ def brightness(images, factor):
 
 
 def contrast(images, factor):
-    return blend(images, grayscale(images.mean((2, 3), keepdim=True)), factor)       # the mean of the gray is the gray of the mean
+    return blend(
+        images, grayscale(images.mean((2, 3), keepdim=True)), factor
+    )  # the mean of the gray is the gray of the mean
 
 
 def saturation(images, factor):
@@ -224,16 +265,25 @@ def hue(images, shift):
     r, g, b = images.unbind(1)
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = high - low
-    from_red = (g + b).sub_(r).sub_(low).div_(chroma.clamp(min=1e-8)).add_(1)          # sixths of the circle, 0 to 3: no branch on which is highest
+    from_red = (
+        (g + b).sub_(r).sub_(low).div_(chroma.clamp(min=1e-8)).add_(1)
+    )  # sixths of the circle, 0 to 3: no branch on which is highest
     at = torch.copysign(from_red, g - b).add_(6 * shift[:, None, None])
-    at.sub_((at / 6).round_(), alpha=6)                                               # in [-3, 3]; `%` would be twice as slow
+    at.sub_((at / 6).round_(), alpha=6)  # in [-3, 3]; `%` would be twice as slow
     out = torch.empty_like(images)
     for channel, offset in zip(out.unbind(1), (0, 2, -2)):
         torch.sub(at, offset, out=channel)
-    return out.abs_().sub_(3).abs_().clamp_(1, 2).mul_(chroma[:, None]).add_(low.sub_(chroma)[:, None])
+    return (
+        out.abs_().sub_(3).abs_().clamp_(1, 2).mul_(chroma[:, None]).add_(low.sub_(chroma)[:, None])
+    )
 
 
-JITTER = (brightness, contrast, saturation, hue)   # torchvision's ColorJitter draws their order for each picture
+JITTER = (
+    brightness,
+    contrast,
+    saturation,
+    hue,
+)  # torchvision's ColorJitter draws their order for each picture
 
 
 def color(images, draw):
@@ -242,10 +292,12 @@ def color(images, draw):
     The pictures whose turn it is for an op go together; the draw says on the CPU which, so no GPU is waited for.
     """
     factors, out = {op: on(images, draw[op.__name__]) for op in JITTER}, images.clone()
-    for turn in draw["order"].unbind(1):                                       # (b,) the op whose turn it is, -1 none
+    for turn in draw["order"].unbind(1):  # (b,) the op whose turn it is, -1 none
         for i, op in enumerate(JITTER):
             rows = on(images, (turn == i).nonzero().squeeze(1))
-            out.index_copy_(0, rows, op(out.index_select(0, rows), factors[op].index_select(0, rows)))
+            out.index_copy_(
+                0, rows, op(out.index_select(0, rows), factors[op].index_select(0, rows))
+            )
     gray = on(images, draw["gray"].nonzero().squeeze(1))
     return out.index_copy_(0, gray, grayscale(out.index_select(0, gray)).expand(-1, 3, -1, -1))
 
@@ -253,7 +305,7 @@ def color(images, draw):
 def blur(images, draw):
     """Gaussian blur, edges reflected. sigma is in pixels of a 224-pixel picture and shrinks with it: below 34 pixels nothing is blurred."""
     b, c, h, w = images.shape
-    if 2. * w / 224 < .3:                        # no neighbour would weigh 1/255
+    if 2.0 * w / 224 < 0.3:  # no neighbour would weigh 1/255
         return images
     some = draw["blur"].nonzero().squeeze(1)
     rows, cols = (gaussian(on(images, draw["sigma"][some]) * w / 224, n) for n in (h, w))
@@ -265,7 +317,7 @@ def blur(images, draw):
 def gaussian(sigma, n):
     """(b n n): row i weighs the n pixels around pixel i; what falls over an edge is reflected."""
     at = torch.arange(n, device=sigma.device)
-    bell = lambda distance: (-.5 * (distance / sigma[:, None, None]) ** 2).exp()
+    bell = lambda distance: (-0.5 * (distance / sigma[:, None, None]) ** 2).exp()
     mirror = bell(at[:, None] + at) * (at > 0) + bell(2 * (n - 1) - at[:, None] - at) * (at < n - 1)
     weight = bell(at[:, None] - at) + mirror
     return weight / weight.sum(-1, keepdim=True)
@@ -273,12 +325,28 @@ def gaussian(sigma, n):
 
 # name: (draw, apply), in the order of application. An augmentation of your own is one more row: with --groups=NAME it gets a
 # view, a space and a queue. Neighbours with the same `apply` are applied together.
-GROUPS = {"texture": (draw_texture, texture), "crop": (draw_crop, resample), "flip": (draw_flip, resample), "rotation": (draw_rotation, resample),
-          "color": (draw_color, color), "blur": (draw_blur, blur)}
+GROUPS = {
+    "texture": (draw_texture, texture),
+    "crop": (draw_crop, resample),
+    "flip": (draw_flip, resample),
+    "rotation": (draw_rotation, resample),
+    "color": (draw_color, color),
+    "blur": (draw_blur, blur),
+}
 
 
-def augment_groups(images, groups, share, generator, *, always=("crop", "flip", "blur"), size=None, aspect=None, textures=None,
-                   rows=None):
+def augment_groups(
+    images,
+    groups,
+    share,
+    generator,
+    *,
+    always=("crop", "flip", "blur"),
+    size=None,
+    aspect=None,
+    textures=None,
+    rows=None,
+):
     """The query view and the key views of section 3.
 
     images (b c h w) float in [0, 1]; groups: names in GROUPS; share (v g) bool, True where key view v copies the query's draw
@@ -290,9 +358,19 @@ def augment_groups(images, groups, share, generator, *, always=("crop", "flip", 
     Raises ValueError for an unknown name, and for the group texture without textures.
     """
     first, total = rows or (0, len(images))
-    draws = map_draws(draw_groups(total, groups, share, generator, always), lambda x: x[:, first:first + len(images)])
+    draws = map_draws(
+        draw_groups(total, groups, share, generator, always),
+        lambda x: x[:, first : first + len(images)],
+    )
     at = torch.arange(len(images)).repeat(1 + len(share))
-    views = apply_groups(images, at, map_draws(draws, lambda x: rearrange(x, "v b ... -> (v b) ...")), size, aspect, textures)
+    views = apply_groups(
+        images,
+        at,
+        map_draws(draws, lambda x: rearrange(x, "v b ... -> (v b) ...")),
+        size,
+        aspect,
+        textures,
+    )
     views = rearrange(views, "(v b) c h w -> v b c h w", b=len(images))
     return views[0], views[1:], draws
 
@@ -300,7 +378,9 @@ def augment_groups(images, groups, share, generator, *, always=("crop", "flip", 
 def draw_groups(b, groups, share, generator, always):
     """The first half of augment_groups: numbers, no pixels -> {group: {parameter: (1+v b ...)}}, in the order of GROUPS."""
     if unknown := {*groups, *always} - GROUPS.keys():
-        raise ValueError(f"no such augmentation: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+        raise ValueError(
+            f"no such augmentation: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}"
+        )
     draws = {}
     for name in sorted({*groups, *always}, key=list(GROUPS).index):
         flat = GROUPS[name][0]((1 + len(share)) * b, generator)
@@ -322,10 +402,13 @@ def apply_groups(images, at, draws, size=None, aspect=None, textures=None):
     (n ...)}} -> views (n c size size)."""
     at = on(images, at)
     x = images.index_select(0, at)
-    more = {resample: (size, None if aspect is None else aspect[at]), texture: (textures, at)}                                # what is not drawn
+    more = {
+        resample: (size, None if aspect is None else aspect[at]),
+        texture: (textures, at),
+    }  # what is not drawn
     for apply, names in itertools.groupby(draws, key=lambda name: GROUPS[name][1]):
         x = apply(x, {k: p for name in names for k, p in draws[name].items()}, *more.get(apply, ()))
-    if size and x.shape[-2:] != (size, size):    # nothing that resamples was asked for
+    if size and x.shape[-2:] != (size, size):  # nothing that resamples was asked for
         x = resample(x, {}, size)
     return x
 
@@ -344,14 +427,22 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         super().__init__(features)
         self.splits = splits
 
-    def forward(self, x):   # (splits b) f h w
+    def forward(self, x):  # (splits b) f h w
         if not self.training or self.splits == 1:
             return super().forward(x)
         if len(x) % self.splits:
-            raise ValueError(f"a batch of {len(x)} does not divide into {self.splits} BatchNorm splits")
-        mean, var = (s.repeat(self.splits, 1) for s in (self.running_mean, self.running_var))         # (splits f)
-        parts = [F.batch_norm(part, mean[i], var[i], self.weight, self.bias, True, self.momentum, self.eps)     # moves mean[i], var[i] in place
-                 for i, part in enumerate(x.chunk(self.splits))]
+            raise ValueError(
+                f"a batch of {len(x)} does not divide into {self.splits} BatchNorm splits"
+            )
+        mean, var = (
+            s.repeat(self.splits, 1) for s in (self.running_mean, self.running_var)
+        )  # (splits f)
+        parts = [
+            F.batch_norm(
+                part, mean[i], var[i], self.weight, self.bias, True, self.momentum, self.eps
+            )  # moves mean[i], var[i] in place
+            for i, part in enumerate(x.chunk(self.splits))
+        ]
         self.running_mean.copy_(mean.mean(0))
         self.running_var.copy_(var.mean(0))
         self.num_batches_tracked += 1
@@ -364,14 +455,25 @@ def resnet(arch, stem, norm):
         block = torchvision.models.resnet.BasicBlock
         net = torchvision.models.ResNet(block, [1, 1, 1, 1], norm_layer=norm)
         net.inplanes = 16
-        net.conv1, net.bn1, net.maxpool = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), norm(16), nn.Identity()
+        net.conv1, net.bn1, net.maxpool = (
+            nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False),
+            norm(16),
+            nn.Identity(),
+        )
         for i in range(4):
-            setattr(net, f"layer{i + 1}", net._make_layer(block, 16 << i, 1, stride=2 if i in (1, 2) else 1))
+            setattr(
+                net,
+                f"layer{i + 1}",
+                net._make_layer(block, 16 << i, 1, stride=2 if i in (1, 2) else 1),
+            )
         net.fc = nn.Linear(128, 1)
     else:
         net = torchvision.models.get_model(arch, norm_layer=norm)
-    if stem == "cifar":   # SimCLR's stem for small pictures: no striding before layer2
-        net.conv1, net.maxpool = nn.Conv2d(3, net.bn1.num_features, 3, padding=1, bias=False), nn.Identity()
+    if stem == "cifar":  # SimCLR's stem for small pictures: no striding before layer2
+        net.conv1, net.maxpool = (
+            nn.Conv2d(3, net.bn1.num_features, 3, padding=1, bias=False),
+            nn.Identity(),
+        )
     return net
 
 
@@ -383,13 +485,26 @@ def mlp(v, w1, b1, w2, b2):
 class Encoder(nn.Module):
     """Backbone and heads. `tops` are layer4: one that all spaces share ("mlp") or one a space ("conv5", LooC++)."""
 
-    def __init__(self, arch="resnet50", stem="imagenet", spaces=1, heads="mlp", hidden=2048, dim=128, splits=1):
+    def __init__(
+        self,
+        arch="resnet50",
+        stem="imagenet",
+        spaces=1,
+        heads="mlp",
+        hidden=2048,
+        dim=128,
+        splits=1,
+    ):
         super().__init__()
         norm = partial(SplitBatchNorm2d, splits=splits)
         nets = [resnet(arch, stem, norm) for _ in range(spaces if heads == "conv5" else 1)]
         names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
-        self.trunk = nn.Sequential(collections.OrderedDict((name, getattr(nets[0], name)) for name in names))
-        self.tops = nn.ModuleList(net.layer4 for net in nets)   # separately built, or they would start identical
+        self.trunk = nn.Sequential(
+            collections.OrderedDict((name, getattr(nets[0], name)) for name in names)
+        )
+        self.tops = nn.ModuleList(
+            net.layer4 for net in nets
+        )  # separately built, or they would start identical
         d = nets[0].fc.in_features
         self.features = d * len(nets)
         self.w1, self.b1 = linear(spaces, d, hidden)
@@ -397,17 +512,24 @@ class Encoder(nn.Module):
 
     def forward(self, images):
         x = self.trunk(images)
-        v = torch.stack([top(x).mean((2, 3)) for top in self.tops])              # (1 b d), or (s b d)
+        v = torch.stack([top(x).mean((2, 3)) for top in self.tops])  # (1 b d), or (s b d)
         z = v.new_zeros(0, len(x), self.w2.shape[1])
         if spaces := len(self.w1):
-            z = torch.vmap(mlp)(v.expand(spaces, -1, -1), self.w1, self.b1, self.w2, self.b2)           # (s b c)
+            z = torch.vmap(mlp)(
+                v.expand(spaces, -1, -1), self.w1, self.b1, self.w2, self.b2
+            )  # (s b c)
         return rearrange(v, "s b d -> b (s d)"), F.normalize(at_least_float32(z), dim=-1)
 
 
 def linear(spaces, d, out):
     """nn.Linear's own start, once for each space -> weight (s out d), bias (s out). Empty ones take no gradient: ranks would wait for it."""
-    bound = d ** -.5
-    return [nn.Parameter(torch.empty(spaces, *shape).uniform_(-bound, bound), requires_grad=spaces * out > 0) for shape in ((out, d), (out,))]
+    bound = d**-0.5
+    return [
+        nn.Parameter(
+            torch.empty(spaces, *shape).uniform_(-bound, bound), requires_grad=spaces * out > 0
+        )
+        for shape in ((out, d), (out,))
+    ]
 
 
 def at_least_float32(x):
@@ -419,7 +541,7 @@ def encode(encoder, images):
 
     Normalises by ImageNet's mean and deviation itself. LooC++'s v is the concatenation of its spaces' Conv5, (b (s d)).
     """
-    mean, std = images.new_tensor([[.485, .456, .406], [.229, .224, .225]])[:, :, None, None]
+    mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
     return encoder((images - mean) / std)
 
 
@@ -429,7 +551,10 @@ def encode(encoder, images):
 def space_logits(q, k, queue, role, tau):
     """near (s b v): the query against the same image's keys, unused ones -inf; far (s b n): against the queue; positive (s b 1): which key
     view is the positive."""
-    q, role = at_least_float32(q) / tau, role.to(q.device)       # here, and not on the logits: they are large
+    q, role = (
+        at_least_float32(q) / tau,
+        role.to(q.device),
+    )  # here, and not on the logits: they are large
     k, queue = k.to(q.dtype), queue.to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         near = einsum(q, k, "s b c, s v b c -> s b v")
@@ -445,7 +570,9 @@ def multi_space_loss(q, k, queue, role, tau):
     Float32 at least, whatever the autocast.
     """
     near, far, positive = space_logits(q, k, queue, role, tau)
-    return (torch.logaddexp(near.logsumexp(2), far.logsumexp(2)) - near.gather(2, positive).squeeze(2)).mean(1)
+    return (
+        torch.logaddexp(near.logsumexp(2), far.logsumexp(2)) - near.gather(2, positive).squeeze(2)
+    ).mean(1)
 
 
 def positive_view(role):
@@ -466,11 +593,21 @@ def watch(q, k, queue, role, tau):
     """How a space is doing, each (s,): how often the positive beats every near and every far negative, and the softmax's
     mass on the near and on the far negatives. Near mass is what pushes a space to keep its group."""
     near, far, positive = space_logits(q, k, queue, role, tau)
-    best, near = near.gather(2, positive), near.scatter(2, positive, -math.inf)          # (s b 1), and its rivals (s b v)
+    best, near = (
+        near.gather(2, positive),
+        near.scatter(2, positive, -math.inf),
+    )  # (s b 1), and its rivals (s b v)
     near_wins, far_wins = (best > near).all(2), (best > far).all(2)
-    _, mass_near, mass_far = torch.cat([best, near, far], 2).softmax(2).split([1, near.shape[2], far.shape[2]], 2)
-    return {"win": (near_wins & far_wins).float().mean(1), "win_near": near_wins.float().mean(1), "win_far": far_wins.float().mean(1),
-            "mass_near": mass_near.sum(2).mean(1), "mass_far": mass_far.sum(2).mean(1)}
+    _, mass_near, mass_far = (
+        torch.cat([best, near, far], 2).softmax(2).split([1, near.shape[2], far.shape[2]], 2)
+    )
+    return {
+        "win": (near_wins & far_wins).float().mean(1),
+        "win_near": near_wins.float().mean(1),
+        "win_far": far_wins.float().mean(1),
+        "mass_near": mass_near.sum(2).mean(1),
+        "mass_far": mass_far.sum(2).mean(1),
+    }
 
 
 @torch.no_grad()
@@ -524,7 +661,9 @@ def summed(x):
 def agreed(number):
     """The largest of the ranks' numbers, so that all do the same."""
     if dist.is_initialized():
-        dist.all_reduce(number := torch.tensor(number), dist.ReduceOp.MAX)     # on the CPU, by Gloo: the GPU does not wait for it
+        dist.all_reduce(
+            number := torch.tensor(number), dist.ReduceOp.MAX
+        )  # on the CPU, by Gloo: the GPU does not wait for it
     return int(number)
 
 
@@ -538,7 +677,11 @@ def parallel(module):
     if not dist.is_initialized() or not any(p.requires_grad for p in module.parameters()):
         return module
     wrap = nn.parallel.DistributedDataParallel
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(wrap).parameters else "broadcast_buffers"   # its newer name
+    buffers = (
+        "forward_sync_buffers"
+        if "forward_sync_buffers" in inspect.signature(wrap).parameters
+        else "broadcast_buffers"
+    )  # its newer name
     return wrap(module, **{buffers: False})
 
 
@@ -556,16 +699,25 @@ def processes(device, patience=60):
         yield contextlib.nullcontext
         return
     try:
-        store, me, size = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=patience)))
+        store, me, size = next(
+            dist.rendezvous("env://", timeout=datetime.timedelta(seconds=patience))
+        )
         store.set(f"rank {me}", "here")
         store.wait([f"rank {i}" for i in range(size)], datetime.timedelta(seconds=patience))
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were announced, and not all came within {patience} s "
-                        f"({pixels.first_line(error)}): start as torchrun does, all of them, with the same MASTER_ADDR and MASTER_PORT") from None
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were announced, and not all came within {patience} s "
+            f"({pixels.first_line(error)}): start as torchrun does, all of them, with the same MASTER_ADDR and MASTER_PORT"
+        ) from None
     gpu = torch.device(device)
     if gpu.type == "cuda":
         torch.cuda.set_device(gpu.index or 0)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu.type == "cuda" else "gloo", store=store, rank=me, world_size=size)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu.type == "cuda" else "gloo",
+        store=store,
+        rank=me,
+        world_size=size,
+    )
     turns = itertools.count()
 
     @contextlib.contextmanager
@@ -576,12 +728,17 @@ def processes(device, patience=60):
         yield
         if not me:
             store.set(turn, "done")
+
     try:
         yield leader_first
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not re.search("gloo|nccl|connection|peer", str(error), re.IGNORECASE):
+        if not isinstance(error, dist.DistError) and not re.search(
+            "gloo|nccl|connection|peer", str(error), re.IGNORECASE
+        ):
             raise
-        raise Lost(f"another process was lost: its own last words say why ({pixels.first_line(error)})") from None
+        raise Lost(
+            f"another process was lost: its own last words say why ({pixels.first_line(error)})"
+        ) from None
     dist.destroy_process_group()
 
 
@@ -591,29 +748,66 @@ def processes(device, patience=60):
 # `imagenet100` is the paper's section 4; factors departs from it so that near negatives weigh among few far ones (a short queue, a low tau) and
 # the key encoder keeps up within 1,152 steps (momentum).
 RECIPES = {
-    "factors": dict(arch="small", stem="imagenet", size=32, epochs=18, batch=128, lr=.1, schedule="cosine", queue=128, tau=.1,
-                    momentum=.99, weight_decay=5e-4, hidden=512, dim=64, splits=8),
-    "imagenet100": dict(arch="resnet50", stem="imagenet", size=224, epochs=500, batch=256, lr=.03, schedule="300,400", queue=16384,
-                        tau=.2, momentum=.999, weight_decay=1e-4, hidden=2048, dim=128, splits=8),
+    "factors": dict(
+        arch="small",
+        stem="imagenet",
+        size=32,
+        epochs=18,
+        batch=128,
+        lr=0.1,
+        schedule="cosine",
+        queue=128,
+        tau=0.1,
+        momentum=0.99,
+        weight_decay=5e-4,
+        hidden=512,
+        dim=64,
+        splits=8,
+    ),
+    "imagenet100": dict(
+        arch="resnet50",
+        stem="imagenet",
+        size=224,
+        epochs=500,
+        batch=256,
+        lr=0.03,
+        schedule="300,400",
+        queue=16384,
+        tau=0.2,
+        momentum=0.999,
+        weight_decay=1e-4,
+        hidden=2048,
+        dim=128,
+        splits=8,
+    ),
 }
 
 
 class State(NamedTuple):
     """All that decides what comes next, beside the configuration. "supervised" leaves the key encoder idle, the others the classifier."""
+
     query: Encoder
     key: Encoder
     classifier: nn.Linear
     optimizer: torch.optim.Optimizer
-    queue: torch.Tensor         # (s n c) unit norm
-    pointer: int                # the queue's oldest slot
+    queue: torch.Tensor  # (s n c) unit norm
+    pointer: int  # the queue's oldest slot
     step: int
-    total: torch.Tensor         # (s,) loss summed since the last line of the log
+    total: torch.Tensor  # (s,) loss summed since the last line of the log
 
 
 def build(config, splits=1):
     """The encoder a configuration names, as it starts."""
     method = method_of(config)
-    return Encoder(config["arch"], config["stem"], len(method.spaces), method.heads, config["hidden"], config["dim"], splits)
+    return Encoder(
+        config["arch"],
+        config["stem"],
+        len(method.spaces),
+        method.heads,
+        config["hidden"],
+        config["dim"],
+        splits,
+    )
 
 
 def start(config, classes=0):
@@ -623,16 +817,42 @@ def start(config, classes=0):
         torch.manual_seed(config["seed"])
         query = build(config, config["splits"] // ranks())
         classifier = nn.Linear(query.features, classes) if classes else nn.Identity()
-        key = build(config, config["splits"] // ranks() * max(len(method.share), 1)).requires_grad_(False)   # statistics per (view, split)
+        key = build(config, config["splits"] // ranks() * max(len(method.share), 1)).requires_grad_(
+            False
+        )  # statistics per (view, split)
     key.load_state_dict(query.state_dict())
-    place = partial(nn.Module.to, device=config["device"], dtype=dtype_of(config), memory_format=torch.channels_last)
+    place = partial(
+        nn.Module.to,
+        device=config["device"],
+        dtype=dtype_of(config),
+        memory_format=torch.channels_last,
+    )
     query, key, classifier = map(place, (query, key, classifier))
     if config["compile"]:
         query.compile(), key.compile()
-    queue = torch.randn(len(method.spaces), config["queue"], config["dim"], generator=generator("queue", config["seed"]))
-    optimizer = torch.optim.SGD([*query.parameters(), *classifier.parameters()], config["lr"], .9, weight_decay=config["weight_decay"], fused=True)
-    return State(parallel(query), key, parallel(classifier), optimizer, F.normalize(queue, dim=-1).to(config["device"], dtype_of(config)),
-                 0, 0, torch.zeros(max(len(method.spaces), 1), device=config["device"], dtype=dtype_of(config)))
+    queue = torch.randn(
+        len(method.spaces),
+        config["queue"],
+        config["dim"],
+        generator=generator("queue", config["seed"]),
+    )
+    optimizer = torch.optim.SGD(
+        [*query.parameters(), *classifier.parameters()],
+        config["lr"],
+        0.9,
+        weight_decay=config["weight_decay"],
+        fused=True,
+    )
+    return State(
+        parallel(query),
+        key,
+        parallel(classifier),
+        optimizer,
+        F.normalize(queue, dim=-1).to(config["device"], dtype_of(config)),
+        0,
+        0,
+        torch.zeros(max(len(method.spaces), 1), device=config["device"], dtype=dtype_of(config)),
+    )
 
 
 def on_gpu(config):
@@ -666,30 +886,59 @@ def contrastive(query, key, images, aspect, config, step, textures=None):
     """
     B, method = config["batch"], method_of(config)
     rows, q_at, k_at = needed(config, step)
-    at, view = torch.cat([q_at, k_at.repeat(len(method.share))]), torch.arange(1 + len(method.share)).repeat_interleave(len(q_at))
-    with torch.inference_mode():                 # no_grad without its bookkeeping: a tenth of the augmenting on a CPU
-        draws = draw_groups(B, method.groups, method.share, generator("views", config["seed"], step), config["always"])
-        flat = view * B + rows[at]               # (n,): which of the (v B) draws
-        views = apply_groups(images, at, map_draws(draws, lambda x: x.flatten(0, 1).index_select(0, flat)), config["size"], aspect, textures)
-        q_images, k_images = views[:len(q_at)], views[len(q_at):]              # (b c h w), ((v b) c h w)
+    at, view = (
+        torch.cat([q_at, k_at.repeat(len(method.share))]),
+        torch.arange(1 + len(method.share)).repeat_interleave(len(q_at)),
+    )
+    with (
+        torch.inference_mode()
+    ):  # no_grad without its bookkeeping: a tenth of the augmenting on a CPU
+        draws = draw_groups(
+            B,
+            method.groups,
+            method.share,
+            generator("views", config["seed"], step),
+            config["always"],
+        )
+        flat = view * B + rows[at]  # (n,): which of the (v B) draws
+        views = apply_groups(
+            images,
+            at,
+            map_draws(draws, lambda x: x.flatten(0, 1).index_select(0, flat)),
+            config["size"],
+            aspect,
+            textures,
+        )
+        q_images, k_images = views[: len(q_at)], views[len(q_at) :]  # (b c h w), ((v b) c h w)
         with autocast(config):
             k = encode(key, k_images)[1]
     with autocast(config):
         q = encode(query, q_images)[1]
-    k = gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)))[:, :, on(images, shuffled(config, step).argsort())]
+    k = gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)))[
+        :, :, on(images, shuffled(config, step).argsort())
+    ]
     role = method.role
     if config["drop_equal"] and (role < 0).any():
         role = drop_equal(role, map_draws(draws, lambda x: x[:, own(B)]), method)
     role = role.to(q.device)
-    return q, k[:, :, on(images, own(B))], k[torch.arange(len(k), device=k.device), positive_view(role)], role
+    return (
+        q,
+        k[:, :, on(images, own(B))],
+        k[torch.arange(len(k), device=k.device), positive_view(role)],
+        role,
+    )
 
 
 def drop_equal(role, draws, method):
     """role (s v) -> (s v b): a near negative that drew the query's own parameters by chance (rotation: often) is not used.
     Our option; the paper does not speak of it. (Of texture: plain pictures only. That two draws mean the same copy is not known here.)"""
-    role = repeat(role, "s v -> s v b", b=next(iter(draws[method.groups[0]].values())).shape[1]).clone()
+    role = repeat(
+        role, "s v -> s v b", b=next(iter(draws[method.groups[0]].values())).shape[1]
+    ).clone()
     for space, name in enumerate(method.groups, 1):
-        same = torch.stack([rearrange(x[1:] == x[0], "v b ... -> v b (...)").all(2) for x in draws[name].values()]).all(0)
+        same = torch.stack(
+            [rearrange(x[1:] == x[0], "v b ... -> v b (...)").all(2) for x in draws[name].values()]
+        ).all(0)
         role[space].masked_fill_(same & (role[space] < 0), 0)
     return role
 
@@ -697,18 +946,35 @@ def drop_equal(role, draws, method):
 def step(state, images, aspect, config, textures=None):
     """One step of LooC or a contrastive baseline: images, aspect, textures as `contrastive` -> State, (loss (s,), q, k, queue, role)."""
     ema(state.key, state.query, config["momentum"])
-    q, k, positives, role = contrastive(state.query, state.key, images, aspect, config, state.step, textures)
+    q, k, positives, role = contrastive(
+        state.query, state.key, images, aspect, config, state.step, textures
+    )
     loss = multi_space_loss(q, k, state.queue, role, config["tau"])
     descend(state.optimizer, loss.mean())
     queue, pointer = queue_update(state.queue, state.pointer, positives)
-    return state._replace(queue=queue, pointer=pointer, step=state.step + 1), (loss.detach(), q.detach(), k, state.queue, role)
+    return state._replace(queue=queue, pointer=pointer, step=state.step + 1), (
+        loss.detach(),
+        q.detach(),
+        k,
+        state.queue,
+        role,
+    )
 
 
 def supervised_step(state, images, aspect, labels, config, textures=None):
     """The supervised baseline: the query's augmentations, cross-entropy on labels (b,), or on the rotation drawn if None."""
     method = method_of(config)
-    images, _, draws = augment_groups(images, method.groups, method.share, generator("views", config["seed"], state.step), always=config["always"],
-                                      size=config["size"], aspect=aspect, textures=textures, rows=(rank() * len(images), config["batch"]))
+    images, _, draws = augment_groups(
+        images,
+        method.groups,
+        method.share,
+        generator("views", config["seed"], state.step),
+        always=config["always"],
+        size=config["size"],
+        aspect=aspect,
+        textures=textures,
+        rows=(rank() * len(images), config["batch"]),
+    )
     labels = draws["rotation"]["turns"][0].to(images.device) if labels is None else labels
     with autocast(config):
         logits = state.classifier(encode(state.query, images)[0])
@@ -729,28 +995,64 @@ def keep_freed_memory():
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-1, 1 << 30)            # M_TRIM_THRESHOLD
-            libc.mallopt(-3, 32 << 20)           # M_MMAP_THRESHOLD, at most 32 MiB
+            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+            libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at most 32 MiB
 
 
 def autocast(config):
-    return torch.autocast(torch.device(config["device"]).type, torch.bfloat16, enabled=config["precision"] == "bfloat16")
+    return torch.autocast(
+        torch.device(config["device"]).type,
+        torch.bfloat16,
+        enabled=config["precision"] == "bfloat16",
+    )
 
 
 def learning_rate(config, epoch):
     """At a fractional epoch: "cosine", or x0.1 at each epoch listed ("300,400")."""
     if config["schedule"] == "cosine":
         return config["lr"] * (1 + math.cos(math.pi * epoch / config["epochs"])) / 2
-    return config["lr"] * .1 ** sum(epoch >= float(at) for at in config["schedule"].split(","))
+    return config["lr"] * 0.1 ** sum(epoch >= float(at) for at in config["schedule"].split(","))
 
 
-def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str = "factors", *, root: str = None, out: str = None,
-          recipe: str = None, always: tuple = ("crop", "flip", "blur", "color"), same: tuple = ("rotation",), label: str = None,
-          download: bool = False, arch: str = None, stem: str = None, size: int = None, canvas: int = None, epochs: int = None,
-          batch: int = None, lr: float = None, schedule: str = None, queue: int = None, tau: float = None, momentum: float = None,
-          weight_decay: float = None, hidden: int = None, dim: int = None, splits: int = None, drop_equal: bool = False,
-          save_every: int = None, seed: int = 0, workers: int = 2, device: str = "auto", precision: str = "auto", compile: bool = False,
-          cache: str = "auto", packed: str = None, textures: str = None, fresh: bool = False):
+def train(
+    method: str = "looc",
+    groups: tuple = ("color", "rotation"),
+    data: str = "factors",
+    *,
+    root: str = None,
+    out: str = None,
+    recipe: str = None,
+    always: tuple = ("crop", "flip", "blur", "color"),
+    same: tuple = ("rotation",),
+    label: str = None,
+    download: bool = False,
+    arch: str = None,
+    stem: str = None,
+    size: int = None,
+    canvas: int = None,
+    epochs: int = None,
+    batch: int = None,
+    lr: float = None,
+    schedule: str = None,
+    queue: int = None,
+    tau: float = None,
+    momentum: float = None,
+    weight_decay: float = None,
+    hidden: int = None,
+    dim: int = None,
+    splits: int = None,
+    drop_equal: bool = False,
+    save_every: int = None,
+    seed: int = 0,
+    workers: int = 2,
+    device: str = "auto",
+    precision: str = "auto",
+    compile: bool = False,
+    cache: str = "auto",
+    packed: str = None,
+    textures: str = None,
+    fresh: bool = False,
+):
     """Train an encoder: LooC, LooC++, or one of the paper's baselines (its section 3 and 4).
 
     What is left out comes from the data set's row of RECIPES. The run folder holds config.json, log.jsonl, views.png,
@@ -799,15 +1101,29 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
     out = Path(config["out"])
     with processes(config["device"]) as leader_first, contextlib.ExitStack() as held:
         with leader_first():
-            found = pixels.load(data, "train" if method == "supervised" else "pretrain", root=root, size=config["size"], canvas=canvas, seed=seed,
-                                download=download, workers=workers, cache=packed or out.parent, shared=ranks() > 1 or cache == "none" or bool(packed),
-                                texture="texture" in config["groups"] + config["always"], textures=textures, device=config["device"])
+            found = pixels.load(
+                data,
+                "train" if method == "supervised" else "pretrain",
+                root=root,
+                size=config["size"],
+                canvas=canvas,
+                seed=seed,
+                download=download,
+                workers=workers,
+                cache=packed or out.parent,
+                shared=ranks() > 1 or cache == "none" or bool(packed),
+                texture="texture" in config["groups"] + config["always"],
+                textures=textures,
+                device=config["device"],
+            )
             found, kept = hold(found, config)
             labels, classes, config["label"] = supervision(found, config)
             n, batch = len(found.images), config["batch"]
             if n < batch:
-                raise UserError(f"--batch={batch} is more than the {n} training pictures of {root or data}: take a smaller multiple of "
-                                f"--splits={config['splits']}, two times that at least")
+                raise UserError(
+                    f"--batch={batch} is more than the {n} training pictures of {root or data}: take a smaller multiple of "
+                    f"--splits={config['splits']}, two times that at least"
+                )
             if rank() == 0:
                 if fresh and out.exists():
                     with alone(out):
@@ -815,7 +1131,7 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
                 held.enter_context(alone(out))
         asked = held.enter_context(signals())
         state = resume(start(config, classes), config, out)
-        agreed(0)                                # all have read what was there
+        agreed(0)  # all have read what was there
         if rank() == 0:
             if state.step == 0:
                 write(out / "config.json", dumps(config, indent=1).encode())
@@ -828,26 +1144,57 @@ def train(method: str = "looc", groups: tuple = ("color", "rotation"), data: str
         query = fit(state, found, labels, config, out, asked).query
         if rank() == 0:
             export(query, out)
-            print(f"trained in {time.perf_counter() - begun:.0f} s; wrote {out}: backbone.pt, heads.pt, checkpoint.pt, log.jsonl, config.json, views.png\n"
-                  f"next: python eval.py {'fewshot' if pixels.told_apart(found.classes) else 'rotation'}" + ("" if out.resolve() == Path("runs/latest").resolve() else f" --run={out}"))
+            print(
+                f"trained in {time.perf_counter() - begun:.0f} s; wrote {out}: backbone.pt, heads.pt, checkpoint.pt, log.jsonl, config.json, views.png\n"
+                f"next: python eval.py {'fewshot' if pixels.told_apart(found.classes) else 'rotation'}"
+                + ("" if out.resolve() == Path("runs/latest").resolve() else f" --run={out}")
+            )
 
 
 def introduce(state, config, found, kept):
     """The first lines of a run."""
-    n, batch, out, spaces = len(found.images), config["batch"], config["out"], method_of(config).spaces
-    steps, among = config["epochs"] * (n // batch), f" on {ranks()} processes" if ranks() > 1 else ""
+    n, batch, out, spaces = (
+        len(found.images),
+        config["batch"],
+        config["out"],
+        method_of(config).spaces,
+    )
+    steps, among = (
+        config["epochs"] * (n // batch),
+        f" on {ranks()} processes" if ranks() > 1 else "",
+    )
     if state.step:
-        print(f"{out} is trained already; --fresh starts over" if state.step == steps else f"resuming {out} at step {state.step}{among}", flush=True)
+        print(
+            f"{out} is trained already; --fresh starts over"
+            if state.step == steps
+            else f"resuming {out} at step {state.step}{among}",
+            flush=True,
+        )
     else:
         place = {"device": "on the device", "host": "in memory", "none": "on disk"}[kept]
         known = pixels.told_apart(found.classes)
-        labels = f", {len(found.classes['class'])} classes" if "class" in known else "" if known else ", no labels"
-        print(f"{config['method']} on {config['data']}: {n} training pictures {place}{labels}; {config['arch']} on views of {config['size']} pixels, {steps} steps "
-              f"of {batch}{among}, spaces {', '.join(spaces) or config['label']}; {config['device']}, {config['precision']}; see {out}/views.png", flush=True)
+        labels = (
+            f", {len(found.classes['class'])} classes"
+            if "class" in known
+            else ""
+            if known
+            else ", no labels"
+        )
+        print(
+            f"{config['method']} on {config['data']}: {n} training pictures {place}{labels}; {config['arch']} on views of {config['size']} pixels, {steps} steps "
+            f"of {batch}{among}, spaces {', '.join(spaces) or config['label']}; {config['device']}, {config['precision']}; see {out}/views.png",
+            flush=True,
+        )
     if spaces and not state.step:
-        print(f"the queue holds random directions until step {-(-config['queue'] // batch)}, then {config['queue']} keys a space", flush=True)
+        print(
+            f"the queue holds random directions until step {-(-config['queue'] // batch)}, then {config['queue']} keys a space",
+            flush=True,
+        )
     if spaces and config["queue"] > n:
-        print(f"warning: --queue={config['queue']} is more than the {n} pictures: it holds keys of the query's own picture as negatives; take a smaller one", file=sys.stderr)
+        print(
+            f"warning: --queue={config['queue']} is more than the {n} pictures: it holds keys of the query's own picture as negatives; take a smaller one",
+            file=sys.stderr,
+        )
 
 
 def rows_of(config, n, first, steps):
@@ -856,16 +1203,25 @@ def rows_of(config, n, first, steps):
         epoch, i = divmod(at, n // config["batch"])
         if i == 0 or at == first:
             order = pixels.batches(n, config["batch"], config["seed"], epoch)
-        yield order[i][own(config["batch"]) if config["method"] == "supervised" else needed(config, at)[0]]
+        yield order[i][
+            own(config["batch"]) if config["method"] == "supervised" else needed(config, at)[0]
+        ]
 
 
 def fetch(found, config, rows):
     """-> rows, and on the training device images (m 3 h w) in [0, 1], aspect (m,), textures (m copy 3 h w) or None; bytes travel, not floats."""
+
     def place(some):
         some = some.index_select(0, rows.to(some.device))
         pinned = some.pin_memory() if on_gpu(config) and not some.is_cuda else some
         return pinned.to(config["device"], non_blocking=True).to(dtype_of(config))
-    return rows, place(found.images) / 255, place(found.aspect), None if found.textures is None else place(found.textures) / 255
+
+    return (
+        rows,
+        place(found.images) / 255,
+        place(found.aspect),
+        None if found.textures is None else place(found.textures) / 255,
+    )
 
 
 def ahead(function, items):
@@ -887,13 +1243,14 @@ def hold(found, config):
         size = sum(x.numel() for x in (found.images, found.textures) if x is not None)
         fits = on_gpu(config) and size < torch.cuda.mem_get_info(config["device"])[0] / 2
         cache = "device" if fits else "none" if mapped else "host"
-    if cache == "none" and not mapped:           # factors: drawn, never on disk
+    if cache == "none" and not mapped:  # factors: drawn, never on disk
         cache = "host"
 
     def move(x):
         if x is None or cache == "none":
             return x
         return x.to(config["device"]) if cache == "device" else x.clone() if x.is_shared() else x
+
     return found._replace(images=move(found.images), textures=move(found.textures)), cache
 
 
@@ -912,11 +1269,24 @@ def fit(state, found, labels, config, out, asked):
     every = max(1, steps // 200)
     save_every, spaces = config["save_every"] or 20 * every, method_of(config).spaces
     logged_at, logged_step = begun, first
-    one_ahead = ahead if on_gpu(config) else map     # on a CPU a second thread would only be in the way
-    for rows, images, aspect, textures in one_ahead(partial(fetch, found, config), rows_of(config, n, first, steps)):
-        lr_now = state.optimizer.param_groups[0]["lr"] = learning_rate(config, state.step / per_epoch)
+    one_ahead = (
+        ahead if on_gpu(config) else map
+    )  # on a CPU a second thread would only be in the way
+    for rows, images, aspect, textures in one_ahead(
+        partial(fetch, found, config), rows_of(config, n, first, steps)
+    ):
+        lr_now = state.optimizer.param_groups[0]["lr"] = learning_rate(
+            config, state.step / per_epoch
+        )
         if config["method"] == "supervised":
-            state, (loss,) = supervised_step(state, images, aspect, None if labels is None else labels[rows].to(config["device"]), config, textures)
+            state, (loss,) = supervised_step(
+                state,
+                images,
+                aspect,
+                None if labels is None else labels[rows].to(config["device"]),
+                config,
+                textures,
+            )
         else:
             state, (loss, *compared) = step(state, images, aspect, config, textures)
         state = state._replace(total=state.total + loss)
@@ -927,26 +1297,51 @@ def fit(state, found, labels, config, out, asked):
             average([state.total])
             finite(state, out)
         if logging:
-            line = {"step": state.step, "loss": (state.total / ((state.step - 1) % every + 1)).tolist()}   # the sum may begin before a resume
+            line = {
+                "step": state.step,
+                "loss": (state.total / ((state.step - 1) % every + 1)).tolist(),
+            }  # the sum may begin before a resume
             line |= {"unreadable": len(found.missing)} if found.missing else {}
             if spaces:
                 watched = watch(*compared, config["tau"])
                 line |= {k: x.tolist() for k, x in zip(watched, average([*watched.values()]))}
             now = time.perf_counter()
-            line |= {"lr": lr_now, "images_per_s": batch * (state.step - logged_step) / (now - logged_at),
-                     "seconds_left": (now - begun) / (state.step - first) * (steps - state.step)}
-            logged_at, logged_step, state = now, state.step, state._replace(total=torch.zeros_like(state.total))
+            line |= {
+                "lr": lr_now,
+                "images_per_s": batch * (state.step - logged_step) / (now - logged_at),
+                "seconds_left": (now - begun) / (state.step - first) * (steps - state.step),
+            }
+            logged_at, logged_step, state = (
+                now,
+                state.step,
+                state._replace(total=torch.zeros_like(state.total)),
+            )
             if rank() == 0:
                 with open(out / "log.jsonl", "a") as file:
                     file.write(dumps(line) + "\n")
-                show(line, spaces or (config["label"],), steps, last=state.step == steps, plain=state.step % (20 * every) == 0)
+                show(
+                    line,
+                    spaces or (config["label"],),
+                    steps,
+                    last=state.step == steps,
+                    plain=state.step % (20 * every) == 0,
+                )
         if saving:
             save(state, config, out)
         if number and state.step < steps:
             if rank() == 0:
-                launch = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"] if ranks() > 1 else ["python"]
-                print(f"stopped by {signal.Signals(number).name} at step {state.step}, all is saved\nresume with: "
-                      + shlex.join([*launch, *(word for word in sys.argv if not word.startswith("--fresh"))]), flush=True)
+                launch = (
+                    ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
+                    if ranks() > 1
+                    else ["python"]
+                )
+                print(
+                    f"stopped by {signal.Signals(number).name} at step {state.step}, all is saved\nresume with: "
+                    + shlex.join(
+                        [*launch, *(word for word in sys.argv if not word.startswith("--fresh"))]
+                    ),
+                    flush=True,
+                )
             raise SystemExit(128 + number)
     return state
 
@@ -954,11 +1349,19 @@ def fit(state, found, labels, config, out, asked):
 @torch.no_grad()
 def finite(state, out):
     """NotFinite if a loss or a weight is not finite."""
-    weights = torch.stack(torch._foreach_norm(list(state.query.parameters()))).sum() + state.total.sum()
+    weights = (
+        torch.stack(torch._foreach_norm(list(state.query.parameters()))).sum() + state.total.sum()
+    )
     if not math.isfinite(weights):
         kept = out / "checkpoint.pt"
-        raise NotFinite(f"the loss or a weight is not finite at step {state.step}: lower --lr, raise --tau, or take --precision=float32; "
-                        + (f"{kept} holds the last good step" if kept.exists() else "no checkpoint was written yet"))
+        raise NotFinite(
+            f"the loss or a weight is not finite at step {state.step}: lower --lr, raise --tau, or take --precision=float32; "
+            + (
+                f"{kept} holds the last good step"
+                if kept.exists()
+                else "no checkpoint was written yet"
+            )
+        )
 
 
 @contextlib.contextmanager
@@ -966,9 +1369,16 @@ def signals():
     """A list that SIGTERM, SIGINT, SIGHUP and SLURM's SIGUSR1 append themselves to, instead of ending the program in the middle of a step."""
     asked, old = [], {}
     if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-        old = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in numbers
-               if signal.getsignal(number) != signal.SIG_IGN}           # as nohup ignores SIGHUP
+        numbers = [
+            getattr(signal, name)
+            for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+            if hasattr(signal, name)
+        ]
+        old = {
+            number: signal.signal(number, lambda number, _: asked.append(number))
+            for number in numbers
+            if signal.getsignal(number) != signal.SIG_IGN
+        }  # as nohup ignores SIGHUP
     try:
         yield asked
     finally:
@@ -988,68 +1398,148 @@ def alone(out):
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is training in {out}: wait for it, or name another --out") from None
+            raise UserError(
+                f"another process is training in {out}: wait for it, or name another --out"
+            ) from None
         yield
     finally:
         os.close(folder)
 
 
-def settings(*, method, groups, data, recipe, out, always, same, label, device, precision, cache, packed, fresh, **flags):
+def settings(
+    *,
+    method,
+    groups,
+    data,
+    recipe,
+    out,
+    always,
+    same,
+    label,
+    device,
+    precision,
+    cache,
+    packed,
+    fresh,
+    **flags,
+):
     """The flags of `train` checked, and what they leave out filled in from the recipe -> config, plain data. (packed and fresh are not of it.)"""
     pixels.choose("method", method, tuple(methods(())))
     pixels.choose("data", data, pixels.NAMES)
     for name in (*groups, *always, *same):
-        pixels.choose("groups" if name in groups else "always" if name in always else "same", name, tuple(GROUPS))
+        pixels.choose(
+            "groups" if name in groups else "always" if name in always else "same",
+            name,
+            tuple(GROUPS),
+        )
     if len(set(groups)) < len(groups):
         raise UserError(f"--groups={','.join(groups)} names a group twice")
     if method == "moco_same" and not set(same) & set(groups):
-        raise UserError(f"--same={','.join(same)}: none of --groups={','.join(groups)}, so there is nothing for query and key to share")
+        raise UserError(
+            f"--same={','.join(same)}: none of --groups={','.join(groups)}, so there is nothing for query and key to share"
+        )
     if not groups and method in ("looc", "looc++"):
-        raise UserError(f"--method={method} leaves one group out: name at least one, as in --groups=color,rotation")
-    recipe = pixels.choose("recipe", recipe or (data if data in RECIPES else "factors"), tuple(RECIPES))
-    config = dict(method=method, groups=list(groups), data=data, recipe=recipe, always=[a for a in always if a not in groups], same=list(same),
-                  label=label, **{k: RECIPES[recipe].get(k) if v is None else v for k, v in flags.items()})
+        raise UserError(
+            f"--method={method} leaves one group out: name at least one, as in --groups=color,rotation"
+        )
+    recipe = pixels.choose(
+        "recipe", recipe or (data if data in RECIPES else "factors"), tuple(RECIPES)
+    )
+    config = dict(
+        method=method,
+        groups=list(groups),
+        data=data,
+        recipe=recipe,
+        always=[a for a in always if a not in groups],
+        same=list(same),
+        label=label,
+        **{k: RECIPES[recipe].get(k) if v is None else v for k, v in flags.items()},
+    )
     config["device"] = pixels.device_of(device)
     pixels.choose("precision", precision, ("auto", "float32", "bfloat16", "float64"))
-    config["precision"] = precision if precision != "auto" else "bfloat16" if fast_bfloat16(config["device"]) else "float32"
+    config["precision"] = (
+        precision
+        if precision != "auto"
+        else "bfloat16"
+        if fast_bfloat16(config["device"])
+        else "float32"
+    )
     config["cache"] = pixels.choose("cache", cache, ("auto", "device", "host", "none"))
     if packed and not Path(packed).is_dir():
-        raise UserError(f"--packed={packed}: no such folder; `python data.py pack --data={data} --root=DIR --out={packed}` writes it")
-    config["root"], config["textures"] = (flags[name] and str(Path(flags[name]).resolve()) for name in ("root", "textures"))
+        raise UserError(
+            f"--packed={packed}: no such folder; `python data.py pack --data={data} --root=DIR --out={packed}` writes it"
+        )
+    config["root"], config["textures"] = (
+        flags[name] and str(Path(flags[name]).resolve()) for name in ("root", "textures")
+    )
     config["out"] = out or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
-    pixels.choose("arch", config["arch"], ("small", *(a for a in torchvision.models.list_models(module=torchvision.models) if "resne" in a)))
+    pixels.choose(
+        "arch",
+        config["arch"],
+        (
+            "small",
+            *(a for a in torchvision.models.list_models(module=torchvision.models) if "resne" in a),
+        ),
+    )
     pixels.choose("stem", config["stem"], ("imagenet", "cifar"))
     if data == "factors" and flags["canvas"]:
-        raise UserError(f"--canvas={flags['canvas']}: factors is drawn as large as it is seen, at --size")
-    for flag in ("size", "epochs", "batch", "lr", "queue", "tau", "dim", "splits", "canvas", "save_every"):
+        raise UserError(
+            f"--canvas={flags['canvas']}: factors is drawn as large as it is seen, at --size"
+        )
+    for flag in (
+        "size",
+        "epochs",
+        "batch",
+        "lr",
+        "queue",
+        "tau",
+        "dim",
+        "splits",
+        "canvas",
+        "save_every",
+    ):
         if config[flag] is not None and not config[flag] > 0:
             raise UserError(f"--{flag}={config[flag]}: expected more than 0")
     for flag in ("weight_decay", "hidden", "workers"):
         if config[flag] < 0:
             raise UserError(f"--{flag}={config[flag]}: expected 0 or more")
-    if config["textures"] and (data == "factors" or "texture" not in config["groups"] + config["always"]):
-        raise UserError(f"--textures={flags['textures']}: name the group that reads it, as in --groups=color,texture; factors makes its own copies")
+    if config["textures"] and (
+        data == "factors" or "texture" not in config["groups"] + config["always"]
+    ):
+        raise UserError(
+            f"--textures={flags['textures']}: name the group that reads it, as in --groups=color,texture; factors makes its own copies"
+        )
     if data == "folder" and config["root"]:
         pixels.keep_out("out", config["out"], config["root"])
     if Path(config["out"]).is_file():
         raise UserError(f"--out={config['out']} is a file; name a folder")
     if not 0 <= config["momentum"] <= 1:
-        raise UserError(f"--momentum={config['momentum']}: expected 0 to 1; it is the key encoder's, not SGD's")
+        raise UserError(
+            f"--momentum={config['momentum']}: expected 0 to 1; it is the key encoder's, not SGD's"
+        )
     if config["batch"] % config["splits"] or config["batch"] == config["splits"]:
-        raise UserError(f"--batch={config['batch']} does not divide into --splits={config['splits']} parts of two pictures or more")
+        raise UserError(
+            f"--batch={config['batch']} does not divide into --splits={config['splits']} parts of two pictures or more"
+        )
     if config["splits"] % (world := int(os.environ.get("WORLD_SIZE", 1))):
-        raise UserError(f"--splits={config['splits']} does not divide among {world} processes: the parts of a batch with BatchNorm statistics of their "
-                        f"own belong to the recipe, not to the machine; start a number that divides, or change --splits")
+        raise UserError(
+            f"--splits={config['splits']} does not divide among {world} processes: the parts of a batch with BatchNorm statistics of their "
+            f"own belong to the recipe, not to the machine; start a number that divides, or change --splits"
+        )
     try:
-        learning_rate(config, 0.)
+        learning_rate(config, 0.0)
     except ValueError:
-        raise UserError(f"--schedule={config['schedule']}: expected cosine, or epochs with commas between, as 300,400") from None
+        raise UserError(
+            f"--schedule={config['schedule']}: expected cosine, or epochs with commas between, as 300,400"
+        ) from None
     return config
 
 
 def settings_with(**flags):
     """The configuration that `train` makes of these flags."""
-    return settings(**{name: p.default for name, p in inspect.signature(train).parameters.items()} | flags)
+    return settings(
+        **{name: p.default for name, p in inspect.signature(train).parameters.items()} | flags
+    )
 
 
 def supervision(found, config):
@@ -1060,7 +1550,11 @@ def supervision(found, config):
     label = pixels.choose("label", config["label"] or known[0], known)
     if label == "rotation" and "rotation" not in config["groups"]:
         raise UserError("--label=rotation: name rotation in --groups, so that it is drawn")
-    return (None, 4, label) if label == "rotation" else (found.labels[label], len(found.classes[label]), label)
+    return (
+        (None, 4, label)
+        if label == "rotation"
+        else (found.labels[label], len(found.classes[label]), label)
+    )
 
 
 def fast_bfloat16(device):
@@ -1073,23 +1567,56 @@ def fast_bfloat16(device):
 def save_views(found, config, path):
     """Rows of the query and key views of a few pictures, each named by its space and what it shares with the query."""
     n, method = len(found.images), method_of(config)
-    some = torch.linspace(0, n - 1, min(12, n)).long()           # of all classes, where they lie in order
-    images, aspect, textures = (None if x is None else x[some.to(x.device)].cpu() for x in (found.images, found.aspect, found.textures))
+    some = torch.linspace(0, n - 1, min(12, n)).long()  # of all classes, where they lie in order
+    images, aspect, textures = (
+        None if x is None else x[some.to(x.device)].cpu()
+        for x in (found.images, found.aspect, found.textures)
+    )
     images, textures = images.float() / 255, None if textures is None else textures.float() / 255
-    query, keys, _ = augment_groups(images, method.groups, method.share, generator("views", config["seed"], 0), always=config["always"],
-                                    size=config["size"], aspect=aspect, textures=textures)
-    shared = [" + ".join(g for g, same in zip(method.groups, row) if same) or "nothing" for row in method.share.tolist()]
-    spaces = [", ".join(name for name, row in zip(method.spaces, method.role.tolist()) if row[v] == 1) for v in range(len(shared))]
-    rows = ["query", *(f"key of space {names}: shares {groups}" for names, groups in zip(spaces, shared))]
-    pixels.picture_grid(torch.cat([query[None], keys]), rows, [""] * len(some), path, zoom=max(1, 64 // config["size"]))
+    query, keys, _ = augment_groups(
+        images,
+        method.groups,
+        method.share,
+        generator("views", config["seed"], 0),
+        always=config["always"],
+        size=config["size"],
+        aspect=aspect,
+        textures=textures,
+    )
+    shared = [
+        " + ".join(g for g, same in zip(method.groups, row) if same) or "nothing"
+        for row in method.share.tolist()
+    ]
+    spaces = [
+        ", ".join(name for name, row in zip(method.spaces, method.role.tolist()) if row[v] == 1)
+        for v in range(len(shared))
+    ]
+    rows = [
+        "query",
+        *(f"key of space {names}: shares {groups}" for names, groups in zip(spaces, shared)),
+    ]
+    pixels.picture_grid(
+        torch.cat([query[None], keys]),
+        rows,
+        [""] * len(some),
+        path,
+        zoom=max(1, 64 // config["size"]),
+    )
 
 
 def show(line, spaces, steps, last, plain):
     """One progress line: rewritten in place on a terminal, now and then elsewhere."""
-    each = lambda key, form: " ".join(f"{name} {value:{form}}" for name, value in zip(spaces, line[key]))
-    left = time.strftime("%H:%M:%S" if line["seconds_left"] >= 3600 else "%M:%S", time.gmtime(line["seconds_left"]))
-    text = f"step {line['step']}/{steps}  loss {each('loss', '.2f')}" + (f"  wins {each('win', '.0%')}" if "win" in line else "") + \
-        f"  lr {line['lr']:.3g}  {line['images_per_s']:.0f} images/s  {left} left"
+    each = lambda key, form: " ".join(
+        f"{name} {value:{form}}" for name, value in zip(spaces, line[key])
+    )
+    left = time.strftime(
+        "%H:%M:%S" if line["seconds_left"] >= 3600 else "%M:%S", time.gmtime(line["seconds_left"])
+    )
+    text = (
+        f"step {line['step']}/{steps}  loss {each('loss', '.2f')}"
+        + (f"  wins {each('win', '.0%')}" if "win" in line else "")
+        + f"  lr {line['lr']:.3g}  {line['images_per_s']:.0f} images/s  {left} left"
+    )
     if sys.stdout.isatty():
         print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
     elif plain or last:
@@ -1110,7 +1637,7 @@ def read_lines(path):
     return lines
 
 
-VERSION = 1   # of checkpoints
+VERSION = 1  # of checkpoints
 
 
 def save(state, config, out):
@@ -1118,12 +1645,26 @@ def save(state, config, out):
 
     Running statistics are linear in the batches', so their mean over ranks could wait until now.
     """
-    average([x for part in (state.query, state.key) for x in part.buffers() if x.is_floating_point()])
+    average(
+        [x for part in (state.query, state.key) for x in part.buffers() if x.is_floating_point()]
+    )
     if rank():
         return
-    parts = {k: bare(v).state_dict() if hasattr(v, "state_dict") else v for k, v in state._asdict().items()}
+    parts = {
+        k: bare(v).state_dict() if hasattr(v, "state_dict") else v
+        for k, v in state._asdict().items()
+    }
     buffer = io.BytesIO()
-    torch.save({**parts, "config": config, "version": VERSION, "torch": str(torch.__version__), "threads": torch.get_num_threads()}, buffer)
+    torch.save(
+        {
+            **parts,
+            "config": config,
+            "version": VERSION,
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+        },
+        buffer,
+    )
     write(out / "checkpoint.pt", buffer.getvalue(), keep=out / "checkpoint.old.pt")
 
 
@@ -1136,7 +1677,9 @@ def resume(state, config, out):
         raise UserError(f"--out={out} is not empty and holds no run: name another folder")
     saved = next(filter(None, (read_checkpoint(path, config["device"]) for path in there)), None)
     if not saved:
-        raise UserError(f"{there[0]} cannot be read: start over with --fresh, which keeps the folder under another name")
+        raise UserError(
+            f"{there[0]} cannot be read: start over with --fresh, which keeps the folder under another name"
+        )
     same_settings(config, saved["config"], out)
     for part in ("query", "key", "classifier", "optimizer"):
         bare(getattr(state, part)).load_state_dict(saved[part])
@@ -1145,10 +1688,25 @@ def resume(state, config, out):
 
 def same_settings(config, saved, out):
     """UserError where what is saved in the run folder `out` was trained with other settings."""
-    free = {"device", "precision", "workers", "download", "out", "save_every", "cache", "compile"}     # may change without changing what is trained
-    other = [f"--{k}={v} (the run has {saved.get(k)})" for k, v in config.items() if k not in free and saved.get(k) != v]
+    free = {
+        "device",
+        "precision",
+        "workers",
+        "download",
+        "out",
+        "save_every",
+        "cache",
+        "compile",
+    }  # may change without changing what is trained
+    other = [
+        f"--{k}={v} (the run has {saved.get(k)})"
+        for k, v in config.items()
+        if k not in free and saved.get(k) != v
+    ]
     if other:
-        raise UserError(f"{out} holds a run with other settings: {', '.join(other)}; name another --out, or start over with --fresh")
+        raise UserError(
+            f"{out} holds a run with other settings: {', '.join(other)}; name another --out, or start over with --fresh"
+        )
 
 
 def read_checkpoint(path, device):
@@ -1156,7 +1714,9 @@ def read_checkpoint(path, device):
     try:
         saved = read_tensors(path, device)
         if not isinstance(saved, dict) or saved.get("version") != VERSION:
-            raise UserError(f"{path} is no checkpoint that this program can read: it writes version {VERSION}")
+            raise UserError(
+                f"{path} is no checkpoint that this program can read: it writes version {VERSION}"
+            )
         return saved
     except UserError as error:
         print(f"warning: {error}", file=sys.stderr)
@@ -1164,7 +1724,9 @@ def read_checkpoint(path, device):
 
 def set_aside(out):
     """Rename a run folder to the first free name.1, name.2, ... -> its new path."""
-    aside = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.{i}")).exists())
+    aside = next(
+        p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.{i}")).exists()
+    )
     return out.rename(aside)
 
 
@@ -1175,14 +1737,16 @@ def link_latest(out):
     if link.is_symlink() or not link.exists():
         own_link = link.with_name(f"latest.{os.getpid()}")
         own_link.symlink_to(os.path.relpath(out, link.parent), target_is_directory=True)
-        os.replace(own_link, link)               # at once: another run may start at the same moment
+        os.replace(own_link, link)  # at once: another run may start at the same moment
 
 
 def export(encoder, out):
     """backbone.pt: a plain state dict in torchvision's names (for conv5 heads with Z_0's layer4); heads.pt: every layer4 and the heads."""
     state = {k: v.cpu() for k, v in bare(encoder).state_dict().items()}
     backbone = {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
-    backbone |= {k.replace("tops.0.", "layer4."): v for k, v in state.items() if k.startswith("tops.0.")}
+    backbone |= {
+        k.replace("tops.0.", "layer4."): v for k, v in state.items() if k.startswith("tops.0.")
+    }
     write_tensors(out / "backbone.pt", backbone)
     write_tensors(out / "heads.pt", {k: v for k, v in state.items() if not k.startswith("trunk.")})
 
@@ -1193,17 +1757,33 @@ def load_encoder(run, device="cpu"):
     for name in ("config.json", "backbone.pt", "heads.pt"):
         if not (run / name).exists():
             if (run / "checkpoint.pt").exists():
-                raise UserError(f"{run} has not finished training: give its command again, it goes on where it was")
-            raise UserError(f"{run / name}: no such file; name a folder that `python loo.py train` has finished, with --run=DIR")
+                raise UserError(
+                    f"{run} has not finished training: give its command again, it goes on where it was"
+                )
+            raise UserError(
+                f"{run / name}: no such file; name a folder that `python loo.py train` has finished, with --run=DIR"
+            )
     try:
         config = loads((run / "config.json").read_text())
         state = read_tensors(run / "heads.pt")
-        state |= {f"trunk.{k}": v for k, v in read_tensors(run / "backbone.pt").items() if not k.startswith("layer4.")}
+        state |= {
+            f"trunk.{k}": v
+            for k, v in read_tensors(run / "backbone.pt").items()
+            if not k.startswith("layer4.")
+        }
         encoder = build(config)
         encoder.load_state_dict(state)
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:     # UserError is a ValueError
-        raise UserError(f"{run} holds no run of ours, or a file that is not whole ({pixels.first_line(error)}); the command it was trained with mends it "
-                        "from its checkpoint") from None
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # UserError is a ValueError
+        raise UserError(
+            f"{run} holds no run of ours, or a file that is not whole ({pixels.first_line(error)}); the command it was trained with mends it "
+            "from its checkpoint"
+        ) from None
     return encoder.eval().to(device, memory_format=torch.channels_last), config
 
 
@@ -1211,7 +1791,9 @@ def show_methods(groups: tuple = ("color", "rotation"), same: tuple = ("rotation
     """Print the methods as a table: which key view shares which group with the query, and what it is to each space."""
     for name in (*groups, *same):
         pixels.choose("groups" if name in groups else "same", name, tuple(GROUPS))
-    print(f"groups: {', '.join(groups)}\n\n| method | share (key view x group) | role (space x key view) | heads | feature |\n|---|---|---|---|---|")
+    print(
+        f"groups: {', '.join(groups)}\n\n| method | share (key view x group) | role (space x key view) | heads | feature |\n|---|---|---|---|---|"
+    )
     for name, m in methods(groups, same).items():
         feature = "all spaces" if m.heads == "conv5" else "v"
         print(f"| {name} | {m.share.int().tolist()} | {m.role.tolist()} | {m.heads} | {feature} |")
@@ -1225,19 +1807,44 @@ def rig(config):
     alone, forward and backward of one batch and a bare forward for each key view."""
     method, b, device = method_of(config), config["batch"], config["device"]
     state = start(config)
-    bare_key = build(config, config["splits"]).to(device, dtype_of(config), memory_format=torch.channels_last)
+    bare_key = build(config, config["splits"]).to(
+        device, dtype_of(config), memory_format=torch.channels_last
+    )
     if config["compile"]:
         bare_key.compile()
     canvas = round(config["size"] / pixels.kept(config["data"]))
-    noise = lambda *shape: torch.randint(256, shape, dtype=torch.uint8, generator=generator("bench"))
-    found, _ = hold(pixels.Data(noise(2 * b, 3, canvas, canvas), torch.ones(2 * b), {}, {},
-                                textures=noise(2 * b, 1, 3, canvas, canvas) if "texture" in method.groups else None), config)
-    images = torch.rand(b, 3, config["size"], config["size"], generator=generator("bench")).to(device, dtype_of(config))
+    noise = lambda *shape: torch.randint(
+        256, shape, dtype=torch.uint8, generator=generator("bench")
+    )
+    found, _ = hold(
+        pixels.Data(
+            noise(2 * b, 3, canvas, canvas),
+            torch.ones(2 * b),
+            {},
+            {},
+            textures=noise(2 * b, 1, 3, canvas, canvas) if "texture" in method.groups else None,
+        ),
+        config,
+    )
+    images = torch.rand(b, 3, config["size"], config["size"], generator=generator("bench")).to(
+        device, dtype_of(config)
+    )
     get = lambda: fetch(found, config, torch.arange(b) * 2)
     _, canvases, aspect, textures = get()
-    views = lambda: augment_groups(canvases, method.groups, method.share, generator("views", 0, 0), always=config["always"], size=config["size"],
-                                   aspect=aspect, textures=textures)
-    q, k, positives, role = (x.detach() for x in contrastive(state.query, state.key, canvases, aspect, config, 0, textures))
+    views = lambda: augment_groups(
+        canvases,
+        method.groups,
+        method.share,
+        generator("views", 0, 0),
+        always=config["always"],
+        size=config["size"],
+        aspect=aspect,
+        textures=textures,
+    )
+    q, k, positives, role = (
+        x.detach()
+        for x in contrastive(state.query, state.key, canvases, aspect, config, 0, textures)
+    )
 
     def query():
         with autocast(config):
@@ -1262,15 +1869,38 @@ def rig(config):
         nonlocal state
         _, images, aspect, textures = get()
         state, _ = step(state, images, aspect, config, textures)
-    as_step = torch.inference_mode()             # the network alone has no_grad
-    return {"fetch": get, "augment": as_step(views), "query": query, "keys": as_step(lambda: forward(state.key, len(method.share))), "loss": loss,
-            "queue": lambda: queue_update(state.queue, 0, positives), "ema": lambda: ema(state.key, state.query, config["momentum"]),
-            "optimizer": state.optimizer.step, "step": whole, "network": network}
+
+    as_step = torch.inference_mode()  # the network alone has no_grad
+    return {
+        "fetch": get,
+        "augment": as_step(views),
+        "query": query,
+        "keys": as_step(lambda: forward(state.key, len(method.share))),
+        "loss": loss,
+        "queue": lambda: queue_update(state.queue, 0, positives),
+        "ema": lambda: ema(state.key, state.query, config["momentum"]),
+        "optimizer": state.optimizer.step,
+        "step": whole,
+        "network": network,
+    }
 
 
-def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe: str = "factors", arch: str = None, size: int = None, batch: int = None,
-          queue: int = None, splits: int = None, steps: int = 31, device: str = "auto", precision: str = "auto", compile: bool = False,
-          json: bool = False):
+def bench(
+    method: str = "looc",
+    groups: tuple = ("color", "rotation"),
+    *,
+    recipe: str = "factors",
+    arch: str = None,
+    size: int = None,
+    batch: int = None,
+    queue: int = None,
+    splits: int = None,
+    steps: int = 31,
+    device: str = "auto",
+    precision: str = "auto",
+    compile: bool = False,
+    json: bool = False,
+):
     """Time the phases of a training step, and the whole of it against its network alone: the same encoder, forward and backward of a batch
     and a forward without gradient for each key view. Medians and quartiles of runs that alternate.
 
@@ -1291,17 +1921,24 @@ def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe
     """
     given = {k: v for k, v in locals().items() if k not in ("steps", "json")}
     if method == "supervised" or steps < 2:
-        raise UserError(f"--method={method} --steps={steps}: expected a contrastive method and two steps or more")
+        raise UserError(
+            f"--method={method} --steps={steps}: expected a contrastive method and two steps or more"
+        )
     keep_freed_memory()
     config = settings_with(**given, data=recipe)
     wait = partial(torch.cuda.synchronize, config["device"]) if on_gpu(config) else lambda: None
     begun, times, runs = time.perf_counter(), {}, rig(config)
     runs["step"](), runs["network"](), wait()
-    warm, memory = time.perf_counter() - begun, torch.cuda.max_memory_allocated(config["device"]) / 2 ** 30 if on_gpu(config) else None
+    warm, memory = (
+        time.perf_counter() - begun,
+        torch.cuda.max_memory_allocated(config["device"]) / 2**30 if on_gpu(config) else None,
+    )
     fewer = method in ("looc", "looc++") and len(groups) > 1
     if fewer:
-        runs["one group less"] = rig(settings_with(**given | {"data": recipe, "groups": groups[:-1]}))["step"]
-    for i in range(steps + 3):                   # the first backward passes are slow
+        runs["one group less"] = rig(
+            settings_with(**given | {"data": recipe, "groups": groups[:-1]})
+        )["step"]
+    for i in range(steps + 3):  # the first backward passes are slow
         for name, run in runs.items():
             wait()
             begun = time.perf_counter()
@@ -1309,16 +1946,39 @@ def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe
             wait()
             times.setdefault(name, []).append((time.perf_counter() - begun) * 1e3)
     times = {name: torch.tensor(some[3:]) for name, some in times.items()}
-    quartiles = {name: some.quantile(torch.tensor([.25, .5, .75])).tolist() for name, some in times.items()}
-    ratio = (times["step"] / times["network"]).quantile(torch.tensor([.25, .5, .75])).tolist()
-    from torch.utils.flop_counter import FlopCounterMode         # half a second that no other command should pay
+    quartiles = {
+        name: some.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        for name, some in times.items()
+    }
+    ratio = (times["step"] / times["network"]).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    from torch.utils.flop_counter import (
+        FlopCounterMode,
+    )  # half a second that no other command should pay
+
     with FlopCounterMode(display=False) as counter:
         runs["network"]()
-    line = dict(ratio=ratio[1], step_ms=quartiles["step"][1], network_ms=quartiles["network"][1], images_per_s=config["batch"] / quartiles["step"][1] * 1e3,
-                peak=counter.get_total_flops() / quartiles["step"][1] / 1e9 / peak(config), method=method, arch=config["arch"], size=config["size"],
-                batch=config["batch"], groups=list(groups), queue=config["queue"], steps=steps, dtype=config["precision"],
-                compile=compile, warm_up_s=warm, memory_gib=memory, torch=str(torch.__version__),
-                device=torch.cuda.get_device_name(config["device"]) if on_gpu(config) else f"{torch.get_num_threads()} CPU threads")
+    line = dict(
+        ratio=ratio[1],
+        step_ms=quartiles["step"][1],
+        network_ms=quartiles["network"][1],
+        images_per_s=config["batch"] / quartiles["step"][1] * 1e3,
+        peak=counter.get_total_flops() / quartiles["step"][1] / 1e9 / peak(config),
+        method=method,
+        arch=config["arch"],
+        size=config["size"],
+        batch=config["batch"],
+        groups=list(groups),
+        queue=config["queue"],
+        steps=steps,
+        dtype=config["precision"],
+        compile=compile,
+        warm_up_s=warm,
+        memory_gib=memory,
+        torch=str(torch.__version__),
+        device=torch.cuda.get_device_name(config["device"])
+        if on_gpu(config)
+        else f"{torch.get_num_threads()} CPU threads",
+    )
     if fewer:
         line["group_ms"] = (times["step"] - times["one group less"]).median().item()
     if json:
@@ -1327,21 +1987,28 @@ def bench(method: str = "looc", groups: tuple = ("color", "rotation"), *, recipe
     print("| phase | ms | quartiles |\n|---|---|---|")
     for name, (low, middle, high) in quartiles.items():
         print(f"| {name} | {middle:.2f} | {low:.2f} to {high:.2f} |")
-    print(f"\nwarm-up: {warm:.1f} s; step / network: {ratio[1]:.3f} ({ratio[0]:.3f} to {ratio[2]:.3f}, {steps} pairs); "
-          f"{line['images_per_s']:.0f} images/s, {line['peak']:.0%} of the matrix products that {line['device']} can do in {line['dtype']}"
-          + (f"; the last group costs {line['group_ms']:.1f} ms" if fewer else ""))
+    print(
+        f"\nwarm-up: {warm:.1f} s; step / network: {ratio[1]:.3f} ({ratio[0]:.3f} to {ratio[2]:.3f}, {steps} pairs); "
+        f"{line['images_per_s']:.0f} images/s, {line['peak']:.0%} of the matrix products that {line['device']} can do in {line['dtype']}"
+        + (f"; the last group costs {line['group_ms']:.1f} ms" if fewer else "")
+    )
 
 
 def peak(config):
     """Of a large matrix product here, in TFLOP/s."""
     n = 8192 if on_gpu(config) else 1024
-    a = torch.randn(n, n, device=config["device"], dtype=torch.bfloat16 if config["precision"] == "bfloat16" else dtype_of(config))
+    a = torch.randn(
+        n,
+        n,
+        device=config["device"],
+        dtype=torch.bfloat16 if config["precision"] == "bfloat16" else dtype_of(config),
+    )
     seconds = []
     for _ in range(7):
         begun = time.perf_counter()
         (a @ a).sum().item()
         seconds.append(time.perf_counter() - begun)
-    return 2 * n ** 3 / sorted(seconds)[3] / 1e12
+    return 2 * n**3 / sorted(seconds)[3] / 1e12
 
 
 if __name__ == "__main__":
