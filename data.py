@@ -17,7 +17,6 @@ import io
 import json
 import math
 import os
-import random
 import signal
 import struct
 import sys
@@ -31,20 +30,16 @@ import fire
 import torch
 import torch.nn.functional as F
 import torchvision
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale, to_pil_image
 
+from loo import UserError, generator, grayscale, uniform
 
 fire.decorators.FIRE_METADATA = "_fire"  # under its own name, --help lists it as a sub-command
 
 
-class UserError(ValueError):
-    """Bad input: the command line prints it as one line and exits with this code."""
-
-    code = 2
-
-
-class Data(NamedTuple):
+class ImageSet(NamedTuple):
     images: (
         torch.Tensor
     )  # (n 3 h w) uint8 canvases, h == w; a picture that is not square is squashed into its canvas.
@@ -58,17 +53,12 @@ class Data(NamedTuple):
     textures: torch.Tensor = None  # (n copy 3 h w) uint8, stylised copies of the pictures
 
 
-def generator(*key):
-    """A CPU generator that depends on nothing but `key`, e.g. ("views", seed, step): so any step can be drawn again."""
-    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
-
-
-def told_apart(classes):
+def label_names(classes):
     """classes {label: names of its classes} -> the labels that tell pictures apart."""
     return [label for label, names in classes.items() if len(names) > 1]
 
 
-def batches(n, batch, seed, epoch):
+def epoch_batches(n, batch, seed, epoch):
     """The epoch's order of n images -> (steps b) int64, the incomplete last batch dropped."""
     return torch.randperm(n, generator=generator("order", seed, epoch))[: n - n % batch].view(
         -1, batch
@@ -185,7 +175,7 @@ def factors(split, size=32, count=None):
         texture=list(TEXTURES),
         species=[f"{o} {i}" for o in OBJECTS for i in range(HUES)],
     )
-    return Data(images, torch.ones(n), labels, classes)
+    return ImageSet(images, torch.ones(n), labels, classes)
 
 
 def render(look, size, noise):
@@ -270,7 +260,7 @@ TORCHVISION = {
 }
 
 
-def find(
+def open_dataset(
     name,
     split,
     *,
@@ -288,7 +278,7 @@ def find(
     that crop alone, (3 size size), for evaluation. seed: of the folder's own split; whole=False takes a published set with pictures missing.
     Raises UserError when the data is not there.
     """
-    choose("data", name, NAMES)
+    check_choice("data", name, NAMES)
     if (
         split == "pretrain" and "pretrain" not in TORCHVISION.get(name, ((), ()))[1]
     ):  # of all sets, stl10 alone has it
@@ -299,26 +289,28 @@ def find(
                 f"--root={root}: factors is drawn by code and reads no folder; use --data=folder for pictures of your own"
             )
         return factors(split, size)
-    read, mend = read_picture, ""
+    read, mend = read_image, ""
     if name in TORCHVISION:
         read = read_item
         source, labels, classes = from_torchvision(name, split, root, download)
     else:
         if download:
             root = fetch_archives(name, root or "downloads")
-        root = folder_of(root, name)
+        root = check_root(root, name)
         source, labels, classes = (
             folder(split, root, seed) if name == "folder" else published(name, split, root)
         )
     if name in PUBLISHED:
         mend = "download it again, a part of a published set gives a number that means nothing"
         if whole:
-            be_whole(name, split, source, labels)
+            check_complete(name, split, source, labels)
     if name == "objectnet13":
-        read = functools.partial(read_picture, border=2)  # it is red, to be cut off
-    side, share = (size, kept(name)) if central else (canvas or round(size / kept(name)), None)
-    images = Canvases(source, read, side, share, mend)
-    return Data(
+        read = functools.partial(read_image, border=2)  # it is red, to be cut off
+    side, share = (
+        (size, crop_pct(name)) if central else (canvas or round(size / crop_pct(name)), None)
+    )
+    images = ImageFiles(source, read, side, share, mend)
+    return ImageSet(
         images,
         torch.ones(len(labels)),
         {"class": torch.as_tensor(labels).long()},
@@ -326,7 +318,7 @@ def find(
     )
 
 
-def load(
+def load_dataset(
     name,
     split,
     *,
@@ -341,8 +333,8 @@ def load(
     **where,
 ):
     """The same, decoded: what training reads. cache, shared: see `decoded`; texture: with stylised copies, see `with_textures`."""
-    files = find(name, split, root=root, seed=seed, **where)
-    found = decoded(files, workers, cache, shared)
+    files = open_dataset(name, split, root=root, seed=seed, **where)
+    found = decode_all(files, workers, cache, shared)
     return (
         with_textures(name, files, found, root, textures, cache, workers, device, seed)
         if texture
@@ -350,15 +342,15 @@ def load(
     )
 
 
-def kept(name):
+def crop_pct(name):
     """The share of a picture's short side that evaluations look at: all of the sets that are small or centred already."""
     return 1 if name in ("factors", "cifar10", "cifar100", "imagenetc100") else 0.875
 
 
-def splits(name, root=None):
+def dataset_splits(name, root=None):
     """The splits a data set has, in order; the last one is what evaluations test on."""
     if name == "folder":
-        if not (folder_of(root) / "train").is_dir():
+        if not (check_root(root) / "train").is_dir():
             return ("train", "val")
         others = tuple(s for s in ("val", "test") if (Path(root) / s).is_dir())
         if not others:
@@ -375,7 +367,7 @@ def splits(name, root=None):
     )
 
 
-def folder_of(root, name="folder"):
+def check_root(root, name="folder"):
     if (
         name == "flowers102" and Path("downloads/flowers-102").is_dir()
     ):  # where --download leaves it
@@ -393,13 +385,13 @@ def folder_of(root, name="folder"):
     return Path(root)
 
 
-def keep_out(flag, out, root):
+def forbid_inside(flag, out, root):
     """UserError where the folder `out` lies in a tree of classes, and would be one of them the next time."""
     where, tree = Path(out).resolve(), Path(root).resolve()
     if (
         not (tree / "train").is_dir()
         and where.is_relative_to(tree)
-        and not hidden(where.relative_to(tree))
+        and not is_hidden(where.relative_to(tree))
     ):
         raise UserError(
             f"--{flag}={out} lies in --root={root}, where it would be read as a class: name a folder outside it"
@@ -409,16 +401,16 @@ def keep_out(flag, out, root):
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
 
-def pictures(folder):
+def image_paths(folder):
     """The pictures in a folder and below, sorted; nothing hidden, such as the ._NAME that macOS leaves beside a file."""
     return sorted(
         p
         for p in folder.rglob("*")
-        if p.suffix.lower() in PICTURES and not hidden(p.relative_to(folder))
+        if p.suffix.lower() in PICTURES and not is_hidden(p.relative_to(folder))
     )
 
 
-def hidden(path):
+def is_hidden(path):
     return any(part.startswith(".") for part in path.parts)
 
 
@@ -445,9 +437,9 @@ def folder(split, root, seed=0):
         raise UserError(
             f"{top}: no sub-folders; it needs those of {root / 'train'}, one for each class"
         )
-    files = {c: pictures(top / c) for c in here}
+    files = {c: image_paths(top / c) for c in here}
     if not classes:  # pictures without labels, enough to train on
-        classes, files = ["."], {".": pictures(top)}
+        classes, files = ["."], {".": image_paths(top)}
     for c, found in files.items():
         if not found:
             raise UserError(
@@ -476,7 +468,7 @@ def from_torchvision(name, split, root, download):
     root = root or "downloads"
     try:
         found = getattr(torchvision.datasets, kind)(
-            root, download=download, **arguments[choose("split", split, tuple(arguments))]
+            root, download=download, **arguments[check_choice("split", split, tuple(arguments))]
         )
     except (RuntimeError, OSError) as error:
         raise UserError(
@@ -489,14 +481,14 @@ def from_torchvision(name, split, root, download):
 
 
 def read_item(found, i):
-    return upright(found[i][0])
+    return to_rgb(found[i][0])
 
 
-def read_picture(paths, i, border=0):
+def read_image(paths, i, border=0):
     """Picture i without `border` pixels at each side; UserError names the file."""
     try:
         with Image.open(paths[i]) as picture:
-            picture = upright(picture)
+            picture = to_rgb(picture)
             return (
                 picture.crop((border, border, picture.width - border, picture.height - border))
                 if border
@@ -506,7 +498,7 @@ def read_picture(paths, i, border=0):
         raise UserError(f"{paths[i]}: {first_line(error)}") from None
 
 
-def upright(picture):
+def to_rgb(picture):
     """A PIL picture of any mode -> RGB, turned as its EXIF orientation says, transparency on white."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F":
@@ -523,7 +515,7 @@ def upright(picture):
     return picture.convert("RGB")
 
 
-class Canvases(torch.utils.data.Dataset):
+class ImageFiles(torch.utils.data.Dataset):
     """read(source, i) -> PIL picture, as (canvas (3 side side) uint8, aspect, what was wrong with it or ""). source: paths, or a data set.
 
     The whole picture, squashed; or its central square, `share` of the short side, as it is. mend: where every picture must be readable, what
@@ -561,7 +553,7 @@ class Canvases(torch.utils.data.Dataset):
         )
 
 
-def stream(found, workers=2, batch=256, part=(0, 1), count=None):
+def iter_batches(found, workers=2, batch=256, part=(0, 1), count=None):
     """The (first `count`) pictures of a Data in order, decoded in `workers` processes a few batches ahead and never kept: yields
     rows (b,), images (b 3 h w) uint8, aspect (b,). part (i, of): every of-th batch from the i-th on.
 
@@ -593,7 +585,7 @@ def stream(found, workers=2, batch=256, part=(0, 1), count=None):
         print(f"warning: {len(wrong) - 5} more pictures cannot be read", file=sys.stderr)
 
 
-def decoded(found, workers=2, cache=None, shared=False):
+def decode_all(found, workers=2, cache=None, shared=False):
     """Data whose pictures are all decoded, once: images (n 3 side side) uint8.
 
     cache: a folder. There they are kept as a memory map, for the next run and for other processes, if over 4 GiB or `shared`.
@@ -619,7 +611,7 @@ def decoded(found, workers=2, cache=None, shared=False):
                         os, "posix_fallocate"
                     ):  # a full disk is found now, not when a page of the map is written
                         os.posix_fallocate(file.fileno(), 0, size)
-                rows, aspect = decode(found, mapped(aside, n, side), workers)
+                rows, aspect = decode(found, memory_map(aside, n, side), workers)
                 aside.replace(path)
                 write_tensors(index, (rows, aspect))  # written last: what it names is whole
             except OSError as error:
@@ -629,9 +621,9 @@ def decoded(found, workers=2, cache=None, shared=False):
             finally:
                 aside.unlink(missing_ok=True)
         rows, aspect = read_tensors(index)
-        images = mapped(path, n, side)
+        images = memory_map(path, n, side)
     missing = tuple(sorted(set(range(n)) - set(rows.tolist())))
-    return Data(
+    return ImageSet(
         images[: len(rows)],
         aspect,
         {k: y[rows] for k, y in found.labels.items()},
@@ -640,7 +632,7 @@ def decoded(found, workers=2, cache=None, shared=False):
     )
 
 
-def mapped(path, n, side):
+def memory_map(path, n, side):
     """The file as images (n 3 side side) uint8."""
     shared = os.access(
         path, os.W_OK
@@ -653,7 +645,7 @@ def mapped(path, n, side):
 def decode(found, images, workers):
     """Decodes into images (n 3 side side), without gaps -> rows (m,) of the pictures that could be read, aspect (m,)."""
     seen, aspects, at = [], [], 0
-    for rows, some, aspect in stream(found, workers, 64):
+    for rows, some, aspect in iter_batches(found, workers, 64):
         images[at : at + len(rows)] = some
         at += len(rows)
         seen.append(rows), aspects.append(aspect)
@@ -681,10 +673,328 @@ def fingerprint(found):
     return hashlib.sha1(repr((files, found.images.side, found.images.share)).encode()).hexdigest()
 
 
+# ---------------------------------------------------------------- corruptions: the 15 of ImageNet-C, in batches, on any device
+
+# Hendrycks and Dietterich, ICLR 2019. The constants are the published ones, for pictures of 224 x 224: every length among them (radius,
+# sigma, distance) is scaled by side / 224 for others. Each picture has its own draws, made on the CPU. The published pictures were also
+# saved as JPEG at quality 85; ours are not. Each function: images (b c h w) in [0, 1], h == w, a CPU generator, its constants -> (b c h w).
+# Axes beside the project's: k kernel, t point along a motion.
+REFERENCE_SIZE = 224  # of the pictures that the constants are for
+
+
+def corrupt(images, name, severity, generator):
+    """images (b 3 h w) in [0, 1], a name of CORRUPTIONS, severity 1 to 5, a CPU generator -> (b 3 h w) in [0, 1], in steps of 1 / 255."""
+    function, constants = CORRUPTIONS[name]
+    return function(images, generator, *constants[severity - 1]).clamp(0, 1).mul(255).round() / 255
+
+
+def scale(images):
+    """How many pixels of these images one pixel of the constants is."""
+    return images.shape[-1] / REFERENCE_SIZE
+
+
+def gaussian_noise(images, generator, std):
+    return images + std * torch.randn(images.shape, generator=generator).to(images)
+
+
+def shot_noise(images, generator, photons):
+    """Each value becomes a count of photons, `photons` of them are 1 on average."""
+    return torch.poisson(images.cpu() * photons, generator).to(images) / photons
+
+
+def impulse_noise(images, generator, share):
+    """This share of all values becomes 0 or 1, half and half."""
+    u = torch.rand(images.shape, generator=generator).to(images)
+    return images.masked_fill(u < share / 2, 0).masked_fill(u >= 1 - share / 2, 1)
+
+
+def bilinear_weights(points, reach):
+    """points (... t), in pixels -> (... k t): how much each point gives to each of the pixels -reach .. reach (k = 2 reach + 1), as in bilinear
+    interpolation. It keeps a shape of any fractional size a kernel without stairs, and one much smaller than a pixel still a blur."""
+    pixel = torch.arange(-reach, reach + 1, device=points.device)
+    return (1 - (pixel[:, None] - points[..., None, :]).abs()).clamp(min=0)
+
+
+def convolve(images, kernels, border):
+    """images (b c h w), kernels (b k k), or (1 k k) for all -> (b c h w). By FFT: kernels are up to 83 x 83."""
+    k = kernels.shape[-1]
+    padded = F.pad(images, (k // 2,) * 4, border)
+    size = padded.shape[-2:]
+    spectrum = (
+        torch.fft.rfft2(padded)
+        * torch.fft.rfft2(kernels / kernels.sum((1, 2), keepdim=True), s=size)[:, None]
+    )
+    return torch.fft.irfft2(spectrum, s=size)[
+        ..., k - 1 :, k - 1 :
+    ]  # what comes before mixes opposite borders
+
+
+def gaussian_filter(images, sigma):
+    """Gaussian blur, mirrored at the border -> (b c h w): a matrix product a side, so sigma may be larger than the picture."""
+    n = images.shape[-1]
+    reach = math.ceil(4 * sigma)
+    pixel = torch.arange(n, device=images.device)
+    at = torch.arange(-reach, n + reach, device=images.device)
+    weight = torch.softmax(-(((at - pixel[:, None]) / sigma) ** 2) / 2, 1)
+    folded = torch.minimum(
+        at % (2 * n), -(at + 1) % (2 * n)
+    )  # mirrored again and again, where it takes more than once
+    matrix = torch.zeros_like(weight[:, :n]).index_add_(1, folded, weight)
+    return matrix @ images @ matrix.T
+
+
+def defocus_blur(images, generator, radius):
+    """The average over a disk. Its edge is smooth by half a pixel: the same as the published blurring of the kernel."""
+    radius = radius * scale(images)
+    points = (torch.linspace(-1, 1, 257, device=images.device)[:-1] + 1 / 256) * radius
+    weights = bilinear_weights(points, math.ceil(radius))
+    disk = (points[:, None] ** 2 + points**2 <= radius**2).float()
+    return convolve(images, (weights @ disk @ weights.T)[None], "reflect")
+
+
+def glass_blur(images, generator, sigma, distance, times):
+    """Gaussian blur, then `times` over all pixels from the last to the first: each takes the colour that a pixel at most `distance`
+    away has by now; then the same blur again. As published: the code means to swap the two colours, but numpy only copies one.
+
+    A distance with a fraction is rounded up for that share of the pixels.
+    """
+    b, c, h, w = images.shape
+    whole, fraction = divmod(distance * scale(images), 1)
+    edge = whole + (fraction > 0)  # so wide a border keeps its colours
+    sigma = sigma * scale(images)
+    images = gaussian_filter(images, sigma).flatten(2)
+    own = torch.arange(h * w).view(h, w)
+    y, x = own // w, own % w
+    inside = (y > edge) & (y <= h - edge) & (x > edge) & (x <= w - edge)
+    for _ in range(times):
+        far = whole + (torch.rand(b, 2, h, w, generator=generator) < fraction)
+        dy, dx = (uniform(-1, 1, b, 2, h, w, generator=generator) * far).floor().long().unbind(1)
+        source = torch.where(inside, own + dy * w + dx, own).flatten(1).to(images.device)
+        # a source further on has already taken its colour from elsewhere: six times doubled, the jump goes 64 sources back
+        back = torch.maximum(source, own.flatten().to(source))
+        for _ in range(6):
+            back = back.gather(1, back)
+        source = source.gather(1, back)
+        images = images.gather(2, source[:, None].expand(b, c, h * w))
+    return gaussian_filter(images.view(b, c, h, w), sigma)
+
+
+def motion_blur_kernel(images, angle, radius, sigma, border="replicate"):
+    """Each image along its angle (b,), in degrees: to one side, by half a Gaussian of `sigma`, cut at 2 radius -> (b c h w)."""
+    length = 2 * radius * scale(images)
+    far = torch.linspace(0, 1, 2 * radius * math.ceil(scale(images)) + 1, device=images.device)
+    weight = (-((far * 2 * radius / sigma) ** 2) / 2).exp()
+    angle = angle.to(images).deg2rad()[:, None]
+    rows, columns = (
+        bilinear_weights(far * length * along, math.ceil(length))
+        for along in (angle.sin(), angle.cos())
+    )
+    return convolve(images, rows * weight @ columns.mT, border)
+
+
+def motion_blur(images, generator, radius, sigma):
+    return motion_blur_kernel(
+        images, uniform(-45, 45, len(images), generator=generator), radius, sigma
+    )
+
+
+def zoom_blur(images, generator, step, count):
+    """The average of the image and of `count` zooms into its middle: by 1, 1 + step, 1 + 2 step ..."""
+    total = images
+    for i in range(count):
+        theta = torch.eye(2, 3, device=images.device) / (1 + i * step)
+        total = total + F.grid_sample(
+            images,
+            F.affine_grid(theta.expand(len(images), 2, 3), images.shape, align_corners=False),
+            padding_mode="border",
+            align_corners=False,
+        )
+    return total / (count + 1)
+
+
+def resize(images, size):
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+def snow(images, generator, mean, std, zoom, threshold, radius, sigma, keep):
+    """Flakes are what exceeds `threshold` in coarse noise, smeared, and once more turned by 180 degrees; below them the image is bleached."""
+    cells = (
+        torch.randn(
+            len(images), 1, *[math.ceil(REFERENCE_SIZE / zoom)] * 2, generator=generator
+        ).to(images)
+        * std
+        + mean
+    )
+    flakes = F.interpolate(
+        cells, (REFERENCE_SIZE, REFERENCE_SIZE), mode="bilinear", align_corners=True
+    )
+    flakes = F.threshold(flakes, threshold, 0).clamp(0, 1)
+    flakes = motion_blur_kernel(
+        resize(flakes, images.shape[-1]),
+        uniform(-135, -45, len(images), generator=generator),
+        radius,
+        sigma,
+    )
+    bleached = torch.maximum(images, grayscale(images) * 1.5 + 0.5)
+    return keep * images + (1 - keep) * bleached + flakes + flakes.rot90(2, (2, 3))
+
+
+def plasma(b, side, decay, generator):
+    """Clouds by the diamond-square algorithm -> (b 1 side side), the published cut of 224 from a field of 256, which spans [0, 1].
+
+    Every pass doubles a grid that goes round on both axes: first the middles of its cells, then those of their sides, are the mean of
+    their four neighbours plus noise, which is `decay` ** 2 smaller each time.
+    """
+    grid, noise = torch.zeros(b, 1, 1), 1.0
+    full = 1 << (side * 8 // 7 - 1).bit_length()
+    while grid.shape[-1] < full:
+        around = lambda cross: cross / 4 + noise * uniform(-1, 1, *grid.shape, generator=generator)
+        below, right = grid.roll(-1, 1), grid.roll(-1, 2)
+        middle = around(grid + below + right + below.roll(-1, 2))
+        top, left = (
+            around(grid + right + middle + middle.roll(1, 1)),
+            around(grid + below + middle + middle.roll(1, 2)),
+        )
+        grid = rearrange(
+            torch.stack([grid, top, left, middle]), "(y x) b h w -> b (h y) (w x)", y=2
+        )
+        noise /= decay**2
+    low, high = grid.amin((1, 2), keepdim=True), grid.amax((1, 2), keepdim=True)
+    return resize(((grid - low) / (high - low))[:, None, : full * 7 // 8, : full * 7 // 8], side)
+
+
+def fog(images, generator, amount, decay):
+    clouds = plasma(len(images), images.shape[-1], decay, generator).to(images)
+    lightest = images.amax((1, 2, 3), keepdim=True)
+    return (images + amount * clouds) * lightest / (lightest + amount)
+
+
+def frost(images, generator, keep, amount):
+    """Adds ice. The published photographs of it are replaced by drawn ones, with their range of lightness and color and their contrast:
+    blades (dots smeared along an angle, then slightly across) of four angles over clouds, from dark and blue to white."""
+    b, side = len(images), images.shape[-1]
+    dots = torch.rand(4 * b, 1, side, side, generator=generator) * (
+        torch.rand(4 * b, 1, side, side, generator=generator) < 0.006 / scale(images) ** 2
+    )
+    angle = uniform(0, 360, 4 * b, generator=generator)
+    blades = motion_blur_kernel(
+        motion_blur_kernel(dots.to(images), angle, 15, 10, "circular"), angle + 30, 6, 4, "circular"
+    )
+    blades = rearrange(blades, "(b n) 1 h w -> b n h w", n=4).amax(1, keepdim=True)
+    relief = (
+        F.instance_norm(blades) * 0.9
+        + F.instance_norm(plasma(b, side, 1.5, generator).to(images)) * 0.45
+    )
+    dark, light = torch.tensor([[0.34, 0.49, 0.55], [0.81, 0.82, 0.86]]).to(images)[
+        :, None, :, None, None
+    ]
+    whiteness = torch.rand(b, 1, 1, 1, generator=generator).to(images)
+    return keep * images + amount * (
+        torch.lerp(dark, light, whiteness) + (0.19 - 0.09 * whiteness) * relief
+    )
+
+
+def brightness(images, generator, amount):
+    """Adds to HSV's value, which scales a colour as a whole; black has none and becomes gray."""
+    value = images.amax(1, keepdim=True)
+    lighter = (value + amount).clamp(max=1)
+    return torch.where(value > 0, images * lighter / value, lighter)
+
+
+def contrast(images, generator, factor):
+    return torch.lerp(images.mean((2, 3), keepdim=True), images, factor)
+
+
+def elastic_transform(images, generator, alpha, sigma, shift):
+    """An affine map that moves three points by up to `shift` each way, then noise of +-alpha, blurred by sigma, moves every pixel by itself.
+
+    alpha scales with the area: what is left of noise after a blur goes down with sigma, so the displacements scale as every length.
+    """
+    b, s = len(images), scale(images)
+    third = (
+        torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]) * 2 / 3
+    )  # of the way from the middle to the corners
+    moved = F.pad(
+        third + uniform(-shift, shift, b, 3, 2, generator=generator) * 2 / REFERENCE_SIZE,
+        (0, 1),
+        value=1,
+    )
+    theta = torch.linalg.solve(moved, third.expand(b, 3, 2)).mT.to(images)
+    noise = uniform(-1, 1, b, 2, *images.shape[2:], generator=generator).to(images)
+    local = rearrange(
+        gaussian_filter(noise, sigma * s) * alpha * s * 2 / REFERENCE_SIZE, "b xy h w -> b h w xy"
+    )
+    for grid in (
+        F.affine_grid(theta, images.shape, align_corners=False),
+        F.affine_grid(torch.eye(2, 3).expand(b, 2, 3).to(images), images.shape, align_corners=False)
+        + local,
+    ):
+        images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    return images
+
+
+def pixelate(images, generator, share):
+    """`share` of the pixels each way: every block, as wide as they need be, becomes its mean."""
+    n = images.shape[-1]
+    block = ((torch.arange(n, device=images.device) + 0.5) * int(n * share) / n).long()
+    same = (block[:, None] == block).float()
+    mean = same / same.sum(1)
+    return mean @ images @ mean.T
+
+
+def jpeg_compression(images, generator, quality):
+    def coded(image):
+        file = io.BytesIO()
+        to_pil_image(image).save(file, "JPEG", quality=quality)
+        return pil_to_tensor(Image.open(file))
+
+    return (
+        torch.stack([coded(image) for image in (images * 255).round().byte().cpu()]).to(images)
+        / 255
+    )
+
+
+CORRUPTIONS = {  # name: (function, its constants at severity 1 to 5)
+    "gaussian_noise": (gaussian_noise, [(0.08,), (0.12,), (0.18,), (0.26,), (0.38,)]),
+    "shot_noise": (shot_noise, [(60,), (25,), (12,), (5,), (3,)]),
+    "impulse_noise": (impulse_noise, [(0.03,), (0.06,), (0.09,), (0.17,), (0.27,)]),
+    "defocus_blur": (defocus_blur, [(3,), (4,), (6,), (8,), (10,)]),
+    "glass_blur": (glass_blur, [(0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)]),
+    "motion_blur": (motion_blur, [(10, 3), (15, 5), (15, 8), (15, 12), (20, 15)]),
+    "zoom_blur": (zoom_blur, [(0.01, 12), (0.01, 16), (0.02, 11), (0.02, 13), (0.03, 11)]),
+    "snow": (
+        snow,
+        [
+            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+        ],
+    ),
+    "frost": (frost, [(1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)]),
+    "fog": (fog, [(1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)]),
+    "brightness": (brightness, [(0.1,), (0.2,), (0.3,), (0.4,), (0.5,)]),
+    "contrast": (contrast, [(0.4,), (0.3,), (0.2,), (0.1,), (0.05,)]),
+    "elastic_transform": (
+        elastic_transform,
+        [
+            (488, 170.8, 24.4),
+            (488, 19.52, 48.8),
+            (12.2, 2.44, 4.88),
+            (17.08, 2.44, 4.88),
+            (29.28, 2.44, 4.88),
+        ],
+    ),
+    "pixelate": (pixelate, [(0.6,), (0.5,), (0.4,), (0.3,), (0.25,)]),
+    "jpeg_compression": (jpeg_compression, [(25,), (18,), (15,), (10,), (7,)]),
+}
+
+
 # ---------------------------------------------------------------- stylised copies: what the group `texture` draws from
 
 
-def clouds(n, size, decay, generator):
+def fractal_noise(n, size, decay, generator):
     """Smooth noise of all scales -> (n size size), mean 0, deviation 1; more decay is softer."""
     octaves = [
         torch.randn(n, 1, k, k, generator=generator) * k**-decay
@@ -698,7 +1008,7 @@ def clouds(n, size, decay, generator):
     return (out - out.mean((1, 2), keepdim=True)) / out.std((1, 2), keepdim=True)
 
 
-def materials(n, size, seed=0):
+def procedural_textures(n, size, seed=0):
     """Textures drawn by code, the styles when there is no folder of them -> (n 3 size size) in [0, 1]; 14 patterns in turn, each with its own
     colours, angle, scale, warp and relief."""
     g = generator("materials", seed)
@@ -707,7 +1017,9 @@ def materials(n, size, seed=0):
     angle, scale, warp = (
         rand(1, 1, low=low, high=high) for low, high in ((0, math.tau), (2.5, 9), (0, 0.25))
     )
-    soft, fine, bend_x, bend_y = (clouds(n, size, decay, g) for decay in (1.5, 0.5, 1.2, 1.2))
+    soft, fine, bend_x, bend_y = (
+        fractal_noise(n, size, decay, g) for decay in (1.5, 0.5, 1.2, 1.2)
+    )
     bend_x, bend_y = bend_x * warp, bend_y * warp
     u, v = (
         (angle.cos() * x + angle.sin() * y + bend_x) * scale,
@@ -766,7 +1078,7 @@ def materials(n, size, seed=0):
     ).clamp(0, 1)
 
 
-def structure(images, radius, flat=0.003, times=2):
+def guided_filter(images, radius, flat=0.003, times=2):
     """images (b c h w) without their texture: He et al.'s guided filter, by their own luminance -> (b c h w). What varies less than `flat` within
     `radius` pixels becomes even, edges stay."""
     box = lambda x: F.avg_pool2d(F.pad(x, (radius,) * 4, mode="reflect"), 2 * radius + 1, stride=1)
@@ -780,7 +1092,7 @@ def structure(images, radius, flat=0.003, times=2):
     return images
 
 
-def recolor(images, style):
+def match_color(images, style):
     """images (b 3 h w) with the mean and covariance of the colours of style (b 3 h w)."""
 
     def moments(x):
@@ -829,7 +1141,7 @@ def gram(maps):
     return maps @ maps.mT / maps.shape[2]
 
 
-def stylised(
+def style_transfer(
     images,
     styles,
     features=random_features,
@@ -847,8 +1159,8 @@ def stylised(
     """
     size = images.shape[-1]
     with torch.no_grad():
-        styles = recolor(styles, images).clamp(0, 1) if keep_color else styles
-        plain = recolor(structure(images, max(1, size // 32)), styles)
+        styles = match_color(styles, images).clamp(0, 1) if keep_color else styles
+        plain = match_color(guided_filter(images, max(1, size // 32)), styles)
         coarse = F.interpolate(
             F.avg_pool2d(styles, max(1, size // 8)), size=size, mode="bicubic", align_corners=False
         )
@@ -875,7 +1187,7 @@ def stylised(
     return out.detach()
 
 
-def copies_of(path, top, root, count):
+def copy_paths(path, top, root, count):
     """Where the stylised copies of a picture below `top` are, below `root`: the same path, numbered."""
     where = Path(root) / Path(path).relative_to(top)
     return [
@@ -917,31 +1229,31 @@ def stylize(
         device: auto, cpu or cuda
         seed: which style each picture gets
     """
-    choose("features", features, ("auto", "vgg19", "random"))
+    check_choice("features", features, ("auto", "vgg19", "random"))
     if min(copies, size, steps + 1, batch) < 1 or size < 16:
         raise UserError(
             f"--copies={copies} --size={size} --steps={steps} --batch={batch}: expected 1 or more, and 16 pixels or more"
         )
-    if choose("data", data, NAMES) == "factors" or data in TORCHVISION:
+    if check_choice("data", data, NAMES) == "factors" or data in TORCHVISION:
         raise UserError(
             f"--data={data} is not a tree of pictures: factors makes its copies when it is trained on, torchvision's sets cannot have them"
         )
     found, top = (
-        find(data, split, root=root, size=size, canvas=size, seed=seed),
-        folder_of(root, data),
+        open_dataset(data, split, root=root, size=size, canvas=size, seed=seed),
+        check_root(root, data),
     )
     if data == "folder":
-        keep_out("out", out, top)
-    place, paths = device_of(device), found.images.source
-    to_style, name = features_of(features, place)
-    painted = pictures(Path(styles)) if styles else []
+        forbid_inside("out", out, top)
+    place, paths = resolve_device(device), found.images.source
+    to_style, name = style_features(features, place)
+    painted = image_paths(Path(styles)) if styles else []
     if styles and not painted:
         raise UserError(f"--styles={styles}: no pictures in this folder")
-    drawn = None if styles else materials(56, size, seed)
+    drawn = None if styles else procedural_textures(56, size, seed)
     jobs = [
         (i, target)
         for i, path in enumerate(paths)
-        for target in copies_of(path, top, out, copies)
+        for target in copy_paths(path, top, out, copies)
         if not target.exists()
     ]
     print(
@@ -966,7 +1278,7 @@ def stylize(
             else style_of(painted[p % len(painted)], size)
             for p in pick
         ]
-        done = stylised(
+        done = style_transfer(
             torch.stack(canvases).to(place) / 255,
             torch.stack(style).to(place),
             to_style,
@@ -980,7 +1292,7 @@ def stylize(
                 print(f"warning: unreadable: {error}", file=sys.stderr)
                 continue
             sides = round(size * max(shape, 1)), round(size * max(1 / shape, 1))
-            write(
+            write_atomic(
                 target,
                 functools.partial(
                     to_pil_image(picture).resize(sides, Image.Resampling.BICUBIC).save,
@@ -1003,7 +1315,7 @@ def style_of(path, size):
     try:
         return (
             pil_to_tensor(
-                ImageOps.fit(read_picture([path], 0), (size, size), Image.Resampling.BICUBIC)
+                ImageOps.fit(read_image([path], 0), (size, size), Image.Resampling.BICUBIC)
             )
             / 255
         )
@@ -1011,7 +1323,7 @@ def style_of(path, size):
         raise UserError(f"{error}; remove it from --styles, and the same command goes on") from None
 
 
-def features_of(name, device):
+def style_features(name, device):
     """-> images -> (maps, content), and what it is called."""
     if name != "random":
         try:
@@ -1035,10 +1347,10 @@ def with_textures(name, files, found, root, textures, cache, workers=2, device="
         if not path.exists():
             n, side, made = len(found.images), found.images.shape[-1], []
             print(f"making stylised copies of {n} pictures, once: {path}", flush=True)
-            style = F.interpolate(materials(56, max(64, side)), size=side, mode="area")
+            style = F.interpolate(procedural_textures(56, max(64, side)), size=side, mode="area")
             for rows in torch.arange(n).split(64):
                 pick = torch.randint(56, (len(rows),), generator=generator("style", int(rows[0])))
-                done = stylised(
+                done = style_transfer(
                     found.images[rows].to(device) / 255, style[pick].to(device), keep_color=True
                 )  # hue is another group's
                 made.append((done * 255).round().byte().cpu())
@@ -1053,22 +1365,22 @@ def with_textures(name, files, found, root, textures, cache, workers=2, device="
             f"--groups=texture needs --textures=DIR, stylised copies of the pictures; write them with "
             f"`python data.py stylize --data={name} --root={root} --seed={seed}`"
         )
-    side, top, unread = found.images.shape[-1], folder_of(root, name), set(found.missing)
+    side, top, unread = found.images.shape[-1], check_root(root, name), set(found.missing)
     paths = [p for i, p in enumerate(files.images.source) if i not in unread]
     count = 1
-    while copies_of(paths[0], top, textures, count + 1)[-1].exists():
+    while copy_paths(paths[0], top, textures, count + 1)[-1].exists():
         count += 1
-    copies = [one for p in paths for one in copies_of(p, top, textures, count)]
-    if gone := absent(copies):
+    copies = [one for p in paths for one in copy_paths(p, top, textures, count)]
+    if gone := missing_files(copies):
         raise UserError(
             f"{gone[0]}: no such file; `python data.py stylize --data={name} --root={root} --out={textures} --copies={count} --seed={seed}` "
             "(and the --styles it was made with) writes what is missing"
         )
-    canvases = Canvases(
-        copies, read_picture, side, mend="remove it: `python data.py stylize` writes it again"
+    canvases = ImageFiles(
+        copies, read_image, side, mend="remove it: `python data.py stylize` writes it again"
     )
-    images = decoded(
-        Data(canvases, torch.ones(len(copies)), {}, {}),
+    images = decode_all(
+        ImageSet(canvases, torch.ones(len(copies)), {}, {}),
         workers,
         cache,
         shared=found.images.is_shared(),
@@ -1148,7 +1460,7 @@ NAMES = ("factors", "folder", *PUBLISHED, *TORCHVISION)
 def published(name, split, root):
     """One of the paper's data sets in the layout it is downloaded in -> paths, labels, class names; the paths need not exist."""
     try:
-        chosen, classes = READERS[name](choose("split", split, splits(name)), root)
+        chosen, classes = READERS[name](check_choice("split", split, dataset_splits(name)), root)
     except UserError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -1163,7 +1475,7 @@ def published(name, split, root):
 def imagenet100(split, root):
     """The 100 classes out of a tree of them or of all ImageNet, train/WNID/*.JPEG and val/WNID/*.JPEG. val may also lie flat, as in
     its archive: then the devkit (or Kaggle's LOC_val_solution.csv) beside it says what is what."""
-    top = first_of(
+    top = first_existing(
         "imagenet100",
         root,
         split,
@@ -1174,7 +1486,7 @@ def imagenet100(split, root):
     if split == "train" or any((top / wnid).is_dir() for wnid in IMAGENET100):
         return by_wnid(top), IMAGENET100
     label = {wnid: i for i, wnid in enumerate(IMAGENET100)}
-    truth = first_of(
+    truth = first_existing(
         "imagenet100",
         root,
         "LOC_val_solution.csv",
@@ -1202,7 +1514,7 @@ def imagenet100(split, root):
 
 def inat2019(split, root):
     """train2019.json and val2019.json, as COCO: pictures, species and what belongs together, joined by id."""
-    table = json.loads(first_of("inat2019", root, f"{split}2019.json").read_text())
+    table = json.loads(first_existing("inat2019", root, f"{split}2019.json").read_text())
     species = sorted((c["id"], c["name"]) for c in table["categories"])
     label, category = (
         {c: i for i, (c, _) in enumerate(species)},
@@ -1215,9 +1527,10 @@ def inat2019(split, root):
 
 def cub200(split, root):
     """CUB-200-2011's tables, joined by picture id; its classes count from 1."""
-    top = first_of("cub200", root, "images.txt", "CUB_200_2011/images.txt").parent
+    top = first_existing("cub200", root, "images.txt", "CUB_200_2011/images.txt").parent
     table = lambda name: dict(
-        line.split(maxsplit=1) for line in first_of("cub200", top, name).read_text().splitlines()
+        line.split(maxsplit=1)
+        for line in first_existing("cub200", top, name).read_text().splitlines()
     )
     train, species = table("train_test_split.txt"), table("image_class_labels.txt")
     return (
@@ -1232,12 +1545,12 @@ def cub200(split, root):
 
 def flowers102(split, root):
     """Flowers-102: setid.mat numbers the pictures of a split, imagelabels.mat their classes, both from 1."""
-    top = first_of("flowers102", root, "setid.mat", "flowers-102/setid.mat").parent
+    top = first_existing("flowers102", root, "setid.mat", "flowers-102/setid.mat").parent
     names = getattr(
         torchvision.datasets.Flowers102, "classes", range(1, 103)
     )  # since torchvision 0.22
     ids = read_mat(top / "setid.mat")[{"train": "trnid", "val": "valid", "test": "tstid"}[split]]
-    labels = read_mat(first_of("flowers102", top, "imagelabels.mat"))["labels"]
+    labels = read_mat(first_existing("flowers102", top, "imagelabels.mat"))["labels"]
     return [
         (top / "jpg" / f"image_{int(i):05d}.jpg", int(labels[int(i) - 1]) - 1) for i in ids
     ], names
@@ -1245,20 +1558,20 @@ def flowers102(split, root):
 
 def objectnet13(split, root):
     """The 13 folders of ObjectNet whose classes are in IN-100, with IN-100's labels."""
-    top = first_of(
+    top = first_existing(
         "objectnet13", root, "images/bench", "objectnet-1.0/images/bench", "bench"
     ).parent
     return [
         (p, IMAGENET100.index(wnid))
         for name, wnid in OBJECTNET13.items()
-        for p in pictures(top / name)
+        for p in image_paths(top / name)
     ], IMAGENET100
 
 
 def imagenetc100(split, root):
     """The 100 classes out of ImageNet-C; split names a corruption and its severity. Some archives have a folder a category above."""
     category = next(c for c, names in IMAGENETC.items() if split.split("/")[0] in names)
-    top = first_of("imagenetc100", root, split, f"{category}/{split}")
+    top = first_existing("imagenetc100", root, split, f"{category}/{split}")
     return by_wnid(top), IMAGENET100
 
 
@@ -1268,7 +1581,7 @@ def by_wnid(top):
         (p, i)
         for i, wnid in enumerate(IMAGENET100)
         if (top / wnid).is_dir()
-        for p in pictures(top / wnid)
+        for p in image_paths(top / wnid)
     ]
 
 
@@ -1277,7 +1590,7 @@ READERS = {
 }
 
 
-def first_of(name, root, *places):
+def first_existing(name, root, *places):
     """The first of root/place that exists, else UserError."""
     found = next((root / place for place in places if (root / place).exists()), None)
     if not found:
@@ -1287,7 +1600,7 @@ def first_of(name, root, *places):
     return found
 
 
-def absent(paths):
+def missing_files(paths):
     """The paths that do not exist, found by one listing a folder."""
     listing = functools.lru_cache(None)(
         lambda folder: set(os.listdir(folder)) if folder.is_dir() else set()
@@ -1295,10 +1608,10 @@ def absent(paths):
     return [p for p in paths if p.name not in listing(p.parent)]
 
 
-def be_whole(name, split, paths, labels):
+def check_complete(name, split, paths, labels):
     """UserError unless all pictures of the published set are there: half a set gives a number that means nothing."""
     classes, count = PUBLISHED[name][0][split]
-    if missing := absent(paths):
+    if missing := missing_files(paths):
         raise UserError(
             f"{name} {split}: {len(missing)} of {len(paths)} pictures are missing, the first is {missing[0]}; get them at {PUBLISHED[name][1]}"
         )
@@ -1403,9 +1716,9 @@ def check(data: str = "factors", root: str = None, sample: int = 64, download: b
     """
     if sample < 1:
         raise UserError(f"--sample={sample}: expected 1 or more")
-    wrong, all_splits = [], splits(choose("data", data, NAMES), root)
+    wrong, all_splits = [], dataset_splits(check_choice("data", data, NAMES), root)
     if data in PUBLISHED and not download:
-        folder_of(root, data)
+        check_root(root, data)
     print(
         "| split | classes | published | pictures | published | missing | opened |\n"
         + "|---" * 7
@@ -1414,13 +1727,13 @@ def check(data: str = "factors", root: str = None, sample: int = 64, download: b
     for split in all_splits:
         classes, count = PUBLISHED[data][0][split] if data in PUBLISHED else (None, None)
         try:
-            found = find(data, split, root=root, download=download, whole=False)
+            found = open_dataset(data, split, root=root, download=download, whole=False)
         except UserError as error:
             wrong.append(str(error))
             print(f"| {split} | 0 | {classes or '-'} | 0 | {count or '-'} | all | - |")
             continue
         n, seen = len(found.images), len(found.labels[next(iter(found.labels))].unique())
-        missing = absent(found.images.source) if data in PUBLISHED else []
+        missing = missing_files(found.images.source) if data in PUBLISHED else []
         opened = range(0, 0 if torch.is_tensor(found.images) else n, max(1, n // sample))
         errors = [error for i in opened if (error := found.images[i][2])]
         print(
@@ -1455,38 +1768,38 @@ def check(data: str = "factors", root: str = None, sample: int = 64, download: b
 # ---------------------------------------------------------------- the command line, for all three modules
 
 
-def nearest(word, words):
+def suggest(word, words):
     """ "did you mean ...? " with the nearest of words, or nothing where none is near."""
     return "".join(
         f"did you mean {near}? " for near in difflib.get_close_matches(str(word), words, 1, 0.6)
     )
 
 
-def choose(flag, word, words):
+def check_choice(flag, word, words):
     """word if it is one of words, else UserError with the nearest."""
     if word not in words:
         hint = (
             f"did you mean --data=folder --root={word}? "
             if flag == "data" and Path(str(word)).is_dir()
-            else nearest(word, words)
+            else suggest(word, words)
         )
         raise UserError(f"--{flag}={word}: {hint}expected one of {', '.join(words)}")
     return word
 
 
-def yes(text):
+def parse_bool(text):
     return {"true": True, "false": False}[text.lower()]
 
 
-def words(text):
+def parse_list(text):
     return tuple(w for w in text.split(",") if w)
 
 
 PARSERS = {
     int: (int, "a whole number"),
     float: (float, "a number, such as 0.03"),
-    bool: (yes, "true or false"),
-    tuple: (words, "words with commas between"),
+    bool: (parse_bool, "true or false"),
+    tuple: (parse_list, "words with commas between"),
     str: (str, "text"),
 }
 
@@ -1505,7 +1818,7 @@ def command_line(commands, argv=None):
     try:
         if argv and not argv[0].startswith("-") and argv[0] not in commands:
             raise UserError(
-                f"{argv[0]}: no such command; {nearest(argv[0], commands)}there are {', '.join(commands)}"
+                f"{argv[0]}: no such command; {suggest(argv[0], commands)}there are {', '.join(commands)}"
             )
         if argv and argv[0] in commands and "--help" not in argv:
             check_flags(argv[0], inspect.signature(commands[argv[0]]).parameters, argv[1:])
@@ -1541,7 +1854,7 @@ def check_flags(command, parameters, argv):
             flags = ["--" + p for p in parameters]
             raise UserError(
                 f"--{flag}: {command} has no such flag; "
-                + (nearest("--" + flag, flags).strip() or f"it has {', '.join(flags)}")
+                + (suggest("--" + flag, flags).strip() or f"it has {', '.join(flags)}")
             )
 
 
@@ -1578,10 +1891,10 @@ def bound(function):
     )(bind)
 
 
-def device_of(flag):
+def resolve_device(flag):
     """ "auto", "cpu", "cuda" or "cuda:1" -> the device's name; UserError where this machine has none."""
     kind, _, index = flag.partition(":")
-    choose("device", kind, ("auto", "cpu", "cuda"))
+    check_choice("device", kind, ("auto", "cpu", "cuda"))
     count = torch.cuda.device_count()
     if kind == "cuda" and (index or "0") not in map(str, range(count)):
         raise UserError(
@@ -1610,10 +1923,10 @@ def first_line(error):
 
 
 def write_tensors(path, content):
-    write(path, functools.partial(torch.save, content))
+    write_atomic(path, functools.partial(torch.save, content))
 
 
-def write(path, content, keep=None):
+def write_atomic(path, content, keep=None):
     """Whole or not at all: bytes, or what content(file) writes, to a temporary file beside it, flushed, renamed. What was there before
     goes to `keep`. UserError when it cannot be written: then what was there still is."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1664,12 +1977,12 @@ def pack(
     if data == "factors":
         raise UserError("--data=factors is drawn by code: there is nothing to decode")
     if data == "folder":
-        keep_out("out", out, folder_of(root))
-    found = find(
+        forbid_inside("out", out, check_root(root))
+    found = open_dataset(
         data, "pretrain", root=root, size=size, canvas=canvas, download=download, seed=seed
     )
     begun = time.perf_counter()
-    packed = decoded(found, workers, out, shared=True)
+    packed = decode_all(found, workers, out, shared=True)
     n, side, seconds = len(packed.images), found.images.side, time.perf_counter() - begun
     print(
         f"{n} pictures of {side} x {side} ({n * 3 * side**2 / 2**30:.2f} GiB) in {out}, in {seconds:.0f} s; train with --data={data}"
@@ -1680,7 +1993,7 @@ def pack(
 # ---------------------------------------------------------------- pictures for people
 
 
-def picture_grid(images, row_names, column_names, path, zoom=1):
+def image_grid(images, row_names, column_names, path, zoom=1):
     """images (r k 3 h w) in [0, 1], or uint8 -> a PNG with a name at each row and above each column, written whole or not at all."""
     rows, cols, _, h, w = images.shape
     images = images if images.dtype == torch.uint8 else (images * 255).round().byte()
@@ -1699,7 +2012,7 @@ def picture_grid(images, row_names, column_names, path, zoom=1):
             sheet.paste(to_pil_image(images[i, j]), (left + j * (w * zoom + gap), y))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    write(Path(path), buffer.getvalue())
+    write_atomic(Path(path), buffer.getvalue())
 
 
 def sheet(out: str = "docs/factors.png", size: int = 48):
@@ -1719,7 +2032,7 @@ def sheet(out: str = "docs/factors.png", size: int = 48):
         ]
         for o in range(len(OBJECTS))
     ]
-    picture_grid(
+    image_grid(
         found.images[torch.tensor(first)], found.classes["object"], found.classes["hue"], out
     )
     print(f"wrote {out}")

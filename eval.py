@@ -16,7 +16,6 @@ import functools
 import glob
 import hashlib
 import inspect
-import io
 import itertools
 import json as json_
 import math
@@ -33,12 +32,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import data as pixels
 import loo
-from data import UserError, choose
+from data import check_choice
+from loo import UserError
 
 # ---------------------------------------------------------------- features
 
@@ -61,7 +59,7 @@ def features(encoder, found, turns=(0,), workers=2, batch=256):
             torch.stack(some_z, 1).float().cpu(),
         )  # (r b d), (s r b c)
         seen[rows] = 1
-    v, z, seen = map(loo.summed, (v, z, seen))
+    v, z, seen = map(loo.all_reduce_sum, (v, z, seen))
     rows = seen.nonzero().squeeze(1)
     return (
         rearrange(v[:, rows], "r n d -> (r n) d"),
@@ -72,7 +70,9 @@ def features(encoder, found, turns=(0,), workers=2, batch=256):
 
 def on_device(encoder, found, workers=2, batch=256, count=None):
     """This rank's part of the (first `count`) pictures of a Data on the encoder's device: yields rows (b,), images (b 3 h w) in [0, 1]."""
-    for rows, images, _ in pixels.stream(found, workers, batch, (loo.rank(), loo.ranks()), count):
+    for rows, images, _ in pixels.iter_batches(
+        found, workers, batch, (loo.rank(), loo.world_size()), count
+    ):
         yield rows, images.to(device_of(encoder), non_blocking=True).float() / 255
 
 
@@ -81,14 +81,14 @@ def device_of(encoder):
 
 
 def feature_names(config):
-    spaces = loo.method_of(config).spaces
+    spaces = loo.get_method(config).spaces
     return ("v", *["z"] * bool(spaces), *spaces)
 
 
-def pick(v, z, config, feature):
+def select_feature(v, z, config, feature):
     """v (n d), z (s n c) -> (n ...): "v" the backbone feature, "z" all spaces side by side, or one space by its name: its Conv5
     where it has one (LooC++), else its embedding."""
-    method = loo.method_of(config)
+    method = loo.get_method(config)
     if feature in ("v", "z"):
         return v if feature == "v" else rearrange(z, "s n c -> n (s c)")
     space = method.spaces.index(feature)
@@ -99,11 +99,11 @@ def pick(v, z, config, feature):
     )
 
 
-def of_spaces(encoder, v, z, config, layer):
+def space_features(encoder, v, z, config, layer):
     """What `spaces` compares, {space: (n ...)}: LooC++'s Conv5, or of LooC's heads the "hidden" layer or the "output"."""
-    names, conv5 = loo.method_of(config).spaces, loo.method_of(config).heads == "conv5"
+    names, conv5 = loo.get_method(config).spaces, loo.get_method(config).heads == "conv5"
     if conv5 or layer == "output":
-        return {name: pick(v, z, config, name) for name in names}
+        return {name: select_feature(v, z, config, name) for name in names}
     w, b = encoder.w1.detach().cpu(), encoder.b1.detach().cpu()
     return {name: F.relu(F.linear(v, w[s], b[s])) for s, name in enumerate(names)}
 
@@ -140,11 +140,11 @@ def logistic(x, y, k, l2, iterations=500, start=None):
     return w.detach(), b.detach()
 
 
-def fast_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
+def lbfgs_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
     """The L2 weight chosen on a fifth of the training pictures, each with all its turns, then all of them: x ((r n) d), y ((r n),) of k classes
     -> w (k d), b (k,)."""
     n = len(x) // turns
-    order = torch.randperm(n, generator=pixels.generator("held out", seed))
+    order = torch.randperm(n, generator=loo.generator("held out", seed))
     held, rest = (
         (some + n * torch.arange(turns)[:, None]).flatten()
         for some in (order[: n // 5], order[n // 5 :])
@@ -158,7 +158,7 @@ def fast_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
     return logistic(x, y, k, l2, 300, start)
 
 
-def paper_probe(b, found, label, k, d, epochs, lr, batch=256):
+def sgd_probe(b, found, label, k, d, epochs, lr, batch=256):
     """The paper's protocol: SGD on crops and flips of the decoded pictures `found` through the frozen encoder, lr x0.1 at 60% and 80%, no
     weight decay; k classes of `label`, a feature of d -> w (k d), b (k,). label "rotation": every picture is given a random quarter turn, and
     not flipped (that would turn 90 degrees into 270)."""
@@ -168,12 +168,12 @@ def paper_probe(b, found, label, k, d, epochs, lr, batch=256):
             f"--protocol=paper takes batches of {batch}, the training split has {n} pictures: use the default protocol"
         )
     layer = torch.nn.Linear(d, k, device=device)
-    layer.weight.data.copy_(torch.randn(k, d, generator=pixels.generator("probe", b.seed)) * 0.01)
+    layer.weight.data.copy_(torch.randn(k, d, generator=loo.generator("probe", b.seed)) * 0.01)
     layer.bias.data.zero_()
     optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
     for epoch in range(epochs):
-        for i, rows in enumerate(pixels.batches(n, batch, b.seed, epoch)):
-            g = pixels.generator("probe", b.seed, epoch, i)
+        for i, rows in enumerate(pixels.epoch_batches(n, batch, b.seed, epoch)):
+            g = loo.generator("probe", b.seed, epoch, i)
             with torch.no_grad():
                 images, _, _ = loo.augment_groups(
                     found.images[rows].to(device).float() / 255,
@@ -187,7 +187,7 @@ def paper_probe(b, found, label, k, d, epochs, lr, batch=256):
                 y = (
                     torch.randint(4, (batch,), generator=g) if turn else found.labels[label][rows]
                 ).to(device)
-                x = pick(
+                x = select_feature(
                     *loo.encode(b.encoder, loo.resample(images, {"turns": y}) if turn else images),
                     b.config,
                     b.feature,
@@ -195,11 +195,11 @@ def paper_probe(b, found, label, k, d, epochs, lr, batch=256):
             optimizer.param_groups[0]["lr"] = lr * 0.1 ** (
                 (epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)
             )
-            loo.descend(optimizer, F.cross_entropy(layer(x), y))
+            loo.optimizer_step(optimizer, F.cross_entropy(layer(x), y))
     return layer.weight.detach(), layer.bias.detach()
 
 
-def few_shot(x, y, k, iterations=250, lr=0.03):
+def fit_few_shot(x, y, k, iterations=250, lr=0.03):
     """All trials at once as one batched problem, Adam: x (t n d), y (t n) -> w (t d k), b (t 1 k). Trials do not touch each other."""
     t, n, d = x.shape
     w, b = x.new_zeros(t, d, k).requires_grad_(), x.new_zeros(t, 1, k).requires_grad_()
@@ -211,16 +211,16 @@ def few_shot(x, y, k, iterations=250, lr=0.03):
             )
             / n
         )
-        loo.descend(optimizer, loss)
+        loo.optimizer_step(optimizer, loss)
     return w.detach(), b.detach()
 
 
-def shots_of(y, k, shots, trials, seed):
+def sample_shots(y, k, shots, trials, seed):
     """Rows of `shots` samples of each of k classes, drawn anew for each trial -> (t n), n = k shots. UserError if a class has fewer."""
     counts = torch.bincount(y, minlength=k)
     if counts.min() < shots:
         raise UserError(f"--shots={shots}: a class has only {int(counts.min())} training pictures")
-    g = pixels.generator("shots", seed, shots)
+    g = loo.generator("shots", seed, shots)
     rows = [(y == c).nonzero().squeeze(1) for c in range(k)]
     return torch.stack(
         [
@@ -230,7 +230,7 @@ def shots_of(y, k, shots, trials, seed):
     )
 
 
-def nearest(x, y, k, test, neighbours=20, tau=0.07):
+def knn_predict(x, y, k, test, neighbours=20, tau=0.07):
     """Weighted kNN on cosine similarity: x (n d), y (n,), test (m d) -> votes (m k), each neighbour's weight exp(similarity / tau)."""
     x, votes = F.normalize(x, dim=1), []
     for some in F.normalize(test, dim=1).split(1024):
@@ -243,10 +243,10 @@ def nearest(x, y, k, test, neighbours=20, tau=0.07):
 
 def accuracy(logits, y, top=1):
     """logits (n k), y (n,) -> percent whose class is among the `top` largest."""
-    return hits(logits, y, top).mean().item() * 100
+    return correct(logits, y, top).mean().item() * 100
 
 
-def hits(logits, y, top=1):
+def correct(logits, y, top=1):
     """logits (n k), y (n,) -> (n,) 1 where the class is among the `top` largest, else 0."""
     return (logits.topk(min(top, logits.shape[1]), dim=1).indices == y[:, None]).any(1).double()
 
@@ -262,17 +262,17 @@ def moments(x):
     return x.mean(0), x.std(0).clamp(min=1e-6)
 
 
-def spread(values):
+def ci95(values):
     """Half of the 95% interval of the mean of many values, (n,)."""
     return 1.96 * values.std().item() / math.sqrt(len(values))
 
 
-def interval(values, of=1):
+def t_ci95(values, of=1):
     """Half of Student's 95% interval of the mean of a list, infinite for one value. of: as one of so many intervals, all of which hold with
     95% (Bonferroni)."""
     n = len(values)
     return (
-        student(n - 1, 0.025 / of)
+        t_quantile(n - 1, 0.025 / of)
         * torch.tensor(values, dtype=torch.float64).std().item()
         / math.sqrt(n)
         if n > 1
@@ -281,7 +281,7 @@ def interval(values, of=1):
 
 
 @functools.cache
-def student(freedom, tail=0.025):
+def t_quantile(freedom, tail=0.025):
     """The t beyond which Student's distribution has this much left."""
     at = torch.linspace(0, math.pi / 2, 2_000_001, dtype=torch.float64)[:-1].tan()
     half = torch.cumulative_trapezoid(
@@ -291,319 +291,10 @@ def student(freedom, tail=0.025):
     return at[int((half < 0.5 - tail).sum())].item()
 
 
-# ---------------------------------------------------------------- corruptions: the 15 of ImageNet-C, in batches, on any device
-
-# Hendrycks and Dietterich, ICLR 2019. The constants are the published ones, for pictures of 224 x 224: every length among them (radius,
-# sigma, distance) is scaled by side / 224 for others. Each picture has its own draws, made on the CPU. The published pictures were also
-# saved as JPEG at quality 85; ours are not. Each function: images (b c h w) in [0, 1], h == w, a CPU generator, its constants -> (b c h w).
-# Axes beside the project's: k kernel, t point along a motion.
-SIDE = 224  # of the pictures that the constants are for
-
-
-def corrupt(images, name, severity, generator):
-    """images (b 3 h w) in [0, 1], a name of CORRUPTIONS, severity 1 to 5, a CPU generator -> (b 3 h w) in [0, 1], in steps of 1 / 255."""
-    function, constants = CORRUPTIONS[name]
-    return function(images, generator, *constants[severity - 1]).clamp(0, 1).mul(255).round() / 255
-
-
-def scale(images):
-    """How many pixels of these images one pixel of the constants is."""
-    return images.shape[-1] / SIDE
-
-
-def gaussian_noise(images, generator, std):
-    return images + std * torch.randn(images.shape, generator=generator).to(images)
-
-
-def shot_noise(images, generator, photons):
-    """Each value becomes a count of photons, `photons` of them are 1 on average."""
-    return torch.poisson(images.cpu() * photons, generator).to(images) / photons
-
-
-def impulse_noise(images, generator, share):
-    """This share of all values becomes 0 or 1, half and half."""
-    u = torch.rand(images.shape, generator=generator).to(images)
-    return images.masked_fill(u < share / 2, 0).masked_fill(u >= 1 - share / 2, 1)
-
-
-def hat(points, reach):
-    """points (... t), in pixels -> (... k t): how much each point gives to each of the pixels -reach .. reach (k = 2 reach + 1), as in bilinear
-    interpolation. It keeps a shape of any fractional size a kernel without stairs, and one much smaller than a pixel still a blur."""
-    pixel = torch.arange(-reach, reach + 1, device=points.device)
-    return (1 - (pixel[:, None] - points[..., None, :]).abs()).clamp(min=0)
-
-
-def convolve(images, kernels, border):
-    """images (b c h w), kernels (b k k), or (1 k k) for all -> (b c h w). By FFT: kernels are up to 83 x 83."""
-    k = kernels.shape[-1]
-    padded = F.pad(images, (k // 2,) * 4, border)
-    size = padded.shape[-2:]
-    spectrum = (
-        torch.fft.rfft2(padded)
-        * torch.fft.rfft2(kernels / kernels.sum((1, 2), keepdim=True), s=size)[:, None]
-    )
-    return torch.fft.irfft2(spectrum, s=size)[
-        ..., k - 1 :, k - 1 :
-    ]  # what comes before mixes opposite borders
-
-
-def gaussian(images, sigma):
-    """Gaussian blur, mirrored at the border -> (b c h w): a matrix product a side, so sigma may be larger than the picture."""
-    n = images.shape[-1]
-    reach = math.ceil(4 * sigma)
-    pixel = torch.arange(n, device=images.device)
-    at = torch.arange(-reach, n + reach, device=images.device)
-    weight = torch.softmax(-(((at - pixel[:, None]) / sigma) ** 2) / 2, 1)
-    folded = torch.minimum(
-        at % (2 * n), -(at + 1) % (2 * n)
-    )  # mirrored again and again, where it takes more than once
-    matrix = torch.zeros_like(weight[:, :n]).index_add_(1, folded, weight)
-    return matrix @ images @ matrix.T
-
-
-def defocus_blur(images, generator, radius):
-    """The average over a disk. Its edge is smooth by half a pixel: the same as the published blurring of the kernel."""
-    radius = radius * scale(images)
-    points = (torch.linspace(-1, 1, 257, device=images.device)[:-1] + 1 / 256) * radius
-    weights = hat(points, math.ceil(radius))
-    disk = (points[:, None] ** 2 + points**2 <= radius**2).float()
-    return convolve(images, (weights @ disk @ weights.T)[None], "reflect")
-
-
-def glass_blur(images, generator, sigma, distance, times):
-    """Gaussian blur, then `times` over all pixels from the last to the first: each takes the colour that a pixel at most `distance`
-    away has by now; then the same blur again. As published: the code means to swap the two colours, but numpy only copies one.
-
-    A distance with a fraction is rounded up for that share of the pixels.
-    """
-    b, c, h, w = images.shape
-    whole, fraction = divmod(distance * scale(images), 1)
-    edge = whole + (fraction > 0)  # so wide a border keeps its colours
-    sigma = sigma * scale(images)
-    images = gaussian(images, sigma).flatten(2)
-    own = torch.arange(h * w).view(h, w)
-    y, x = own // w, own % w
-    inside = (y > edge) & (y <= h - edge) & (x > edge) & (x <= w - edge)
-    for _ in range(times):
-        far = whole + (torch.rand(b, 2, h, w, generator=generator) < fraction)
-        dy, dx = (
-            (loo.uniform(-1, 1, b, 2, h, w, generator=generator) * far).floor().long().unbind(1)
-        )
-        source = torch.where(inside, own + dy * w + dx, own).flatten(1).to(images.device)
-        # a source further on has already taken its colour from elsewhere: six times doubled, the jump goes 64 sources back
-        back = torch.maximum(source, own.flatten().to(source))
-        for _ in range(6):
-            back = back.gather(1, back)
-        source = source.gather(1, back)
-        images = images.gather(2, source[:, None].expand(b, c, h * w))
-    return gaussian(images.view(b, c, h, w), sigma)
-
-
-def smear(images, angle, radius, sigma, border="replicate"):
-    """Each image along its angle (b,), in degrees: to one side, by half a Gaussian of `sigma`, cut at 2 radius -> (b c h w)."""
-    length = 2 * radius * scale(images)
-    far = torch.linspace(0, 1, 2 * radius * math.ceil(scale(images)) + 1, device=images.device)
-    weight = (-((far * 2 * radius / sigma) ** 2) / 2).exp()
-    angle = angle.to(images).deg2rad()[:, None]
-    rows, columns = (
-        hat(far * length * along, math.ceil(length)) for along in (angle.sin(), angle.cos())
-    )
-    return convolve(images, rows * weight @ columns.mT, border)
-
-
-def motion_blur(images, generator, radius, sigma):
-    return smear(images, loo.uniform(-45, 45, len(images), generator=generator), radius, sigma)
-
-
-def zoom_blur(images, generator, step, count):
-    """The average of the image and of `count` zooms into its middle: by 1, 1 + step, 1 + 2 step ..."""
-    total = images
-    for i in range(count):
-        theta = torch.eye(2, 3, device=images.device) / (1 + i * step)
-        total = total + F.grid_sample(
-            images,
-            F.affine_grid(theta.expand(len(images), 2, 3), images.shape, align_corners=False),
-            padding_mode="border",
-            align_corners=False,
-        )
-    return total / (count + 1)
-
-
-def resize(images, size):
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-
-
-def snow(images, generator, mean, std, zoom, threshold, radius, sigma, keep):
-    """Flakes are what exceeds `threshold` in coarse noise, smeared, and once more turned by 180 degrees; below them the image is bleached."""
-    cells = (
-        torch.randn(len(images), 1, *[math.ceil(SIDE / zoom)] * 2, generator=generator).to(images)
-        * std
-        + mean
-    )
-    flakes = F.interpolate(cells, (SIDE, SIDE), mode="bilinear", align_corners=True)
-    flakes = F.threshold(flakes, threshold, 0).clamp(0, 1)
-    flakes = smear(
-        resize(flakes, images.shape[-1]),
-        loo.uniform(-135, -45, len(images), generator=generator),
-        radius,
-        sigma,
-    )
-    bleached = torch.maximum(images, loo.grayscale(images) * 1.5 + 0.5)
-    return keep * images + (1 - keep) * bleached + flakes + flakes.rot90(2, (2, 3))
-
-
-def plasma(b, side, decay, generator):
-    """Clouds by the diamond-square algorithm -> (b 1 side side), the published cut of 224 from a field of 256, which spans [0, 1].
-
-    Every pass doubles a grid that goes round on both axes: first the middles of its cells, then those of their sides, are the mean of
-    their four neighbours plus noise, which is `decay` ** 2 smaller each time.
-    """
-    grid, noise = torch.zeros(b, 1, 1), 1.0
-    full = 1 << (side * 8 // 7 - 1).bit_length()
-    while grid.shape[-1] < full:
-        around = lambda cross: (
-            cross / 4 + noise * loo.uniform(-1, 1, *grid.shape, generator=generator)
-        )
-        below, right = grid.roll(-1, 1), grid.roll(-1, 2)
-        middle = around(grid + below + right + below.roll(-1, 2))
-        top, left = (
-            around(grid + right + middle + middle.roll(1, 1)),
-            around(grid + below + middle + middle.roll(1, 2)),
-        )
-        grid = rearrange(
-            torch.stack([grid, top, left, middle]), "(y x) b h w -> b (h y) (w x)", y=2
-        )
-        noise /= decay**2
-    low, high = grid.amin((1, 2), keepdim=True), grid.amax((1, 2), keepdim=True)
-    return resize(((grid - low) / (high - low))[:, None, : full * 7 // 8, : full * 7 // 8], side)
-
-
-def fog(images, generator, amount, decay):
-    clouds = plasma(len(images), images.shape[-1], decay, generator).to(images)
-    lightest = images.amax((1, 2, 3), keepdim=True)
-    return (images + amount * clouds) * lightest / (lightest + amount)
-
-
-def frost(images, generator, keep, amount):
-    """Adds ice. The published photographs of it are replaced by drawn ones, with their range of lightness and color and their contrast:
-    blades (dots smeared along an angle, then slightly across) of four angles over clouds, from dark and blue to white."""
-    b, side = len(images), images.shape[-1]
-    dots = torch.rand(4 * b, 1, side, side, generator=generator) * (
-        torch.rand(4 * b, 1, side, side, generator=generator) < 0.006 / scale(images) ** 2
-    )
-    angle = loo.uniform(0, 360, 4 * b, generator=generator)
-    blades = smear(smear(dots.to(images), angle, 15, 10, "circular"), angle + 30, 6, 4, "circular")
-    blades = rearrange(blades, "(b n) 1 h w -> b n h w", n=4).amax(1, keepdim=True)
-    relief = (
-        F.instance_norm(blades) * 0.9
-        + F.instance_norm(plasma(b, side, 1.5, generator).to(images)) * 0.45
-    )
-    dark, light = torch.tensor([[0.34, 0.49, 0.55], [0.81, 0.82, 0.86]]).to(images)[
-        :, None, :, None, None
-    ]
-    whiteness = torch.rand(b, 1, 1, 1, generator=generator).to(images)
-    return keep * images + amount * (
-        torch.lerp(dark, light, whiteness) + (0.19 - 0.09 * whiteness) * relief
-    )
-
-
-def brightness(images, generator, amount):
-    """Adds to HSV's value, which scales a colour as a whole; black has none and becomes gray."""
-    value = images.amax(1, keepdim=True)
-    lighter = (value + amount).clamp(max=1)
-    return torch.where(value > 0, images * lighter / value, lighter)
-
-
-def contrast(images, generator, factor):
-    return torch.lerp(images.mean((2, 3), keepdim=True), images, factor)
-
-
-def elastic_transform(images, generator, alpha, sigma, shift):
-    """An affine map that moves three points by up to `shift` each way, then noise of +-alpha, blurred by sigma, moves every pixel by itself.
-
-    alpha scales with the area: what is left of noise after a blur goes down with sigma, so the displacements scale as every length.
-    """
-    b, s = len(images), scale(images)
-    third = (
-        torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]) * 2 / 3
-    )  # of the way from the middle to the corners
-    moved = F.pad(
-        third + loo.uniform(-shift, shift, b, 3, 2, generator=generator) * 2 / SIDE, (0, 1), value=1
-    )
-    theta = torch.linalg.solve(moved, third.expand(b, 3, 2)).mT.to(images)
-    noise = loo.uniform(-1, 1, b, 2, *images.shape[2:], generator=generator).to(images)
-    local = rearrange(gaussian(noise, sigma * s) * alpha * s * 2 / SIDE, "b xy h w -> b h w xy")
-    for grid in (
-        F.affine_grid(theta, images.shape, align_corners=False),
-        F.affine_grid(torch.eye(2, 3).expand(b, 2, 3).to(images), images.shape, align_corners=False)
-        + local,
-    ):
-        images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    return images
-
-
-def pixelate(images, generator, share):
-    """`share` of the pixels each way: every block, as wide as they need be, becomes its mean."""
-    n = images.shape[-1]
-    block = ((torch.arange(n, device=images.device) + 0.5) * int(n * share) / n).long()
-    same = (block[:, None] == block).float()
-    mean = same / same.sum(1)
-    return mean @ images @ mean.T
-
-
-def jpeg_compression(images, generator, quality):
-    def coded(image):
-        file = io.BytesIO()
-        to_pil_image(image).save(file, "JPEG", quality=quality)
-        return pil_to_tensor(Image.open(file))
-
-    return (
-        torch.stack([coded(image) for image in (images * 255).round().byte().cpu()]).to(images)
-        / 255
-    )
-
-
-CORRUPTIONS = {  # name: (function, its constants at severity 1 to 5)
-    "gaussian_noise": (gaussian_noise, [(0.08,), (0.12,), (0.18,), (0.26,), (0.38,)]),
-    "shot_noise": (shot_noise, [(60,), (25,), (12,), (5,), (3,)]),
-    "impulse_noise": (impulse_noise, [(0.03,), (0.06,), (0.09,), (0.17,), (0.27,)]),
-    "defocus_blur": (defocus_blur, [(3,), (4,), (6,), (8,), (10,)]),
-    "glass_blur": (glass_blur, [(0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)]),
-    "motion_blur": (motion_blur, [(10, 3), (15, 5), (15, 8), (15, 12), (20, 15)]),
-    "zoom_blur": (zoom_blur, [(0.01, 12), (0.01, 16), (0.02, 11), (0.02, 13), (0.03, 11)]),
-    "snow": (
-        snow,
-        [
-            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
-            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
-            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
-            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
-        ],
-    ),
-    "frost": (frost, [(1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)]),
-    "fog": (fog, [(1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)]),
-    "brightness": (brightness, [(0.1,), (0.2,), (0.3,), (0.4,), (0.5,)]),
-    "contrast": (contrast, [(0.4,), (0.3,), (0.2,), (0.1,), (0.05,)]),
-    "elastic_transform": (
-        elastic_transform,
-        [
-            (488, 170.8, 24.4),
-            (488, 19.52, 48.8),
-            (12.2, 2.44, 4.88),
-            (17.08, 2.44, 4.88),
-            (29.28, 2.44, 4.88),
-        ],
-    ),
-    "pixelate": (pixelate, [(0.6,), (0.5,), (0.4,), (0.3,), (0.25,)]),
-    "jpeg_compression": (jpeg_compression, [(25,), (18,), (15,), (10,), (7,)]),
-}
-
-
 # ---------------------------------------------------------------- tasks
 
 
-class Bench(NamedTuple):
+class EvalContext(NamedTuple):
     """What a task works on: a run's encoder and a data set."""
 
     run: Path
@@ -622,7 +313,7 @@ class Bench(NamedTuple):
     leader_first: object = contextlib.nullcontext  # a context that rank 0 enters first
 
 
-def bench(
+def open_run(
     run: str = "runs/latest",
     *,
     data: str = None,
@@ -654,18 +345,18 @@ def bench(
         )
     if workers < 0:
         raise UserError(f"--workers={workers}: expected 0 or more")
-    device = pixels.device_of(device)
+    device = pixels.resolve_device(device)
     encoder, config = loo.load_encoder(run, device)
-    choose("feature", feature, feature_names(config))
-    name = choose("data", data or config["data"], pixels.NAMES)
+    check_choice("feature", feature, feature_names(config))
+    name = check_choice("data", data or config["data"], pixels.NAMES)
     root = str(Path(root).resolve()) if root else config["root"] if name == config["data"] else None
-    splits = pixels.splits(name, root)
+    splits = pixels.dataset_splits(name, root)
     if "train" not in splits:
         raise UserError(
             f"--data={name} has nothing to train a classifier on; it is what `python eval.py robust --data=imagenet100` tests on"
         )
     find = functools.partial(
-        pixels.find,
+        pixels.open_dataset,
         name,
         root=root,
         size=config["size"],
@@ -678,7 +369,7 @@ def bench(
     weights = hashlib.sha1(
         b"".join((Path(run) / f).read_bytes() for f in ("backbone.pt", "heads.pt"))
     ).hexdigest()
-    return Bench(
+    return EvalContext(
         Path(run).resolve(),
         encoder,
         config,
@@ -693,7 +384,7 @@ def bench(
     )
 
 
-def frozen(b, split, turns=(0,)):
+def cached_features(b, split, turns=(0,)):
     """The split's v ((r n) d), z (s (r n) c) and labels {name: ((r n),)} of the pictures that could be read; also "rotation", the turns,
     and "picture", which of the split it is. Computed once for a run, data set, split and turns."""
     found = b.split[split]
@@ -705,7 +396,7 @@ def frozen(b, split, turns=(0,)):
         kept = pixels.read_tensors(path)
     except UserError:  # not there, or not whole
         kept = None
-    if loo.agreed(kept is None):
+    if loo.all_reduce_max(kept is None):
         kept = features(b.encoder, found, turns, b.workers)
         if loo.rank() == 0:
             pixels.write_tensors(path, kept)
@@ -717,16 +408,16 @@ def frozen(b, split, turns=(0,)):
     return v, z, {k: y[rows].repeat(len(turns)) for k, y in found.labels.items()} | own
 
 
-def known(b, split, turns=(0,)):
+def load_features(b, split, turns=(0,)):
     """The chosen feature of a split, (n d), and its labels, on the encoder's device."""
-    v, z, y = frozen(b, split, turns)
+    v, z, y = cached_features(b, split, turns)
     device = device_of(b.encoder)
-    return pick(v, z, b.config, b.feature).to(device), {
+    return select_feature(v, z, b.config, b.feature).to(device), {
         k: labels.to(device) for k, labels in y.items()
     }
 
 
-def names_of(b, label):
+def class_names(b, label):
     """The classes of a label; UserError where there is nothing to tell apart."""
     names = ["0", "90", "180", "270"] if label == "rotation" else b.split["train"].classes[label]
     if len(names) < 2:
@@ -738,14 +429,16 @@ def names_of(b, label):
 
 def task(function):
     """A task as a command: its own flags and those of `bench`; prints and keeps each result that it yields."""
-    own, common = (list(inspect.signature(f).parameters.values()) for f in (function, bench))
+    own, common = (list(inspect.signature(f).parameters.values()) for f in (function, open_run))
     names = {p.name for p in common}
 
     @functools.wraps(function)
     def command(*args, json=False, **flags):
         begun = time.perf_counter()
-        with loo.processes(pixels.device_of(flags.get("device", "auto"))) as leader_first:
-            b = bench(*args, **{k: v for k, v in flags.items() if k in names})._replace(
+        with loo.init_distributed(
+            pixels.resolve_device(flags.get("device", "auto"))
+        ) as leader_first:
+            b = open_run(*args, **{k: v for k, v in flags.items() if k in names})._replace(
                 leader_first=leader_first
             )
             columns, said = (), []
@@ -801,7 +494,7 @@ def task(function):
                 print(
                     json_.dumps(line)
                     if json
-                    else "| " + " | ".join(cell(line[k]) for k in columns) + " |",
+                    else "| " + " | ".join(format_value(line[k]) for k in columns) + " |",
                     flush=True,
                 )
             if said and not json:
@@ -818,7 +511,7 @@ def task(function):
             json_flag,
         ]
     )
-    command.__doc__ = f"{function.__doc__.rstrip()}\n{bench.__doc__}"
+    command.__doc__ = f"{function.__doc__.rstrip()}\n{open_run.__doc__}"
     return command
 
 
@@ -843,15 +536,15 @@ PRINTED = dict(
 )
 
 
-def cell(x):
+def format_value(x):
     return "-" if x is None else f"{x:.1f}" if isinstance(x, float) else str(x)
 
 
-def labels_of(b, label, more=(), least=1):
+def select_labels(b, label, more=(), least=1):
     """The labels that are named, or else all that tell pictures apart, and `more`. UserError where they are fewer than `least`."""
     classes = b.split["train"].classes
-    found = [choose("label", one, (*classes, *more)) for one in label] or [
-        *pixels.told_apart(classes),
+    found = [check_choice("label", one, (*classes, *more)) for one in label] or [
+        *pixels.label_names(classes),
         *more,
     ]
     if len(found) < least:
@@ -864,21 +557,21 @@ def labels_of(b, label, more=(), least=1):
 
 def result(logits, y, label, n_train, turns=1, **more):
     """logits ((r n) k), y ((r n),) -> a result with the interval of the mean over pictures, each with all its turns."""
-    right = hits(logits, y).view(turns, -1).mean(0) * 100
+    right = correct(logits, y).view(turns, -1).mean(0) * 100
     return dict(
         label=label,
         top1=right.mean().item(),
         top5=accuracy(logits, y, 5) if logits.shape[1] > 5 else None,
         n_train=n_train,
         n_test=len(y),
-        ci95=spread(right),
+        ci95=ci95(right),
         **more,
     )
 
 
 def probe(b, labels, turns, protocol, epochs, lr):
     """A linear classifier for each label, by either protocol -> results."""
-    choose("protocol", protocol, ("fast", "paper"))
+    check_choice("protocol", protocol, ("fast", "paper"))
     if protocol == "fast" and (epochs, lr) != (None, None):
         raise UserError("--epochs and --lr are of the paper's protocol: add --protocol=paper")
     epochs, lr = (
@@ -887,21 +580,21 @@ def probe(b, labels, turns, protocol, epochs, lr):
     )
     if epochs < 1 or lr <= 0:
         raise UserError(f"--epochs={epochs} --lr={lr}: expected 1 or more, and more than 0")
-    test, y_test = known(b, "test", turns)
+    test, y_test = load_features(b, "test", turns)
     if protocol == "fast":
-        train, y = known(b, "train", turns)
+        train, y = load_features(b, "train", turns)
         train, test = standardise(train, test)
     else:
         with b.leader_first():
-            train = pixels.decoded(
-                b.find("train"), b.workers, b.run.parent, shared=loo.ranks() > 1
+            train = pixels.decode_all(
+                b.find("train"), b.workers, b.run.parent, shared=loo.world_size() > 1
             )  # where training left them, if it did
     for label in labels:
-        k = len(names_of(b, label))
+        k = len(class_names(b, label))
         head = (
-            fast_probe(train, y[label], k, b.seed, len(turns))
+            lbfgs_probe(train, y[label], k, b.seed, len(turns))
             if protocol == "fast"
-            else paper_probe(b, train, label, k, test.shape[1], epochs, lr)
+            else sgd_probe(b, train, label, k, test.shape[1], epochs, lr)
         )
         yield result(
             F.linear(test, *head),
@@ -923,7 +616,7 @@ def linear(b, label: tuple = (), protocol: str = "fast", epochs: int = None, lr:
         epochs: of the paper's protocol: 200, or 100 on inat2019
         lr: of the paper's protocol: 30
     """
-    yield from probe(b, labels_of(b, label), (0,), protocol, epochs, lr)
+    yield from probe(b, select_labels(b, label), (0,), protocol, epochs, lr)
 
 
 @task
@@ -948,10 +641,10 @@ def knn(b, label: tuple = (), neighbours: int = 20):
     """
     if neighbours < 1:
         raise UserError(f"--neighbours={neighbours}: expected 1 or more")
-    (x, y), (test, y_test) = known(b, "train"), known(b, "test")
-    for name in labels_of(b, label):
+    (x, y), (test, y_test) = load_features(b, "train"), load_features(b, "test")
+    for name in select_labels(b, label):
         yield result(
-            nearest(x, y[name], len(names_of(b, name)), test, neighbours),
+            knn_predict(x, y[name], len(class_names(b, name)), test, neighbours),
             y_test[name],
             name,
             len(x),
@@ -973,21 +666,21 @@ def fewshot(b, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
         raise UserError(
             f"--shots={','.join(map(str, shots))} --trials={trials}: expected numbers of pictures, as 5,10, and two trials or more"
         )
-    pool = [known(b, s) for s in ("train", "val") if s in b.split]
-    test, y_test = known(b, "test")
+    pool = [load_features(b, s) for s in ("train", "val") if s in b.split]
+    test, y_test = load_features(b, "test")
     x, test = standardise(
         torch.cat([x for x, _ in pool]), test
     )  # by all of the pool, labels unseen
-    y = {name: torch.cat([labels[name] for _, labels in pool]) for name in labels_of(b, label)}
-    classes = {name: len(names_of(b, name)) for name in y}
+    y = {name: torch.cat([labels[name] for _, labels in pool]) for name in select_labels(b, label)}
+    classes = {name: len(class_names(b, name)) for name in y}
     drawn = {
-        (name, n): shots_of(y[name], classes[name], n, trials, b.seed)
+        (name, n): sample_shots(y[name], classes[name], n, trials, b.seed)
         for name in y
         for n in map(int, shots)
     }  # too few pictures: before any result
     for (name, n), rows in drawn.items():
         k = classes[name]
-        w, bias = few_shot(x[rows], y[name][rows], k)
+        w, bias = fit_few_shot(x[rows], y[name][rows], k)
         logits = [test @ one + c for one, c in zip(w, bias)]
         top1, top5 = ([accuracy(one, y_test[name], top) for one in logits] for top in (1, 5))
         yield dict(
@@ -995,24 +688,27 @@ def fewshot(b, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
             shots=n,
             top1=sum(top1) / trials,
             top5=sum(top5) / trials if k > 5 else None,
-            ci95=interval(top1),
+            ci95=t_ci95(top1),
             n_train=n * k,
             n_test=len(test),
             protocol="adam",
         )
 
 
-def among(logits, classes):
+def restrict_classes(logits, classes):
     """logits (n k) with only these classes to choose from."""
     return torch.full_like(logits, -math.inf).index_copy(1, classes, logits[:, classes])
 
 
-CELLS = list(itertools.product(CORRUPTIONS, range(1, 6)))
+CELLS = list(itertools.product(pixels.CORRUPTIONS, range(1, 6)))
 SUMMARIES = {  # name: which cells it is the mean of
-    **{name: [n == name for n, _ in CELLS] for name in CORRUPTIONS},
+    **{name: [n == name for n, _ in CELLS] for name in pixels.CORRUPTIONS},
     **{
         name + more: [n in members and severity >= least for n, severity in CELLS]
-        for name, members in (*pixels.IMAGENETC.items(), ("all corruptions", tuple(CORRUPTIONS)))
+        for name, members in (
+            *pixels.IMAGENETC.items(),
+            ("all corruptions", tuple(pixels.CORRUPTIONS)),
+        )
         for more, least in (("", 1), (", severity 3+", 3))
     },
 }
@@ -1033,11 +729,11 @@ def corrupted_pictures(b, published, count=None):
                 yield (
                     cell,
                     rows,
-                    corrupt(
+                    pixels.corrupt(
                         crops,
                         name,
                         severity,
-                        pixels.generator("corrupt", name, severity, int(rows[0])),
+                        loo.generator("corrupt", name, severity, int(rows[0])),
                     ),
                     labels,
                 )
@@ -1066,7 +762,7 @@ def robust(
     """
     if pictures is not None and pictures < 1:
         raise UserError(f"--pictures={pictures}: expected 1 or more")
-    source = choose(
+    source = check_choice(
         "source",
         source or ("folder" if b.data == "imagenet100" else "generated"),
         ("folder", "generated"),
@@ -1084,24 +780,28 @@ def robust(
     )  # all is found before hours are spent on the first of it
     published = (
         [
-            pixels.find("imagenetc100", f"{name}/{severity}", root=corrupted, **where)
+            pixels.open_dataset("imagenetc100", f"{name}/{severity}", root=corrupted, **where)
             for name, severity in CELLS
         ]
         if corrupted
         else []
     )
     beyond = (
-        {"objectnet13": pixels.find("objectnet13", "test", root=objectnet, **where)}
+        {"objectnet13": pixels.open_dataset("objectnet13", "test", root=objectnet, **where)}
         if objectnet
         else {"new viewpoint": b.find("viewpoint", central=True)}
         if b.data == "factors"
         else {}
     )
-    labels, (train, y), (test, y_test) = labels_of(b, label), known(b, "train"), known(b, "test")
+    labels, (train, y), (test, y_test) = (
+        select_labels(b, label),
+        load_features(b, "train"),
+        load_features(b, "test"),
+    )
     n = len((published[0] if published else b.split["test"]).images)
     mean, deviation = moments(train)
     head = {
-        one: fast_probe((train - mean) / deviation, y[one], len(names_of(b, one)), b.seed)
+        one: lbfgs_probe((train - mean) / deviation, y[one], len(class_names(b, one)), b.seed)
         for one in labels
     }
     logits_of = lambda one, x: F.linear((x - mean) / deviation, *head[one])
@@ -1111,7 +811,7 @@ def robust(
     )  # top-1 and top-5; a picture is there in all cells or in none
     for one in labels:
         say = (
-            f"the lengths in the corruptions' constants are scaled by {b.config['size']} / {SIDE}"
+            f"the lengths in the corruptions' constants are scaled by {b.config['size']} / {pixels.REFERENCE_SIZE}"
             if not published and one == labels[-1]
             else None
         )
@@ -1122,13 +822,13 @@ def robust(
         v, z, rows = features(b.encoder, found, workers=b.workers)
         for one in labels:
             logits, truth = (
-                logits_of(one, pick(v, z, b.config, b.feature).to(train)).cpu(),
+                logits_of(one, select_feature(v, z, b.config, b.feature).to(train)).cpu(),
                 found.labels[one][rows],
             )
             yield result(logits, truth, one, len(train), on=on, protocol=source)
             if objectnet:
                 yield result(
-                    among(logits, truth.unique()),
+                    restrict_classes(logits, truth.unique()),
                     truth,
                     one,
                     len(train),
@@ -1137,16 +837,16 @@ def robust(
                 )
     for cell, rows, crops, truth in corrupted_pictures(b, published, pictures):
         with torch.no_grad():
-            x = pick(*loo.encode(b.encoder, crops), b.config, b.feature).float()
+            x = select_feature(*loo.encode(b.encoder, crops), b.config, b.feature).float()
         there[rows] = 1
         for one in labels:
             logits = logits_of(one, x).cpu()
             right[one][cell, rows] = torch.stack(
-                [hits(logits, truth[one]), hits(logits, truth[one], 5)], 1
+                [correct(logits, truth[one]), correct(logits, truth[one], 5)], 1
             ).float()
-    there = loo.summed(there) > 0
+    there = loo.all_reduce_sum(there) > 0
     for one in labels:
-        of_cells = loo.summed(right[one])[:, there].double() * 100
+        of_cells = loo.all_reduce_sum(right[one])[:, there].double() * 100
         for on, cells in SUMMARIES.items():
             each = of_cells[cells].mean(0)  # (n 2)
             top1, top5 = each.mean(0).tolist()
@@ -1155,8 +855,8 @@ def robust(
                 on=on,
                 protocol=source,
                 top1=top1,
-                top5=top5 if len(names_of(b, one)) > 5 else None,
-                ci95=spread(each[:, 0]),
+                top5=top5 if len(class_names(b, one)) > 5 else None,
+                ci95=ci95(each[:, 0]),
                 n_train=len(train),
                 n_test=len(each),
             )
@@ -1176,10 +876,10 @@ def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.0):
         layer: of LooC's heads: hidden or output (LooC++ has its Conv5)
         margin: points of accuracy that do not matter
     """
-    choose("layer", layer, ("hidden", "output"))
+    check_choice("layer", layer, ("hidden", "output"))
     if b.feature != "v":
         raise UserError(f"--feature={b.feature}: spaces compares all of them")
-    all_, *groups = loo.method_of(b.config).spaces or ("none",)
+    all_, *groups = loo.get_method(b.config).spaces or ("none",)
     if all_ != "all" or not groups:
         raise UserError(
             f"{b.run.name} was trained with {b.config['method']}, which has no space for each augmentation: use a looc or looc++ run"
@@ -1188,12 +888,15 @@ def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.0):
         raise UserError(
             f"--layer=hidden: the heads of {b.run.name} are linear (--hidden=0); only their output is there"
         )
-    for one in labels_of(b, label, ("rotation",)):
+    for one in select_labels(b, label, ("rotation",)):
         turns = (0, 1, 2, 3) if one == "rotation" else (0,)
-        (v, z, y), (v_test, z_test, y_test) = frozen(b, "train", turns), frozen(b, "test", turns)
+        (v, z, y), (v_test, z_test, y_test) = (
+            cached_features(b, "train", turns),
+            cached_features(b, "test", turns),
+        )
         train, test = (
-            of_spaces(b.encoder, v, z, b.config, layer),
-            of_spaces(b.encoder, v_test, z_test, b.config, layer),
+            space_features(b.encoder, v, z, b.config, layer),
+            space_features(b.encoder, v_test, z_test, b.config, layer),
         )
         subsets = [
             ("all", *some)
@@ -1210,10 +913,10 @@ def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.0):
             )
             logits = F.linear(
                 x_test,
-                *fast_probe(x, y[one].to(x.device), len(names_of(b, one)), b.seed, len(turns)),
+                *lbfgs_probe(x, y[one].to(x.device), len(class_names(b, one)), b.seed, len(turns)),
             ).cpu()
-            right[some] = hits(logits, y_test[one]).view(len(turns), -1).mean(0)
-            gain[some] = paired(right[some], right["all",])
+            right[some] = correct(logits, y_test[one]).view(len(turns), -1).mean(0)
+            gain[some] = paired_ci95(right[some], right["all",])
             line = result(
                 logits,
                 y_test[one],
@@ -1233,10 +936,10 @@ def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.0):
             yield line | dict(say=say)
 
 
-def paired(right, other):
+def paired_ci95(right, other):
     """(n,) each, how often a picture was classified right -> difference in points and half of its 95% interval, picture by picture."""
     difference = (right - other) * 100
-    return difference.mean().item(), spread(difference)
+    return difference.mean().item(), ci95(difference)
 
 
 def verdict(group, gain, half, margin):
@@ -1281,14 +984,14 @@ def retrieve(
             f"--neighbours={neighbours}: there are {len(b.split['test'].images)} test pictures"
         )
     labels, path = (
-        [*labels_of(b, label, least=0), *["rotation"] * turn],
+        [*select_labels(b, label, least=0), *["rotation"] * turn],
         Path(out or b.run / "retrieve.png"),
     )
     if path.is_dir():
         raise UserError(f"--out={out} is a folder; name a .png file")
     both = [b]
     if against:
-        other = bench(
+        other = open_run(
             against,
             data=b.data,
             root=b.root,
@@ -1305,17 +1008,19 @@ def retrieve(
             other._replace(split=b.split)
         )  # a folder that splits itself does so by each run's seed
     near, y = zip(*(neighbours_of(one, neighbours, turn) for one in both))
-    rows = torch.randperm(len(near[0]), generator=pixels.generator("queries", b.seed))[:queries]
+    rows = torch.randperm(len(near[0]), generator=loo.generator("queries", b.seed))[:queries]
     shown = torch.cat(
         [rows[:, None], *(one[rows] for one in near)], 1
     )  # (queries 1 + runs * neighbours)
     pictures = torch.stack(
         [
-            torch.stack([seen(b, y[0]["picture"][i], y[0]["rotation"][i]) for i in row])
+            torch.stack([display_image(b, y[0]["picture"][i], y[0]["rotation"][i]) for i in row])
             for row in shown
         ]
     )
-    titles = [", ".join(str(names_of(b, name)[y[0][name][i]]) for name in labels[:2]) for i in rows]
+    titles = [
+        ", ".join(str(class_names(b, name)[y[0][name][i]]) for name in labels[:2]) for i in rows
+    ]
     heads = [
         "query",
         *(
@@ -1325,7 +1030,7 @@ def retrieve(
         ),
     ]
     if loo.rank() == 0:
-        pixels.picture_grid(pictures, titles, heads, path, zoom=max(1, 64 // b.config["size"]))
+        pixels.image_grid(pictures, titles, heads, path, zoom=max(1, 64 // b.config["size"]))
     for one, found, known_labels in zip(both, near, y):
         for name in labels:
             same = (known_labels[name][found] == known_labels[name][:, None]).double().mean(
@@ -1339,7 +1044,7 @@ def retrieve(
                 on="turned" if turn else None,
                 protocol="cosine",
                 top1=same.mean().item(),
-                ci95=spread(same),
+                ci95=ci95(same),
                 n_test=len(same),
                 keep=one is b,
             )  # the other may have been trained on some of these
@@ -1349,12 +1054,12 @@ def retrieve(
 
 def neighbours_of(b, k, turn):
     """Every test picture, in a quarter turn of its own if `turn`, and its k nearest by cosine similarity -> near (m k), labels {name: (m,)}."""
-    v, z, y = frozen(b, "test", (0, 1, 2, 3) if turn else (0,))
+    v, z, y = cached_features(b, "test", (0, 1, 2, 3) if turn else (0,))
     m = len(v) // (4 if turn else 1)
     chosen = torch.randint(
-        4 if turn else 1, (m,), generator=pixels.generator("turns", b.seed)
+        4 if turn else 1, (m,), generator=loo.generator("turns", b.seed)
     ) * m + torch.arange(m)
-    x = F.normalize(pick(v, z, b.config, b.feature)[chosen], dim=1)
+    x = F.normalize(select_feature(v, z, b.config, b.feature)[chosen], dim=1)
     near = [
         (some @ x.T).scatter(1, rows[:, None], -2).topk(k).indices
         for some, rows in zip(x.split(1024), torch.arange(m).split(1024))
@@ -1362,7 +1067,7 @@ def neighbours_of(b, k, turn):
     return torch.cat(near), {name: labels[chosen] for name, labels in y.items()}
 
 
-def seen(b, i, turns):
+def display_image(b, i, turns):
     """Test picture i as the encoder sees it, (3 h w) uint8."""
     images = b.split["test"].images
     return (images[i] if torch.is_tensor(images) else images[i][0]).rot90(int(turns), (1, 2))
@@ -1406,7 +1111,7 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
     lines = [
         (configs[p], line)
         for p in sorted(found, key=lambda p: p.stat().st_mtime)
-        for line in loo.read_lines(p)
+        for line in loo.read_jsonl(p)
     ]
 
     def value(c, k):
@@ -1661,7 +1366,7 @@ def mean_cell(values):
         "-"
         if not values
         else f"{sum(values) / len(values):.1f}"
-        + (f" +- {interval(values):.1f}" if len(values) > 1 else "")
+        + (f" +- {t_ci95(values):.1f}" if len(values) > 1 else "")
     )
 
 
@@ -1826,7 +1531,7 @@ def claims(
         out: where the runs are, and the results of all of them in one file, OUT/BUDGET.jsonl
         results: print the tables of such a file, and train nothing
     """
-    choose("budget", budget, tuple(BUDGETS))
+    check_choice("budget", budget, tuple(BUDGETS))
     if seeds < 1 or (jobs is not None and jobs < 1):
         raise UserError(f"--seeds={seeds} --jobs={jobs}: expected 1 or more")
     if "WORLD_SIZE" in os.environ:
@@ -1835,7 +1540,7 @@ def claims(
         raise UserError(f"--results={results}: no such file; leave the flag out to train")
     chosen = range(first, first + seeds)
     if results:
-        there = loo.read_lines(Path(results))
+        there = loo.read_jsonl(Path(results))
         if not (
             lines := [
                 line for line in there if line.get("budget") == budget and line["seed"] in chosen
@@ -1851,7 +1556,7 @@ def claims(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     )
     chains, jobs = (
-        plan(folder, chosen, BUDGETS[budget]),
+        missing_commands(folder, chosen, BUDGETS[budget]),
         jobs or (1 if torch.cuda.is_available() else min(cores, 8)),
     )
     try:
@@ -1861,7 +1566,7 @@ def claims(
             run for run in sorted(folder.glob("*/")) if not run.suffix
         ]  # --fresh moves a run aside to NAME.1
         lines = [line | {"budget": budget} for run in runs for line in results_of(run)]
-        pixels.write(
+        pixels.write_atomic(
             Path(f"{out}/{budget}.jsonl"),
             "".join(json_.dumps(line) + "\n" for line in lines).encode(),
         )
@@ -1874,10 +1579,10 @@ def results_of(run):
     if not (run / "results.jsonl").exists():
         return []
     seed = json_.loads((run / "config.json").read_text())["seed"]
-    return [line | {"seed": seed} for line in loo.read_lines(run / "results.jsonl")]
+    return [line | {"seed": seed} for line in loo.read_jsonl(run / "results.jsonl")]
 
 
-def plan(out, seeds, flags):
+def missing_commands(out, seeds, flags):
     """What the rows of TABLES need on factors -> for each run a list of the commands that are not done yet, seed by seed. UserError where
     a run was trained with other settings."""
     wanted = defaultdict(
@@ -1910,8 +1615,8 @@ def plan(out, seeds, flags):
             **flags,
         )
         if (run / "config.json").exists():
-            loo.same_settings(
-                loo.settings_with(**given), json_.loads((run / "config.json").read_text()), run
+            loo.check_same_config(
+                loo.default_config(**given), json_.loads((run / "config.json").read_text()), run
             )
         chain = [] if (run / "heads.pt").exists() else [command_of("loo.py", "train", **given)]
         lines = results_of(run)
@@ -1956,7 +1661,7 @@ def run_all(chains, jobs, threads):
     a signal stops all, and what trains saves itself."""
     chains, running, failed, started, begun = list(chains), {}, [], 0, time.perf_counter()
     total = sum(map(len, chains))
-    with loo.signals() as asked:
+    with loo.catch_signals() as asked:
         try:
             while (chains or running) and not asked:
                 while chains and len(running) < jobs:
@@ -2019,7 +1724,7 @@ def claimed_tables(lines):
             print(f"| {name} | {seeds_in(values)} | " + " | ".join(map(mean_cell, values)) + " |")
         print()
         for claim, comparisons in said.items():
-            verdict, evidence = decide(cells, comparisons)
+            verdict, evidence = judge_claim(cells, comparisons)
             print(f"- {claim}: **{verdict}**. {evidence}")
             verdicts.append(verdict)
         print()
@@ -2029,7 +1734,7 @@ def claimed_tables(lines):
     )
 
 
-def decide(cells, comparisons):
+def judge_claim(cells, comparisons):
     """cells {(row, column): {seed: value}}, comparisons as in CLAIMS -> "holds", "does not hold" or "cannot tell", and the (three weakest of
     the) comparisons that decided it: differences within a seed, their mean and half of its 95% interval, and with how many seeds it is so."""
     found = defaultdict(list)
@@ -2042,7 +1747,7 @@ def decide(cells, comparisons):
         ours, theirs = cells[row, column], cells[other, column]
         gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
         mean = sum(gains) / max(1, len(gains))
-        half, wide = interval(gains), interval(gains, len(pairs))
+        half, wide = t_ci95(gains), t_ci95(gains, len(pairs))
         # All must be above, so each is asked at 95%; one below is enough, which among many happens by chance
         verdict = (
             "holds"

@@ -17,6 +17,7 @@ import io
 import itertools
 import math
 import os
+import random
 import re
 import shlex
 import signal
@@ -36,13 +37,22 @@ import torchvision
 from einops import einsum, rearrange, repeat
 from torch import nn
 
-import data as pixels
-from data import UserError, generator, read_tensors, write, write_tensors
-
 try:
     import fcntl
 except ImportError:  # Windows: no lock on a run folder
     fcntl = None
+
+
+class UserError(ValueError):
+    """Bad input: the command line prints it as one line and exits with this code."""
+
+    code = 2
+
+
+def generator(*key):
+    """A CPU generator that depends on nothing but `key`, e.g. ("views", seed, step): so any step can be drawn again."""
+    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
+
 
 # ---------------------------------------------------------------- methods: a method of the paper is a small table
 
@@ -82,7 +92,7 @@ def methods(groups, same=()):
     }
 
 
-def method_of(config):
+def get_method(config):
     """The Method that a configuration names."""
     return methods(config["groups"], config["same"])[config["method"]]
 
@@ -95,7 +105,7 @@ def uniform(low, high, *shape, generator):
     return torch.rand(*shape, generator=generator) * (high - low) + low
 
 
-def draw_texture(b, generator):
+def sample_texture(b, generator):
     """A stylised copy with probability 0.5, and which of them as a share of their number."""
     stylised = torch.rand(b, generator=generator) < 0.5
     return {
@@ -104,7 +114,7 @@ def draw_texture(b, generator):
     }
 
 
-def draw_crop(b, generator):
+def sample_crop(b, generator):
     """Random-resized-crop's ten attempts: area and shape of the box, and where it goes in the room that is left."""
     return {
         "area": uniform(0.2, 1, b, 10, generator=generator),
@@ -113,17 +123,17 @@ def draw_crop(b, generator):
     }
 
 
-def draw_flip(b, generator):
+def sample_flip(b, generator):
     return {"flip": torch.rand(b, generator=generator) < 0.5}
 
 
-def draw_rotation(b, generator):
+def sample_rotation(b, generator):
     """Counter-clockwise quarter turns: none with probability 0.5, else 1, 2 or 3."""
     turns = torch.randint(1, 4, (b,), generator=generator)
     return {"turns": torch.where(torch.rand(b, generator=generator) < 0.5, turns, 0)}
 
 
-def draw_color(b, generator):
+def sample_color(b, generator):
     """Colour jitter with probability 0.8 (else the order of its four ops is -1), then grayscale with probability 0.2, as MoCo v2."""
     jitter = torch.rand(b, generator=generator) < 0.8
     around = lambda middle, reach: torch.where(
@@ -141,14 +151,14 @@ def draw_color(b, generator):
     }
 
 
-def draw_blur(b, generator):
+def sample_blur(b, generator):
     return {
         "blur": torch.rand(b, generator=generator) < 0.5,
         "sigma": uniform(0.1, 2.0, b, generator=generator),
     }
 
 
-def on(images, parameter):
+def move_like(images, parameter):
     """A drawn parameter, or rows, where the images are and in their precision."""
     return parameter.to(
         images.device,
@@ -166,23 +176,23 @@ def resample(images, draw, size=None, aspect=None):
     b, c, h, w = images.shape
     size = size or h
     odd = (
-        on(images, (draw["turns"] % 2 == 1).nonzero().squeeze(1)) if "turns" in draw else ()
+        move_like(images, (draw["turns"] % 2 == 1).nonzero().squeeze(1)) if "turns" in draw else ()
     )  # found on the CPU: no GPU is waited for
-    draw = {k: on(images, p) for k, p in draw.items()}
+    draw = {k: move_like(images, p) for k, p in draw.items()}
     zeros, ones = images.new_zeros(b), images.new_ones(b)
     top, left, height, width = zeros, zeros, ones, ones  # all of the canvas
     if "area" in draw:
         top, left, height, width = crop_box(draw, ones if aspect is None else aspect)
     turns, flip = draw.get("turns", zeros), draw.get("flip", zeros.bool())
-    rows = interpolation(top, height, (turns == 2) | (turns == 3), h, size)
-    cols = interpolation(left, width, flip ^ ((turns == 1) | (turns == 2)), w, size)
-    out = products(images, rows, cols)
+    rows = resize_matrix(top, height, (turns == 2) | (turns == 3), h, size)
+    cols = resize_matrix(left, width, flip ^ ((turns == 1) | (turns == 2)), w, size)
+    out = separable_matmul(images, rows, cols)
     if len(odd):
         out[odd] = out[odd].mT
     return out
 
 
-def products(images, rows, cols):
+def separable_matmul(images, rows, cols):
     """rows @ images @ cols^T of each picture and channel: images (b c h w), rows (b k h), cols (b l w) -> (b c k l), contiguous."""
     wide = rearrange(images, "b c h w -> b (c h) w") @ cols.mT
     return rows[:, None] @ rearrange(wide, "b (c h) l -> b c h l", c=images.shape[1])
@@ -204,7 +214,7 @@ def crop_box(draw, aspect):
     return top * (1 - height), left * (1 - width), height, width
 
 
-def interpolation(start, extent, mirror, n, size):
+def resize_matrix(start, extent, mirror, n, size):
     """(b size n): row i weighs the n pixels behind output pixel i of the box [start, start + extent] (shares of n)."""
     start, extent = start[:, None, None] * n, extent[:, None, None] * n
     step = extent / size
@@ -226,8 +236,8 @@ def texture(images, draw, textures, at):
         raise ValueError("the group texture needs `textures`, the stylised copies (b copy c h w)")
     rows = draw["stylised"].nonzero().squeeze(1)
     copy = (draw["copy"][rows] * textures.shape[1]).long()
-    out, rows = images.clone(), on(images, rows)
-    out[rows] = textures[at[rows], on(images, copy)]
+    out, rows = images.clone(), move_like(images, rows)
+    out[rows] = textures[at[rows], move_like(images, copy)]
     return out
 
 
@@ -245,22 +255,22 @@ def blend(images, other, factor):
     )  # addcmul would take longer than both
 
 
-def brightness(images, factor):
+def adjust_brightness(images, factor):
     """(b 3 h w), factor (b,) -> (b 3 h w); as contrast and saturation, torchvision's adjust_*."""
     return (images * factor[:, None, None, None]).clamp_(0, 1)
 
 
-def contrast(images, factor):
+def adjust_contrast(images, factor):
     return blend(
         images, grayscale(images.mean((2, 3), keepdim=True)), factor
     )  # the mean of the gray is the gray of the mean
 
 
-def saturation(images, factor):
+def adjust_saturation(images, factor):
     return blend(images, grayscale(images), factor)
 
 
-def hue(images, shift):
+def adjust_hue(images, shift):
     """(b 3 h w), shift (b,) as a share of the colour circle -> (b 3 h w): to HSV, turn, and back."""
     r, g, b = images.unbind(1)
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
@@ -279,10 +289,10 @@ def hue(images, shift):
 
 
 JITTER = (
-    brightness,
-    contrast,
-    saturation,
-    hue,
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+    adjust_hue,
 )  # torchvision's ColorJitter draws their order for each picture
 
 
@@ -291,14 +301,17 @@ def color(images, draw):
 
     The pictures whose turn it is for an op go together; the draw says on the CPU which, so no GPU is waited for.
     """
-    factors, out = {op: on(images, draw[op.__name__]) for op in JITTER}, images.clone()
+    factors, out = (
+        {op: move_like(images, draw[op.__name__.removeprefix("adjust_")]) for op in JITTER},
+        images.clone(),
+    )
     for turn in draw["order"].unbind(1):  # (b,) the op whose turn it is, -1 none
         for i, op in enumerate(JITTER):
-            rows = on(images, (turn == i).nonzero().squeeze(1))
+            rows = move_like(images, (turn == i).nonzero().squeeze(1))
             out.index_copy_(
                 0, rows, op(out.index_select(0, rows), factors[op].index_select(0, rows))
             )
-    gray = on(images, draw["gray"].nonzero().squeeze(1))
+    gray = move_like(images, draw["gray"].nonzero().squeeze(1))
     return out.index_copy_(0, gray, grayscale(out.index_select(0, gray)).expand(-1, 3, -1, -1))
 
 
@@ -308,13 +321,15 @@ def blur(images, draw):
     if 2.0 * w / 224 < 0.3:  # no neighbour would weigh 1/255
         return images
     some = draw["blur"].nonzero().squeeze(1)
-    rows, cols = (gaussian(on(images, draw["sigma"][some]) * w / 224, n) for n in (h, w))
-    out, some = images.clone(), on(images, some)
-    out[some] = products(images[some], rows, cols)
+    rows, cols = (
+        gaussian_matrix(move_like(images, draw["sigma"][some]) * w / 224, n) for n in (h, w)
+    )
+    out, some = images.clone(), move_like(images, some)
+    out[some] = separable_matmul(images[some], rows, cols)
     return out
 
 
-def gaussian(sigma, n):
+def gaussian_matrix(sigma, n):
     """(b n n): row i weighs the n pixels around pixel i; what falls over an edge is reflected."""
     at = torch.arange(n, device=sigma.device)
     bell = lambda distance: (-0.5 * (distance / sigma[:, None, None]) ** 2).exp()
@@ -326,12 +341,12 @@ def gaussian(sigma, n):
 # name: (draw, apply), in the order of application. An augmentation of your own is one more row: with --groups=NAME it gets a
 # view, a space and a queue. Neighbours with the same `apply` are applied together.
 GROUPS = {
-    "texture": (draw_texture, texture),
-    "crop": (draw_crop, resample),
-    "flip": (draw_flip, resample),
-    "rotation": (draw_rotation, resample),
-    "color": (draw_color, color),
-    "blur": (draw_blur, blur),
+    "texture": (sample_texture, texture),
+    "crop": (sample_crop, resample),
+    "flip": (sample_flip, resample),
+    "rotation": (sample_rotation, resample),
+    "color": (sample_color, color),
+    "blur": (sample_blur, blur),
 }
 
 
@@ -358,15 +373,15 @@ def augment_groups(
     Raises ValueError for an unknown name, and for the group texture without textures.
     """
     first, total = rows or (0, len(images))
-    draws = map_draws(
-        draw_groups(total, groups, share, generator, always),
+    draws = map_params(
+        sample_groups(total, groups, share, generator, always),
         lambda x: x[:, first : first + len(images)],
     )
     at = torch.arange(len(images)).repeat(1 + len(share))
     views = apply_groups(
         images,
         at,
-        map_draws(draws, lambda x: rearrange(x, "v b ... -> (v b) ...")),
+        map_params(draws, lambda x: rearrange(x, "v b ... -> (v b) ...")),
         size,
         aspect,
         textures,
@@ -375,7 +390,7 @@ def augment_groups(
     return views[0], views[1:], draws
 
 
-def draw_groups(b, groups, share, generator, always):
+def sample_groups(b, groups, share, generator, always):
     """The first half of augment_groups: numbers, no pixels -> {group: {parameter: (1+v b ...)}}, in the order of GROUPS."""
     if unknown := {*groups, *always} - GROUPS.keys():
         raise ValueError(
@@ -392,7 +407,7 @@ def draw_groups(b, groups, share, generator, always):
     return draws
 
 
-def map_draws(draws, change):
+def map_params(draws, change):
     """`change` of each drawn parameter: {group: {parameter: (v b ...)}} -> the same with change's shapes."""
     return {name: {k: change(x) for k, x in draw.items()} for name, draw in draws.items()}
 
@@ -400,7 +415,7 @@ def map_draws(draws, change):
 def apply_groups(images, at, draws, size=None, aspect=None, textures=None):
     """The second half of augment_groups: view i is of picture at[i], by row i of the draws. images (b c h w), at (n,), draws {group: {parameter:
     (n ...)}} -> views (n c size size)."""
-    at = on(images, at)
+    at = move_like(images, at)
     x = images.index_select(0, at)
     more = {
         resample: (size, None if aspect is None else aspect[at]),
@@ -507,8 +522,8 @@ class Encoder(nn.Module):
         )  # separately built, or they would start identical
         d = nets[0].fc.in_features
         self.features = d * len(nets)
-        self.w1, self.b1 = linear(spaces, d, hidden)
-        self.w2, self.b2 = linear(spaces, hidden or d, dim)
+        self.w1, self.b1 = init_linear(spaces, d, hidden)
+        self.w2, self.b2 = init_linear(spaces, hidden or d, dim)
 
     def forward(self, images):
         x = self.trunk(images)
@@ -521,7 +536,7 @@ class Encoder(nn.Module):
         return rearrange(v, "s b d -> b (s d)"), F.normalize(at_least_float32(z), dim=-1)
 
 
-def linear(spaces, d, out):
+def init_linear(spaces, d, out):
     """nn.Linear's own start, once for each space -> weight (s out d), bias (s out). Empty ones take no gradient: ranks would wait for it."""
     bound = d**-0.5
     return [
@@ -589,7 +604,7 @@ def queue_update(queue, pointer, keys):
 
 
 @torch.no_grad()
-def watch(q, k, queue, role, tau):
+def contrast_metrics(q, k, queue, role, tau):
     """How a space is doing, each (s,): how often the positive beats every near and every far negative, and the softmax's
     mass on the near and on the far negatives. Near mass is what pushes a space to keep its group."""
     near, far, positive = space_logits(q, k, queue, role, tau)
@@ -623,42 +638,44 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def ranks():
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def own(b):
+def rank_slice(b):
     """This rank's rows of a global batch."""
-    return torch.arange(b).chunk(ranks())[rank()]
+    return torch.arange(b).chunk(world_size())[rank()]
 
 
-def gather(x):
+def all_gather(x):
     """(s v b c) of each rank -> (s v B c), in the order of ranks. No gradient flows back: for keys only."""
     if not dist.is_initialized():
         return x
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks())]
+    parts = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())
+    ]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts, 2)
 
 
 @torch.no_grad()
-def average(tensors):
+def all_reduce_mean(tensors):
     """In place, over ranks; all on one device. -> tensors"""
     if dist.is_initialized():
-        flat = summed(torch.cat([x.flatten() for x in tensors])) / ranks()
+        flat = all_reduce_sum(torch.cat([x.flatten() for x in tensors])) / world_size()
         for x, mean in zip(tensors, flat.split([x.numel() for x in tensors])):
             x.copy_(mean.view_as(x))
     return tensors
 
 
-def summed(x):
+def all_reduce_sum(x):
     """x summed over ranks, in place; on the CPU or each on its own GPU."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
-def agreed(number):
+def all_reduce_max(number):
     """The largest of the ranks' numbers, so that all do the same."""
     if dist.is_initialized():
         dist.all_reduce(
@@ -667,12 +684,12 @@ def agreed(number):
     return int(number)
 
 
-def bare(module):
+def unwrap_model(module):
     """The module inside DistributedDataParallel."""
     return getattr(module, "module", module)
 
 
-def parallel(module):
+def wrap_ddp(module):
     """Gradients become their mean over ranks. BatchNorm's running statistics stay apart until they are saved: see `save`."""
     if not dist.is_initialized() or not any(p.requires_grad for p in module.parameters()):
         return module
@@ -685,16 +702,18 @@ def parallel(module):
     return wrap(module, **{buffers: False})
 
 
-class Lost(UserError):
+class PeerLost(UserError):
     code = 1
 
 
 @contextlib.contextmanager
-def processes(device, patience=60):
+def init_distributed(device, patience=60):
     """Join the other processes that torchrun started, over NCCL between GPUs, Gloo between CPUs; nothing happens without it.
 
     -> a context in which rank 0 goes first, however long it takes. UserError when one is not there after `patience` seconds, or is lost.
     """
+    import data as pixels
+
     if "WORLD_SIZE" not in os.environ:
         yield contextlib.nullcontext
         return
@@ -736,7 +755,7 @@ def processes(device, patience=60):
             "gloo|nccl|connection|peer", str(error), re.IGNORECASE
         ):
             raise
-        raise Lost(
+        raise PeerLost(
             f"another process was lost: its own last words say why ({pixels.first_line(error)})"
         ) from None
     dist.destroy_process_group()
@@ -796,9 +815,9 @@ class State(NamedTuple):
     total: torch.Tensor  # (s,) loss summed since the last line of the log
 
 
-def build(config, splits=1):
+def build_encoder(config, splits=1):
     """The encoder a configuration names, as it starts."""
-    method = method_of(config)
+    method = get_method(config)
     return Encoder(
         config["arch"],
         config["stem"],
@@ -810,16 +829,16 @@ def build(config, splits=1):
     )
 
 
-def start(config, classes=0):
+def init_state(config, classes=0):
     """State before the first step: the key encoder is a copy of the query's, the queue holds random directions."""
-    method = method_of(config)
+    method = get_method(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
-        query = build(config, config["splits"] // ranks())
+        query = build_encoder(config, config["splits"] // world_size())
         classifier = nn.Linear(query.features, classes) if classes else nn.Identity()
-        key = build(config, config["splits"] // ranks() * max(len(method.share), 1)).requires_grad_(
-            False
-        )  # statistics per (view, split)
+        key = build_encoder(
+            config, config["splits"] // world_size() * max(len(method.share), 1)
+        ).requires_grad_(False)  # statistics per (view, split)
     key.load_state_dict(query.state_dict())
     place = partial(
         nn.Module.to,
@@ -844,9 +863,9 @@ def start(config, classes=0):
         fused=True,
     )
     return State(
-        parallel(query),
+        wrap_ddp(query),
         key,
-        parallel(classifier),
+        wrap_ddp(classifier),
         optimizer,
         F.normalize(queue, dim=-1).to(config["device"], dtype_of(config)),
         0,
@@ -864,16 +883,16 @@ def dtype_of(config):
     return torch.float64 if config["precision"] == "float64" else torch.float32
 
 
-def shuffled(config, step):
+def key_permutation(config, step):
     """(B,) the order in which the key encoder sees the global batch, so that a BatchNorm split does not hold the same images for query and key."""
     return torch.randperm(config["batch"], generator=generator("shuffle", config["seed"], step))
 
 
-def needed(config, step):
+def rank_rows(config, step):
     """What this rank reads of the global batch of B -> its rows (m,), and where among them its queries (b,) and keys (b,) are, b = B / ranks. A
     rank draws the keys that its part of the shuffled order asks for, so no images travel between ranks."""
-    queries = own(config["batch"])
-    keys = shuffled(config, step)[queries]
+    queries = rank_slice(config["batch"])
+    keys = key_permutation(config, step)[queries]
     rows, where = torch.cat([queries, keys]).unique(return_inverse=True)
     return rows, *where.chunk(2)
 
@@ -884,8 +903,8 @@ def contrastive(query, key, images, aspect, config, step, textures=None):
 
     Draws and shuffle are those of the global batch and depend on (seed, step) alone.
     """
-    B, method = config["batch"], method_of(config)
-    rows, q_at, k_at = needed(config, step)
+    B, method = config["batch"], get_method(config)
+    rows, q_at, k_at = rank_rows(config, step)
     at, view = (
         torch.cat([q_at, k_at.repeat(len(method.share))]),
         torch.arange(1 + len(method.share)).repeat_interleave(len(q_at)),
@@ -893,7 +912,7 @@ def contrastive(query, key, images, aspect, config, step, textures=None):
     with (
         torch.inference_mode()
     ):  # no_grad without its bookkeeping: a tenth of the augmenting on a CPU
-        draws = draw_groups(
+        draws = sample_groups(
             B,
             method.groups,
             method.share,
@@ -904,7 +923,7 @@ def contrastive(query, key, images, aspect, config, step, textures=None):
         views = apply_groups(
             images,
             at,
-            map_draws(draws, lambda x: x.flatten(0, 1).index_select(0, flat)),
+            map_params(draws, lambda x: x.flatten(0, 1).index_select(0, flat)),
             config["size"],
             aspect,
             textures,
@@ -914,16 +933,16 @@ def contrastive(query, key, images, aspect, config, step, textures=None):
             k = encode(key, k_images)[1]
     with autocast(config):
         q = encode(query, q_images)[1]
-    k = gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)))[
-        :, :, on(images, shuffled(config, step).argsort())
+    k = all_gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)))[
+        :, :, move_like(images, key_permutation(config, step).argsort())
     ]
     role = method.role
     if config["drop_equal"] and (role < 0).any():
-        role = drop_equal(role, map_draws(draws, lambda x: x[:, own(B)]), method)
+        role = drop_equal(role, map_params(draws, lambda x: x[:, rank_slice(B)]), method)
     role = role.to(q.device)
     return (
         q,
-        k[:, :, on(images, own(B))],
+        k[:, :, move_like(images, rank_slice(B))],
         k[torch.arange(len(k), device=k.device), positive_view(role)],
         role,
     )
@@ -943,14 +962,14 @@ def drop_equal(role, draws, method):
     return role
 
 
-def step(state, images, aspect, config, textures=None):
+def train_step(state, images, aspect, config, textures=None):
     """One step of LooC or a contrastive baseline: images, aspect, textures as `contrastive` -> State, (loss (s,), q, k, queue, role)."""
     ema(state.key, state.query, config["momentum"])
     q, k, positives, role = contrastive(
         state.query, state.key, images, aspect, config, state.step, textures
     )
     loss = multi_space_loss(q, k, state.queue, role, config["tau"])
-    descend(state.optimizer, loss.mean())
+    optimizer_step(state.optimizer, loss.mean())
     queue, pointer = queue_update(state.queue, state.pointer, positives)
     return state._replace(queue=queue, pointer=pointer, step=state.step + 1), (
         loss.detach(),
@@ -963,7 +982,7 @@ def step(state, images, aspect, config, textures=None):
 
 def supervised_step(state, images, aspect, labels, config, textures=None):
     """The supervised baseline: the query's augmentations, cross-entropy on labels (b,), or on the rotation drawn if None."""
-    method = method_of(config)
+    method = get_method(config)
     images, _, draws = augment_groups(
         images,
         method.groups,
@@ -979,17 +998,17 @@ def supervised_step(state, images, aspect, labels, config, textures=None):
     with autocast(config):
         logits = state.classifier(encode(state.query, images)[0])
     loss = F.cross_entropy(at_least_float32(logits), labels)
-    descend(state.optimizer, loss)
+    optimizer_step(state.optimizer, loss)
     return state._replace(step=state.step + 1), (loss.detach()[None],)
 
 
-def descend(optimizer, loss):
+def optimizer_step(optimizer, loss):
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
 
 
-def keep_freed_memory():
+def tune_malloc():
     """glibc gives a large block back to the system when it is freed, and the next one is faulted in page by page: small operations on a
     CPU can take five times as long as they must. Keep up to 1 GiB instead."""
     if sys.platform == "linux":
@@ -1096,12 +1115,14 @@ def train(
         textures: the folder that `python data.py stylize` wrote, for the group texture; factors makes its own
         fresh: start over; a run already in the folder is moved aside
     """
-    config = settings(**locals())
-    keep_freed_memory()
+    import data as pixels
+
+    config = make_config(**locals())
+    tune_malloc()
     out = Path(config["out"])
-    with processes(config["device"]) as leader_first, contextlib.ExitStack() as held:
+    with init_distributed(config["device"]) as leader_first, contextlib.ExitStack() as held:
         with leader_first():
-            found = pixels.load(
+            found = pixels.load_dataset(
                 data,
                 "train" if method == "supervised" else "pretrain",
                 root=root,
@@ -1111,13 +1132,13 @@ def train(
                 download=download,
                 workers=workers,
                 cache=packed or out.parent,
-                shared=ranks() > 1 or cache == "none" or bool(packed),
+                shared=world_size() > 1 or cache == "none" or bool(packed),
                 texture="texture" in config["groups"] + config["always"],
                 textures=textures,
                 device=config["device"],
             )
-            found, kept = hold(found, config)
-            labels, classes, config["label"] = supervision(found, config)
+            found, kept = place_dataset(found, config)
+            labels, classes, config["label"] = training_labels(found, config)
             n, batch = len(found.images), config["batch"]
             if n < batch:
                 raise UserError(
@@ -1126,42 +1147,46 @@ def train(
                 )
             if rank() == 0:
                 if fresh and out.exists():
-                    with alone(out):
-                        print(f"moved the run that was there to {set_aside(out)}")
-                held.enter_context(alone(out))
-        asked = held.enter_context(signals())
-        state = resume(start(config, classes), config, out)
-        agreed(0)  # all have read what was there
+                    with lock_folder(out):
+                        print(f"moved the run that was there to {move_aside(out)}")
+                held.enter_context(lock_folder(out))
+        asked = held.enter_context(catch_signals())
+        state = load_checkpoint(init_state(config, classes), config, out)
+        all_reduce_max(0)  # all have read what was there
         if rank() == 0:
             if state.step == 0:
-                write(out / "config.json", dumps(config, indent=1).encode())
+                pixels.write_atomic(out / "config.json", dumps(config, indent=1).encode())
                 save_views(found, config, out / "views.png")
             link_latest(out)
-            log = [line for line in read_lines(out / "log.jsonl") if line["step"] <= state.step]
-            write(out / "log.jsonl", "".join(dumps(line) + "\n" for line in log).encode())
-            introduce(state, config, found, kept)
+            log = [line for line in read_jsonl(out / "log.jsonl") if line["step"] <= state.step]
+            pixels.write_atomic(
+                out / "log.jsonl", "".join(dumps(line) + "\n" for line in log).encode()
+            )
+            print_header(state, config, found, kept)
         begun = time.perf_counter()
-        query = fit(state, found, labels, config, out, asked).query
+        query = train_loop(state, found, labels, config, out, asked).query
         if rank() == 0:
             export(query, out)
             print(
                 f"trained in {time.perf_counter() - begun:.0f} s; wrote {out}: backbone.pt, heads.pt, checkpoint.pt, log.jsonl, config.json, views.png\n"
-                f"next: python eval.py {'fewshot' if pixels.told_apart(found.classes) else 'rotation'}"
+                f"next: python eval.py {'fewshot' if pixels.label_names(found.classes) else 'rotation'}"
                 + ("" if out.resolve() == Path("runs/latest").resolve() else f" --run={out}")
             )
 
 
-def introduce(state, config, found, kept):
+def print_header(state, config, found, kept):
     """The first lines of a run."""
+    import data as pixels
+
     n, batch, out, spaces = (
         len(found.images),
         config["batch"],
         config["out"],
-        method_of(config).spaces,
+        get_method(config).spaces,
     )
     steps, among = (
         config["epochs"] * (n // batch),
-        f" on {ranks()} processes" if ranks() > 1 else "",
+        f" on {world_size()} processes" if world_size() > 1 else "",
     )
     if state.step:
         print(
@@ -1172,7 +1197,7 @@ def introduce(state, config, found, kept):
         )
     else:
         place = {"device": "on the device", "host": "in memory", "none": "on disk"}[kept]
-        known = pixels.told_apart(found.classes)
+        known = pixels.label_names(found.classes)
         labels = (
             f", {len(found.classes['class'])} classes"
             if "class" in known
@@ -1197,18 +1222,22 @@ def introduce(state, config, found, kept):
         )
 
 
-def rows_of(config, n, first, steps):
+def batch_rows(config, n, first, steps):
     """The rows of the data that this rank reads, step by step."""
+    import data as pixels
+
     for at in range(first, steps):
         epoch, i = divmod(at, n // config["batch"])
         if i == 0 or at == first:
-            order = pixels.batches(n, config["batch"], config["seed"], epoch)
+            order = pixels.epoch_batches(n, config["batch"], config["seed"], epoch)
         yield order[i][
-            own(config["batch"]) if config["method"] == "supervised" else needed(config, at)[0]
+            rank_slice(config["batch"])
+            if config["method"] == "supervised"
+            else rank_rows(config, at)[0]
         ]
 
 
-def fetch(found, config, rows):
+def get_batch(found, config, rows):
     """-> rows, and on the training device images (m 3 h w) in [0, 1], aspect (m,), textures (m copy 3 h w) or None; bytes travel, not floats."""
 
     def place(some):
@@ -1224,7 +1253,7 @@ def fetch(found, config, rows):
     )
 
 
-def ahead(function, items):
+def prefetch(function, items):
     """map, but a thread computes the next one while this one is used."""
     with ThreadPoolExecutor(1) as pool:
         waiting = collections.deque()
@@ -1235,7 +1264,7 @@ def ahead(function, items):
         yield from (one.result() for one in waiting)
 
 
-def hold(found, config):
+def place_dataset(found, config):
     """The pictures where --cache says: on the "device", by default if they take less than half of its free memory; in the "host"'s memory, by
     default below 4 GiB and on one process; or "none", a memory map on disk -> Data, and which it is."""
     cache, mapped = config["cache"], found.images.is_shared()
@@ -1254,11 +1283,11 @@ def hold(found, config):
     return found._replace(images=move(found.images), textures=move(found.textures)), cache
 
 
-class NotFinite(UserError):
+class NonFiniteError(UserError):
     code = 3
 
 
-def fit(state, found, labels, config, out, asked):
+def train_loop(state, found, labels, config, out, asked):
     """The steps that are left -> State; labels (n,) of "supervised", else None. Logs to out/log.jsonl and saves to out/checkpoint.pt.
 
     A signal in `asked` ends it with a last checkpoint. NotFinite, before anything is saved, when loss or weights are not.
@@ -1267,13 +1296,13 @@ def fit(state, found, labels, config, out, asked):
     per_epoch = n // batch
     steps, first, begun = config["epochs"] * per_epoch, state.step, time.perf_counter()
     every = max(1, steps // 200)
-    save_every, spaces = config["save_every"] or 20 * every, method_of(config).spaces
+    save_every, spaces = config["save_every"] or 20 * every, get_method(config).spaces
     logged_at, logged_step = begun, first
     one_ahead = (
-        ahead if on_gpu(config) else map
+        prefetch if on_gpu(config) else map
     )  # on a CPU a second thread would only be in the way
     for rows, images, aspect, textures in one_ahead(
-        partial(fetch, found, config), rows_of(config, n, first, steps)
+        partial(get_batch, found, config), batch_rows(config, n, first, steps)
     ):
         lr_now = state.optimizer.param_groups[0]["lr"] = learning_rate(
             config, state.step / per_epoch
@@ -1288,14 +1317,14 @@ def fit(state, found, labels, config, out, asked):
                 textures,
             )
         else:
-            state, (loss, *compared) = step(state, images, aspect, config, textures)
+            state, (loss, *compared) = train_step(state, images, aspect, config, textures)
         state = state._replace(total=state.total + loss)
-        number = agreed(asked[0] if asked else 0)
+        number = all_reduce_max(asked[0] if asked else 0)
         saving = state.step % save_every == 0 or state.step == steps or number
         logging = state.step % every == 0 or state.step == steps
         if saving or logging:
-            average([state.total])
-            finite(state, out)
+            all_reduce_mean([state.total])
+            check_finite(state, out)
         if logging:
             line = {
                 "step": state.step,
@@ -1303,8 +1332,10 @@ def fit(state, found, labels, config, out, asked):
             }  # the sum may begin before a resume
             line |= {"unreadable": len(found.missing)} if found.missing else {}
             if spaces:
-                watched = watch(*compared, config["tau"])
-                line |= {k: x.tolist() for k, x in zip(watched, average([*watched.values()]))}
+                watched = contrast_metrics(*compared, config["tau"])
+                line |= {
+                    k: x.tolist() for k, x in zip(watched, all_reduce_mean([*watched.values()]))
+                }
             now = time.perf_counter()
             line |= {
                 "lr": lr_now,
@@ -1319,7 +1350,7 @@ def fit(state, found, labels, config, out, asked):
             if rank() == 0:
                 with open(out / "log.jsonl", "a") as file:
                     file.write(dumps(line) + "\n")
-                show(
+                log_line(
                     line,
                     spaces or (config["label"],),
                     steps,
@@ -1327,12 +1358,12 @@ def fit(state, found, labels, config, out, asked):
                     plain=state.step % (20 * every) == 0,
                 )
         if saving:
-            save(state, config, out)
+            save_checkpoint(state, config, out)
         if number and state.step < steps:
             if rank() == 0:
                 launch = (
                     ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
-                    if ranks() > 1
+                    if world_size() > 1
                     else ["python"]
                 )
                 print(
@@ -1347,14 +1378,14 @@ def fit(state, found, labels, config, out, asked):
 
 
 @torch.no_grad()
-def finite(state, out):
+def check_finite(state, out):
     """NotFinite if a loss or a weight is not finite."""
     weights = (
         torch.stack(torch._foreach_norm(list(state.query.parameters()))).sum() + state.total.sum()
     )
     if not math.isfinite(weights):
         kept = out / "checkpoint.pt"
-        raise NotFinite(
+        raise NonFiniteError(
             f"the loss or a weight is not finite at step {state.step}: lower --lr, raise --tau, or take --precision=float32; "
             + (
                 f"{kept} holds the last good step"
@@ -1365,7 +1396,7 @@ def finite(state, out):
 
 
 @contextlib.contextmanager
-def signals():
+def catch_signals():
     """A list that SIGTERM, SIGINT, SIGHUP and SLURM's SIGUSR1 append themselves to, instead of ending the program in the middle of a step."""
     asked, old = [], {}
     if threading.current_thread() is threading.main_thread():
@@ -1387,7 +1418,7 @@ def signals():
 
 
 @contextlib.contextmanager
-def alone(out):
+def lock_folder(out):
     """One trainer a run folder: a lock on it that dies with its process."""
     out.mkdir(parents=True, exist_ok=True)
     if not fcntl:
@@ -1406,7 +1437,7 @@ def alone(out):
         os.close(folder)
 
 
-def settings(
+def make_config(
     *,
     method,
     groups,
@@ -1424,10 +1455,12 @@ def settings(
     **flags,
 ):
     """The flags of `train` checked, and what they leave out filled in from the recipe -> config, plain data. (packed and fresh are not of it.)"""
-    pixels.choose("method", method, tuple(methods(())))
-    pixels.choose("data", data, pixels.NAMES)
+    import data as pixels
+
+    pixels.check_choice("method", method, tuple(methods(())))
+    pixels.check_choice("data", data, pixels.NAMES)
     for name in (*groups, *always, *same):
-        pixels.choose(
+        pixels.check_choice(
             "groups" if name in groups else "always" if name in always else "same",
             name,
             tuple(GROUPS),
@@ -1442,7 +1475,7 @@ def settings(
         raise UserError(
             f"--method={method} leaves one group out: name at least one, as in --groups=color,rotation"
         )
-    recipe = pixels.choose(
+    recipe = pixels.check_choice(
         "recipe", recipe or (data if data in RECIPES else "factors"), tuple(RECIPES)
     )
     config = dict(
@@ -1455,8 +1488,8 @@ def settings(
         label=label,
         **{k: RECIPES[recipe].get(k) if v is None else v for k, v in flags.items()},
     )
-    config["device"] = pixels.device_of(device)
-    pixels.choose("precision", precision, ("auto", "float32", "bfloat16", "float64"))
+    config["device"] = pixels.resolve_device(device)
+    pixels.check_choice("precision", precision, ("auto", "float32", "bfloat16", "float64"))
     config["precision"] = (
         precision
         if precision != "auto"
@@ -1464,7 +1497,7 @@ def settings(
         if fast_bfloat16(config["device"])
         else "float32"
     )
-    config["cache"] = pixels.choose("cache", cache, ("auto", "device", "host", "none"))
+    config["cache"] = pixels.check_choice("cache", cache, ("auto", "device", "host", "none"))
     if packed and not Path(packed).is_dir():
         raise UserError(
             f"--packed={packed}: no such folder; `python data.py pack --data={data} --root=DIR --out={packed}` writes it"
@@ -1473,7 +1506,7 @@ def settings(
         flags[name] and str(Path(flags[name]).resolve()) for name in ("root", "textures")
     )
     config["out"] = out or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
-    pixels.choose(
+    pixels.check_choice(
         "arch",
         config["arch"],
         (
@@ -1481,7 +1514,7 @@ def settings(
             *(a for a in torchvision.models.list_models(module=torchvision.models) if "resne" in a),
         ),
     )
-    pixels.choose("stem", config["stem"], ("imagenet", "cifar"))
+    pixels.check_choice("stem", config["stem"], ("imagenet", "cifar"))
     if data == "factors" and flags["canvas"]:
         raise UserError(
             f"--canvas={flags['canvas']}: factors is drawn as large as it is seen, at --size"
@@ -1510,7 +1543,7 @@ def settings(
             f"--textures={flags['textures']}: name the group that reads it, as in --groups=color,texture; factors makes its own copies"
         )
     if data == "folder" and config["root"]:
-        pixels.keep_out("out", config["out"], config["root"])
+        pixels.forbid_inside("out", config["out"], config["root"])
     if Path(config["out"]).is_file():
         raise UserError(f"--out={config['out']} is a file; name a folder")
     if not 0 <= config["momentum"] <= 1:
@@ -1535,19 +1568,21 @@ def settings(
     return config
 
 
-def settings_with(**flags):
+def default_config(**flags):
     """The configuration that `train` makes of these flags."""
-    return settings(
+    return make_config(
         **{name: p.default for name, p in inspect.signature(train).parameters.items()} | flags
     )
 
 
-def supervision(found, config):
+def training_labels(found, config):
     """-> labels (n,) or None, how many classes, and the label's name: of "supervised" alone. label "rotation" is drawn with the query."""
+    import data as pixels
+
     if config["method"] != "supervised":
         return None, 0, config["label"]
-    known = (*pixels.told_apart(found.classes), "rotation")
-    label = pixels.choose("label", config["label"] or known[0], known)
+    known = (*pixels.label_names(found.classes), "rotation")
+    label = pixels.check_choice("label", config["label"] or known[0], known)
     if label == "rotation" and "rotation" not in config["groups"]:
         raise UserError("--label=rotation: name rotation in --groups, so that it is drawn")
     return (
@@ -1566,7 +1601,9 @@ def fast_bfloat16(device):
 
 def save_views(found, config, path):
     """Rows of the query and key views of a few pictures, each named by its space and what it shares with the query."""
-    n, method = len(found.images), method_of(config)
+    import data as pixels
+
+    n, method = len(found.images), get_method(config)
     some = torch.linspace(0, n - 1, min(12, n)).long()  # of all classes, where they lie in order
     images, aspect, textures = (
         None if x is None else x[some.to(x.device)].cpu()
@@ -1595,7 +1632,7 @@ def save_views(found, config, path):
         "query",
         *(f"key of space {names}: shares {groups}" for names, groups in zip(spaces, shared)),
     ]
-    pixels.picture_grid(
+    pixels.image_grid(
         torch.cat([query[None], keys]),
         rows,
         [""] * len(some),
@@ -1604,7 +1641,7 @@ def save_views(found, config, path):
     )
 
 
-def show(line, spaces, steps, last, plain):
+def log_line(line, spaces, steps, last, plain):
     """One progress line: rewritten in place on a terminal, now and then elsewhere."""
     each = lambda key, form: " ".join(
         f"{name} {value:{form}}" for name, value in zip(spaces, line[key])
@@ -1626,7 +1663,7 @@ def show(line, spaces, steps, last, plain):
 # ---------------------------------------------------------------- the run folder
 
 
-def read_lines(path):
+def read_jsonl(path):
     """The lines of a JSONL file; one that was cut short is left out."""
     lines = []
     for number, text in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
@@ -1640,18 +1677,20 @@ def read_lines(path):
 VERSION = 1  # of checkpoints
 
 
-def save(state, config, out):
+def save_checkpoint(state, config, out):
     """checkpoint.pt, whole or not at all; the one before becomes checkpoint.old.pt. Rank 0 writes.
 
     Running statistics are linear in the batches', so their mean over ranks could wait until now.
     """
-    average(
+    import data as pixels
+
+    all_reduce_mean(
         [x for part in (state.query, state.key) for x in part.buffers() if x.is_floating_point()]
     )
     if rank():
         return
     parts = {
-        k: bare(v).state_dict() if hasattr(v, "state_dict") else v
+        k: unwrap_model(v).state_dict() if hasattr(v, "state_dict") else v
         for k, v in state._asdict().items()
     }
     buffer = io.BytesIO()
@@ -1665,10 +1704,10 @@ def save(state, config, out):
         },
         buffer,
     )
-    write(out / "checkpoint.pt", buffer.getvalue(), keep=out / "checkpoint.old.pt")
+    pixels.write_atomic(out / "checkpoint.pt", buffer.getvalue(), keep=out / "checkpoint.old.pt")
 
 
-def resume(state, config, out):
+def load_checkpoint(state, config, out):
     """The state saved in the run folder, or the one given where there is none. A run with other settings is a UserError."""
     there = [path for path in (out / "checkpoint.pt", out / "checkpoint.old.pt") if path.exists()]
     if not there:
@@ -1680,13 +1719,13 @@ def resume(state, config, out):
         raise UserError(
             f"{there[0]} cannot be read: start over with --fresh, which keeps the folder under another name"
         )
-    same_settings(config, saved["config"], out)
+    check_same_config(config, saved["config"], out)
     for part in ("query", "key", "classifier", "optimizer"):
-        bare(getattr(state, part)).load_state_dict(saved[part])
+        unwrap_model(getattr(state, part)).load_state_dict(saved[part])
     return state._replace(**{k: saved[k] for k in ("queue", "pointer", "step", "total")})
 
 
-def same_settings(config, saved, out):
+def check_same_config(config, saved, out):
     """UserError where what is saved in the run folder `out` was trained with other settings."""
     free = {
         "device",
@@ -1711,8 +1750,10 @@ def same_settings(config, saved, out):
 
 def read_checkpoint(path, device):
     """A checkpoint of this version, or None and a warning that says why not."""
+    import data as pixels
+
     try:
-        saved = read_tensors(path, device)
+        saved = pixels.read_tensors(path, device)
         if not isinstance(saved, dict) or saved.get("version") != VERSION:
             raise UserError(
                 f"{path} is no checkpoint that this program can read: it writes version {VERSION}"
@@ -1722,7 +1763,7 @@ def read_checkpoint(path, device):
         print(f"warning: {error}", file=sys.stderr)
 
 
-def set_aside(out):
+def move_aside(out):
     """Rename a run folder to the first free name.1, name.2, ... -> its new path."""
     aside = next(
         p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.{i}")).exists()
@@ -1742,17 +1783,23 @@ def link_latest(out):
 
 def export(encoder, out):
     """backbone.pt: a plain state dict in torchvision's names (for conv5 heads with Z_0's layer4); heads.pt: every layer4 and the heads."""
-    state = {k: v.cpu() for k, v in bare(encoder).state_dict().items()}
+    import data as pixels
+
+    state = {k: v.cpu() for k, v in unwrap_model(encoder).state_dict().items()}
     backbone = {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
     backbone |= {
         k.replace("tops.0.", "layer4."): v for k, v in state.items() if k.startswith("tops.0.")
     }
-    write_tensors(out / "backbone.pt", backbone)
-    write_tensors(out / "heads.pt", {k: v for k, v in state.items() if not k.startswith("trunk.")})
+    pixels.write_tensors(out / "backbone.pt", backbone)
+    pixels.write_tensors(
+        out / "heads.pt", {k: v for k, v in state.items() if not k.startswith("trunk.")}
+    )
 
 
 def load_encoder(run, device="cpu"):
     """The trained encoder of a run folder, in eval mode, and its config."""
+    import data as pixels
+
     run = Path(run)
     for name in ("config.json", "backbone.pt", "heads.pt"):
         if not (run / name).exists():
@@ -1765,13 +1812,13 @@ def load_encoder(run, device="cpu"):
             )
     try:
         config = loads((run / "config.json").read_text())
-        state = read_tensors(run / "heads.pt")
+        state = pixels.read_tensors(run / "heads.pt")
         state |= {
             f"trunk.{k}": v
-            for k, v in read_tensors(run / "backbone.pt").items()
+            for k, v in pixels.read_tensors(run / "backbone.pt").items()
             if not k.startswith("layer4.")
         }
-        encoder = build(config)
+        encoder = build_encoder(config)
         encoder.load_state_dict(state)
     except (
         KeyError,
@@ -1789,8 +1836,10 @@ def load_encoder(run, device="cpu"):
 
 def show_methods(groups: tuple = ("color", "rotation"), same: tuple = ("rotation",)):
     """Print the methods as a table: which key view shares which group with the query, and what it is to each space."""
+    import data as pixels
+
     for name in (*groups, *same):
-        pixels.choose("groups" if name in groups else "same", name, tuple(GROUPS))
+        pixels.check_choice("groups" if name in groups else "same", name, tuple(GROUPS))
     print(
         f"groups: {', '.join(groups)}\n\n| method | share (key view x group) | role (space x key view) | heads | feature |\n|---|---|---|---|---|"
     )
@@ -1802,22 +1851,24 @@ def show_methods(groups: tuple = ("color", "rotation"), same: tuple = ("rotation
 # ---------------------------------------------------------------- speed
 
 
-def rig(config):
+def bench_phases(config):
     """What `bench` times, {name: a function of no argument}: the phases of a step, "step" (all of them in turn) and "network": the encoder
     alone, forward and backward of one batch and a bare forward for each key view."""
-    method, b, device = method_of(config), config["batch"], config["device"]
-    state = start(config)
-    bare_key = build(config, config["splits"]).to(
+    import data as pixels
+
+    method, b, device = get_method(config), config["batch"], config["device"]
+    state = init_state(config)
+    bare_key = build_encoder(config, config["splits"]).to(
         device, dtype_of(config), memory_format=torch.channels_last
     )
     if config["compile"]:
         bare_key.compile()
-    canvas = round(config["size"] / pixels.kept(config["data"]))
+    canvas = round(config["size"] / pixels.crop_pct(config["data"]))
     noise = lambda *shape: torch.randint(
         256, shape, dtype=torch.uint8, generator=generator("bench")
     )
-    found, _ = hold(
-        pixels.Data(
+    found, _ = place_dataset(
+        pixels.ImageSet(
             noise(2 * b, 3, canvas, canvas),
             torch.ones(2 * b),
             {},
@@ -1829,7 +1880,7 @@ def rig(config):
     images = torch.rand(b, 3, config["size"], config["size"], generator=generator("bench")).to(
         device, dtype_of(config)
     )
-    get = lambda: fetch(found, config, torch.arange(b) * 2)
+    get = lambda: get_batch(found, config, torch.arange(b) * 2)
     _, canvases, aspect, textures = get()
     views = lambda: augment_groups(
         canvases,
@@ -1868,7 +1919,7 @@ def rig(config):
     def whole():
         nonlocal state
         _, images, aspect, textures = get()
-        state, _ = step(state, images, aspect, config, textures)
+        state, _ = train_step(state, images, aspect, config, textures)
 
     as_step = torch.inference_mode()  # the network alone has no_grad
     return {
@@ -1924,10 +1975,10 @@ def bench(
         raise UserError(
             f"--method={method} --steps={steps}: expected a contrastive method and two steps or more"
         )
-    keep_freed_memory()
-    config = settings_with(**given, data=recipe)
+    tune_malloc()
+    config = default_config(**given, data=recipe)
     wait = partial(torch.cuda.synchronize, config["device"]) if on_gpu(config) else lambda: None
-    begun, times, runs = time.perf_counter(), {}, rig(config)
+    begun, times, runs = time.perf_counter(), {}, bench_phases(config)
     runs["step"](), runs["network"](), wait()
     warm, memory = (
         time.perf_counter() - begun,
@@ -1935,8 +1986,8 @@ def bench(
     )
     fewer = method in ("looc", "looc++") and len(groups) > 1
     if fewer:
-        runs["one group less"] = rig(
-            settings_with(**given | {"data": recipe, "groups": groups[:-1]})
+        runs["one group less"] = bench_phases(
+            default_config(**given | {"data": recipe, "groups": groups[:-1]})
         )["step"]
     for i in range(steps + 3):  # the first backward passes are slow
         for name, run in runs.items():
@@ -1962,7 +2013,7 @@ def bench(
         step_ms=quartiles["step"][1],
         network_ms=quartiles["network"][1],
         images_per_s=config["batch"] / quartiles["step"][1] * 1e3,
-        peak=counter.get_total_flops() / quartiles["step"][1] / 1e9 / peak(config),
+        peak=counter.get_total_flops() / quartiles["step"][1] / 1e9 / peak_tflops(config),
         method=method,
         arch=config["arch"],
         size=config["size"],
@@ -1994,7 +2045,7 @@ def bench(
     )
 
 
-def peak(config):
+def peak_tflops(config):
     """Of a large matrix product here, in TFLOP/s."""
     n = 8192 if on_gpu(config) else 1024
     a = torch.randn(
@@ -2012,4 +2063,7 @@ def peak(config):
 
 
 if __name__ == "__main__":
-    pixels.command_line({"train": train, "methods": show_methods, "bench": bench})
+    import loo  # by its own name, as data.py imports it: one module, not two
+    from data import command_line
+
+    command_line({"train": loo.train, "methods": loo.show_methods, "bench": loo.bench})
