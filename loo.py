@@ -1115,9 +1115,9 @@ def train(
         textures: the folder that `python data.py stylize` wrote, for the group texture; factors makes its own
         fresh: start over; a run already in the folder is moved aside
     """
+    config = make_config(**locals())
     import data as pixels
 
-    config = make_config(**locals())
     tune_malloc()
     out = Path(config["out"])
     with init_distributed(config["device"]) as leader_first, contextlib.ExitStack() as held:
