@@ -1,12 +1,13 @@
-"""Where pixels come from: data sets by name, as fixed-size uint8 canvases. Everything random happens later, on the training device.
+"""Images: data sets by name, decoded to uint8 tensors; factors, corruptions, stylized copies.
 
-    python data.py sheet                       # docs/factors.png, a labelled sheet of the pictures drawn by code
-    python data.py check --data=cub200 --root=DIR   # is a downloaded set whole?
-    python data.py pack --data=folder --root=DIR    # decode once, for later trainings
-    python data.py stylize --data=folder --root=DIR # copies without their texture, for --groups=texture
+    python data.py sheet                             # docs/factors.png, images drawn by code
+    python data.py check --data=cub200 --root=DIR    # is a downloaded set complete?
+    python data.py pack --data=folder --root=DIR     # decode once, for later trainings
+    python data.py stylize --data=folder --root=DIR  # copies in another texture
 
-Axes, one legend for the whole project: b image, v key view, g group, s space, d feature, c embedding (or colour channel),
-n queue slot or sample, t trial, h w pixel.
+All random augmentation happens later, on the training device.
+Axes, in the whole project: b image, v key view, g group, s space, d feature, c embedding (or color
+channel), n queue slot or sample, t trial, h w pixel.
 """
 
 import difflib
@@ -18,11 +19,9 @@ import json
 import math
 import os
 import signal
-import struct
 import sys
 import threading
 import time
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,228 +35,78 @@ from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale, t
 
 from loo import UserError, generator, grayscale, uniform
 
-fire.decorators.FIRE_METADATA = "_fire"  # under its own name, --help lists it as a sub-command
+# ---------------------------------------------------------------- data sets by name
 
 
 class ImageSet(NamedTuple):
-    images: (
-        torch.Tensor
-    )  # (n 3 h w) uint8 canvases, h == w; a picture that is not square is squashed into its canvas.
-    # Or Canvases, which decode them when asked: see `stream` and `decoded`
-    aspect: (
-        torch.Tensor
-    )  # (n,) float, width / height of the picture before it was squashed; 1 until it is decoded
+    """Images with labels. `open_dataset` gives files, `decode_all` makes a tensor of them."""
+
+    # (n 3 h w) uint8, h == w: an image that is not square is squashed. Or ImageFiles.
+    images: torch.Tensor
+    aspect: torch.Tensor  # (n,) float, width / height before squashing; 1 until it is decoded
     labels: dict  # {label: (n,) int64}
-    classes: dict  # {label: names of its classes}
-    missing: tuple = ()  # which of the set's pictures could not be read and were left out
-    textures: torch.Tensor = None  # (n copy 3 h w) uint8, stylised copies of the pictures
+    classes: dict  # {label: class names}
+    missing: tuple = ()  # indices of images that could not be read and were left out
+    textures: torch.Tensor = None  # (n copy 3 h w) uint8, stylized copies of the images
 
 
-def label_names(classes):
-    """classes {label: names of its classes} -> the labels that tell pictures apart."""
-    return [label for label, names in classes.items() if len(names) > 1]
+class Source(NamedTuple):
+    """A row of the table of data sets."""
+
+    # {split: (classes, images)} as published, None for an unknown count;
+    # of a torchvision set, {split: arguments of its class}
+    splits: dict
+    address: str = ""  # where to get a published set
+    crop_pct: float = 0.875  # share of the short side that evaluations see
+    border: int = 0  # pixels to cut off at each side
+    torchvision: str = ""  # torchvision's class, which reads the set and can download it
+    fetched: str = ""  # the folder that --download leaves in `downloads`
 
 
-def epoch_batches(n, batch, seed, epoch):
-    """The epoch's order of n images -> (steps b) int64, the incomplete last batch dropped."""
-    return torch.randperm(n, generator=generator("order", seed, epoch))[: n - n % batch].view(
-        -1, batch
-    )
-
-
-# ---------------------------------------------------------------- factors: pictures drawn by code from known factors
-
-# An object is up to four tapered strokes (x0, y0, x1, y1, radius0, radius1), y up, folded at x = 0: a flip never changes
-# what an object is, and any rotation by a quarter turn does.
-OBJECTS = {
-    "arrow": [(0, -0.85, 0, 0.55, 0.12, 0.12), (0, 0.7, 0.55, 0.2, 0.15, 0.12)],
-    "tee": [(0, -0.8, 0, 0.6, 0.15, 0.15), (0, 0.65, 0.7, 0.65, 0.17, 0.17)],
-    "tree": [(0, -0.85, 0, -0.3, 0.12, 0.12), (0, -0.2, 0, 0.85, 0.6, 0.03)],
-    "lollipop": [(0, 0.4, 0, 0.4, 0.45, 0.45), (0, -0.9, 0, 0.2, 0.09, 0.09)],
-    "mushroom": [(0, 0.35, 0.45, 0.15, 0.4, 0.2), (0, -0.75, 0, 0.1, 0.2, 0.16)],
-    "cup": [(0, -0.6, 0.4, -0.6, 0.2, 0.2), (0.5, -0.5, 0.6, 0.7, 0.17, 0.13)],
-    "fork": [
-        (0, -0.9, 0, 0, 0.14, 0.14),
-        (0, 0, 0.5, 0.3, 0.14, 0.14),
-        (0.5, 0.3, 0.5, 0.8, 0.14, 0.1),
-    ],
-    "anchor": [
-        (0, -0.6, 0, 0.4, 0.12, 0.12),
-        (0, -0.7, 0.7, -0.2, 0.16, 0.1),
-        (0, 0.7, 0, 0.7, 0.24, 0.24),
-        (0, 0.3, 0.3, 0.3, 0.1, 0.1),
-    ],
-    "heart": [(0, -0.75, 0.32, 0.25, 0.08, 0.38)],
-    "crown": [
-        (0, -0.55, 0.6, -0.55, 0.2, 0.2),
-        (0, -0.4, 0, 0.55, 0.2, 0.05),
-        (0.65, -0.4, 0.75, 0.6, 0.17, 0.05),
-    ],
-    "person": [
-        (0, 0.65, 0, 0.65, 0.26, 0.26),
-        (0, 0.3, 0, -0.2, 0.2, 0.17),
-        (0.05, -0.2, 0.3, -0.85, 0.13, 0.13),
-        (0, 0.3, 0.6, -0.05, 0.1, 0.1),
-    ],
-    "bell": [
-        (0, 0.4, 0, -0.1, 0.3, 0.5),
-        (0, -0.45, 0.65, -0.45, 0.12, 0.12),
-        (0, -0.75, 0, -0.75, 0.17, 0.17),
-        (0, 0.8, 0, 0.8, 0.1, 0.1),
-    ],
+IMAGENETC = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 }
-TEXTURES = ("plain", "stripes", "checks", "dots")
-HUES = 16  # neighbouring bins are 0.0625 of the circle apart: closer than the 0.1 that colour jitter moves
-FACTORS = {"train": 8192, "val": 2048, "test": 4096, "viewpoint": 4096}
+CORRUPTED = [f"{c}/{i}" for names in IMAGENETC.values() for c in names for i in range(1, 6)]
+TRAIN_FLAG = {"train": dict(train=True), "test": dict(train=False)}
+SPLIT = {split: dict(split=split) for split in ("train", "val", "test")}
+TRAIN_TEST = {split: SPLIT[split] for split in ("train", "test")}
 
-
-def factors(split, size=32, count=None):
-    """Pictures of one object each, drawn from known factors -> Data of `count` (FACTORS[split]) pictures (n 3 size size).
-
-    Labels: object (12), hue (16 bins), texture (4 fills), species = object x hue (192). Nuisances: position, scale, tilt, light, background,
-    noise. Every object has details of its own (bent strokes, four gray marks), so that an image can be told from all others without its colour;
-    light from above (within some 17 degrees) makes a turn change more than its outline. Splits are disjoint draws; "viewpoint" stands for what
-    ObjectNet is to ImageNet: objects turned further in the picture plane (a deviation of 40 degrees, not 11) on other backgrounds (coloured, not
-    nearly gray).
-    """
-    n = count or FACTORS[split]
-    g = generator("factors", split)
-    rand = lambda *shape, low=0.0, high=1.0: torch.rand(n, *shape, generator=g) * (high - low) + low
-    normal = lambda *shape, std=1.0: torch.randn(n, *shape, generator=g) * std
-    obj, hue, fill = (
-        torch.randint(k, (n,), generator=g) for k in (len(OBJECTS), HUES, len(TEXTURES))
-    )
-    table = torch.tensor(
-        [(strokes * 4)[:4] for strokes in OBJECTS.values()]
-    )  # repeating a stroke draws nothing new
-    strokes = table[obj] + normal(4, 6) * torch.tensor(
-        [0.05, 0.1, 0.1, 0.1, 0.03, 0.03]
-    )  # (n 4 6), bent
-    strokes[..., 4:] *= rand(1, 1, low=0.6, high=1.5)  # all of an object's radii thinner or thicker
-    look = dict(
-        strokes=strokes,
-        marks=torch.cat(
-            [rand(4, 2, low=-0.8, high=0.8), rand(4, 1, low=0.15, high=0.3), rand(4, 1)], -1
-        ),
-        fill=fill,
-        fill_angle=rand(high=math.tau),
-        fill_period=rand(low=0.4, high=0.9),
-        fill_depth=rand(low=0.4, high=0.9),
-        fill_shift=rand(2),
-        hue=(hue + rand(low=0.2, high=0.8)) / HUES,
-        saturation=rand(low=0.4),
-        value=rand(low=0.5),
-        centre=normal(2, std=0.08),
-        scale=rand(low=0.75, high=1.0),
-        tilt=normal(std=0.2),
-        light=normal(std=0.3),
-        relief=rand(low=0.8, high=1.6),
-        ground=torch.stack([rand(), rand(high=0.1), rand(low=0.25, high=0.85)], -1),
-        horizon=normal(std=0.3),
-        haze=rand(low=-0.02, high=0.08),
-    )
-    if split == "viewpoint":
-        look |= dict(
-            tilt=normal(std=0.7),
-            ground=torch.stack([rand(), rand(high=0.3), rand(low=0.25, high=0.85)], -1),
-        )
-    noise = generator("noise", split, size)
-    images = torch.cat(
-        [
-            render({k: v[i : i + 256] for k, v in look.items()}, size, noise)
-            for i in range(0, n, 256)
-        ]
-    )
-    labels = dict(object=obj, hue=hue, texture=fill, species=obj * HUES + hue)
-    classes = dict(
-        object=list(OBJECTS),
-        hue=[f"hue {i}" for i in range(HUES)],
-        texture=list(TEXTURES),
-        species=[f"{o} {i}" for o in OBJECTS for i in range(HUES)],
-    )
-    return ImageSet(images, torch.ones(n), labels, classes)
-
-
-def render(look, size, noise):
-    """One picture for each row of `look` (a dict of (n ...) parameters) -> (n 3 size size) uint8."""
-    p = {
-        k: v[..., None, None] for k, v in look.items()
-    }  # (n ... 1 1): parameters broadcast over pixels
-    axis = (torch.arange(size) + 0.5) * 2 / size - 1
-    x, y = axis[None, None, :], -axis[None, :, None]  # y is up
-    pixel = 2 / size / p["scale"]  # one pixel in the object's units: the width of an edge
-    u, v = (x - p["centre"][:, 0]) / p["scale"], (y - p["centre"][:, 1]) / p["scale"]
-    cos, sin = p["tilt"].cos(), p["tilt"].sin()
-    u, v = cos * u + sin * v, cos * v - sin * u  # the object's own frame, (n h w)
-
-    x0, y0, x1, y1, r0, r1 = p["strokes"].unbind(2)  # (n 4 1 1) each
-    px, py, ax, ay = u.abs()[:, None] - x0, v[:, None] - y0, x1 - x0, y1 - y0
-    t = ((px * ax + py * ay) / (ax * ax + ay * ay).clamp(min=1e-6)).clamp(0, 1)
-    outside = (torch.hypot(px - t * ax, py - t * ay) - torch.lerp(r0, r1, t)).amin(
-        1
-    )  # distance to the outline, (n h w)
-    inside = (0.5 - outside / pixel).clamp(0, 1)
-
-    cos, sin = p["fill_angle"].cos(), p["fill_angle"].sin()
-    f1 = (cos * u + sin * v) / p["fill_period"] + p["fill_shift"][:, 0]
-    f2 = (cos * v - sin * u) / p["fill_period"] + p["fill_shift"][:, 1]
-    w1, w2 = (f1 * math.tau).sin(), (f2 * math.tau).sin()
-    fills = torch.stack(
-        [
-            torch.zeros_like(w1),
-            (3 * w1).tanh(),
-            (5 * w1 * w2).tanh(),
-            (6 * (w1 * w2).abs() - 3).tanh(),
-        ],
-        1,
-    )
-    fill = fills[torch.arange(len(fills)), look["fill"]]
-
-    mx, my, radius, gray = p["marks"].unbind(2)  # (n 4 1 1) each
-    spots = (0.5 - (torch.hypot(u[:, None] - mx, v[:, None] - my) - radius) / pixel[:, None]).clamp(
-        0, 1
-    )
-    height = (-outside / 0.3).clamp(-0.1, 1)  # a rounded relief, lit from above
-    dy, dx = torch.gradient(height, spacing=2 / size, dim=(1, 2))
-    facing = -(dx * p["light"].sin() - dy * p["light"].cos()) * p["scale"] * 0.3
-    body = hsv(p["hue"], p["saturation"], p["value"] * (1 + p["fill_depth"] * fill))
-    for spot, shade in zip(spots.unbind(1), gray.unbind(1)):
-        body = torch.lerp(body, shade[:, None], spot[:, None])
-    body = body * (1 + p["relief"] * facing)[:, None]
-
-    far = ((y - p["horizon"]) * 8).sigmoid()  # sky above a faint horizon
-    under = F.pad(outside, (0, 0, size // 16, 0), value=1e3)[:, :size]
-    shadow = (0.5 - under / pixel / 3).clamp(0, 1) * 0.15
-    ground = hsv(*p["ground"].unbind(1)) * (1 - shadow + p["haze"] * (far - 0.5))[:, None]
-    image = torch.lerp(ground, body, inside[:, None])
-    image = image + 0.02 * torch.randn(image.shape, generator=noise)
-    return (image * 255).round().clamp(0, 255).byte()
-
-
-def hsv(hue, saturation, value):
-    """(n h w) each, broadcast against one another -> rgb (n 3 h w)."""
-    k = (torch.tensor([5.0, 3.0, 1.0])[:, None, None] + (hue * 6)[:, None]) % 6
-    return value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
-
-
-# ---------------------------------------------------------------- data sets by name
-
-# torchvision's own classes, read (and with --download fetched) by them: name: (class, {split: arguments})
-TORCHVISION = {
-    "cifar10": ("CIFAR10", {"train": dict(train=True), "test": dict(train=False)}),
-    "cifar100": ("CIFAR100", {"train": dict(train=True), "test": dict(train=False)}),
-    "stl10": (
-        "STL10",
-        {
-            "pretrain": dict(split="train+unlabeled"),
-            "train": dict(split="train"),
-            "test": dict(split="test"),
-        },
+DATASETS = {
+    "factors": Source(dict.fromkeys(("train", "val", "test")), crop_pct=1),
+    "folder": Source({}),
+    "imagenet100": Source(
+        {"train": (100, 126_689), "val": (100, 5_000)},
+        "https://image-net.org/challenges/LSVRC/2012 (train, val and the devkit)",
     ),
-    "dtd": ("DTD", {s: dict(split=s) for s in ("train", "val", "test")}),
-    "pets": ("OxfordIIITPet", {"train": dict(split="trainval"), "test": dict(split="test")}),
-    "food101": ("Food101", {"train": dict(split="train"), "test": dict(split="test")}),
+    "inat2019": Source(
+        {"train": (1010, 265_213), "val": (1010, 3_030)},
+        "https://github.com/visipedia/inat_comp/tree/master/2019",
+    ),
+    "cub200": Source(
+        {"train": (200, 5_994), "test": (200, 5_794)},
+        "https://www.vision.caltech.edu/datasets/cub_200_2011",
+    ),
+    "flowers102": Source(
+        {"train": (102, 1_020), "val": (102, 1_020), "test": (102, 6_149)},
+        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102 (or --download)",
+        fetched="flowers-102",
+    ),
+    # its images have a red border
+    "objectnet13": Source({"test": (13, None)}, "https://objectnet.dev", border=2),
+    "imagenetc100": Source(
+        dict.fromkeys(CORRUPTED, (100, 5_000)), "https://zenodo.org/records/2235448", crop_pct=1
+    ),
+    "cifar10": Source(TRAIN_FLAG, crop_pct=1, torchvision="CIFAR10"),
+    "cifar100": Source(TRAIN_FLAG, crop_pct=1, torchvision="CIFAR100"),
+    "stl10": Source({"pretrain": dict(split="train+unlabeled")} | TRAIN_TEST, torchvision="STL10"),
+    "dtd": Source(SPLIT, torchvision="DTD"),
+    "pets": Source(TRAIN_TEST | {"train": dict(split="trainval")}, torchvision="OxfordIIITPet"),
+    "food101": Source(TRAIN_TEST, torchvision="Food101"),
 }
+NAMES = tuple(DATASETS)
 
 
 def open_dataset(
@@ -272,50 +121,38 @@ def open_dataset(
     seed=0,
     whole=True,
 ):
-    """The `split` ("pretrain", "train", "val" or "test") of a data set -> Data, not decoded yet (`factors`: drawn).
+    """A split ("pretrain", "train", "val" or "test") -> ImageSet of files (of `factors`: drawn).
 
-    Each picture whole on a canvas (of side `canvas`, by default so large that its central crop has `size`), for training; or, central=True,
-    that crop alone, (3 size size), for evaluation. seed: of the folder's own split; whole=False takes a published set with pictures missing.
-    Raises UserError when the data is not there.
-    """
-    check_choice("data", name, NAMES)
-    if (
-        split == "pretrain" and "pretrain" not in TORCHVISION.get(name, ((), ()))[1]
-    ):  # of all sets, stl10 alone has it
+    For training, each whole image, squashed to side `canvas` (default: so large that its central
+    crop has side `size`). For evaluation (central=True), the central crop alone, (3 size size).
+    seed: of the folder's own split. whole=False accepts an incomplete published set.
+    Raises UserError when the data is not there."""
+    source = DATASETS[check_choice("data", name, NAMES)]
+    if split == "pretrain" and split not in source.splits:
         split = "train"
     if name == "factors":
         if root:
-            raise UserError(
-                f"--root={root}: factors is drawn by code and reads no folder; use --data=folder for pictures of your own"
-            )
+            raise UserError(f"--root={root}: factors reads no folder; your images: --data=folder")
         return factors(split, size)
-    read, mend = read_image, ""
-    if name in TORCHVISION:
+    if source.torchvision:
         read = read_item
-        source, labels, classes = from_torchvision(name, split, root, download)
+        files, labels, classes = from_torchvision(name, split, root, download)
     else:
-        if download:
-            root = fetch_archives(name, root or "downloads")
-        root = check_root(root, name)
-        source, labels, classes = (
-            folder(split, root, seed) if name == "folder" else published(name, split, root)
-        )
-    if name in PUBLISHED:
-        mend = "download it again, a part of a published set gives a number that means nothing"
-        if whole:
-            check_complete(name, split, source, labels)
-    if name == "objectnet13":
-        read = functools.partial(read_image, border=2)  # it is red, to be cut off
-    side, share = (
-        (size, crop_pct(name)) if central else (canvas or round(size / crop_pct(name)), None)
-    )
-    images = ImageFiles(source, read, side, share, mend)
-    return ImageSet(
-        images,
-        torch.ones(len(labels)),
-        {"class": torch.as_tensor(labels).long()},
-        {"class": list(classes)},
-    )
+        read = functools.partial(read_image, border=source.border)
+        root = check_root(fetch_archives(name, root) if download else root, name)
+        if name == "folder":
+            files, labels, classes = folder(split, root, seed)
+        else:
+            files, labels, classes = published(name, split, root)
+            if whole:
+                check_complete(name, split, files, labels)
+    side, share = canvas or round(size / source.crop_pct), None
+    if central:
+        side, share = size, source.crop_pct
+    advice = "download it again, an incomplete published set gives meaningless numbers"
+    images = ImageFiles(files, read, side, share, advice if source.address else "")
+    labels = {"class": torch.as_tensor(labels).long()}
+    return ImageSet(images, torch.ones(len(images)), labels, {"class": list(classes)})
 
 
 def load_dataset(
@@ -332,147 +169,124 @@ def load_dataset(
     device="cpu",
     **where,
 ):
-    """The same, decoded: what training reads. cache, shared: see `decoded`; texture: with stylised copies, see `with_textures`."""
+    """`open_dataset`, `decode_all` and, with texture=True, `with_textures`: what training reads."""
     files = open_dataset(name, split, root=root, seed=seed, **where)
-    found = decode_all(files, workers, cache, shared)
-    return (
-        with_textures(name, files, found, root, textures, cache, workers, device, seed)
-        if texture
-        else found
-    )
+    dataset = decode_all(files, workers, cache, shared)
+    if not texture:
+        return dataset
+    return with_textures(name, files, dataset, root, textures, cache, workers, device, seed)
 
 
 def crop_pct(name):
-    """The share of a picture's short side that evaluations look at: all of the sets that are small or centred already."""
-    return 1 if name in ("factors", "cifar10", "cifar100", "imagenetc100") else 0.875
+    """The share of an image's short side that evaluations see."""
+    return DATASETS[name].crop_pct
 
 
 def dataset_splits(name, root=None):
-    """The splits a data set has, in order; the last one is what evaluations test on."""
-    if name == "folder":
-        if not (check_root(root) / "train").is_dir():
-            return ("train", "val")
-        others = tuple(s for s in ("val", "test") if (Path(root) / s).is_dir())
-        if not others:
-            raise UserError(
-                f"{root} has a train folder, so evaluations need a val or test folder beside it"
-            )
-        return ("train", *others)
-    return tuple(
-        ("train", "val", "test")
-        if name == "factors"
-        else PUBLISHED[name][0]
-        if name in PUBLISHED
-        else (s for s in TORCHVISION[name][1] if s != "pretrain")
-    )
+    """The splits a data set has, in order; evaluations test on the last one."""
+    if name != "folder":
+        return tuple(split for split in DATASETS[name].splits if split != "pretrain")
+    if not (check_root(root) / "train").is_dir():
+        return ("train", "val")
+    others = tuple(split for split in ("val", "test") if (Path(root) / split).is_dir())
+    if not others:
+        raise UserError(f"{root} has a train folder: evaluations need val or test beside it")
+    return ("train", *others)
+
+
+def label_names(classes):
+    """classes {label: class names} -> the labels with more than one class."""
+    return [label for label, names in classes.items() if len(names) > 1]
 
 
 def check_root(root, name="folder"):
-    if (
-        name == "flowers102" and Path("downloads/flowers-102").is_dir()
-    ):  # where --download leaves it
+    """The data set's folder as a Path; UserError when it does not exist."""
+    source = DATASETS[name]
+    if source.fetched and Path("downloads", source.fetched).is_dir():
         root = root or "downloads"
     if not root or not Path(root).is_dir():
-        holds = (
-            f"with what {PUBLISHED[name][1]} gives"
-            if name in PUBLISHED
-            else "with one sub-folder of pictures for each class"
-        )
-        raise UserError(
-            (f"--root={root}: no such folder; " if root else "")
-            + f"--data={name} needs --root=DIR {holds}"
-        )
+        problem = f"--root={root}: no such folder; " if root else ""
+        content = source.address and f"what {source.address} gives"
+        content = content or "one sub-folder of images for each class"
+        raise UserError(f"{problem}--data={name} needs --root=DIR with {content}")
     return Path(root)
 
 
 def forbid_inside(flag, out, root):
-    """UserError where the folder `out` lies in a tree of classes, and would be one of them the next time."""
-    where, tree = Path(out).resolve(), Path(root).resolve()
-    if (
-        not (tree / "train").is_dir()
-        and where.is_relative_to(tree)
-        and not is_hidden(where.relative_to(tree))
-    ):
+    """UserError where folder `out` lies in a tree of classes and would become one of them."""
+    folder, tree = Path(out).resolve(), Path(root).resolve()
+    if (tree / "train").is_dir() or not folder.is_relative_to(tree):
+        return
+    if not is_hidden(folder.relative_to(tree)):
         raise UserError(
-            f"--{flag}={out} lies in --root={root}, where it would be read as a class: name a folder outside it"
+            f"--{flag}={out} lies in --root={root} and would be read as a class: choose one outside"
         )
 
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+# ---------------------------------------------------------------- reading and decoding
 
-
-def image_paths(folder):
-    """The pictures in a folder and below, sorted; nothing hidden, such as the ._NAME that macOS leaves beside a file."""
-    return sorted(
-        p
-        for p in folder.rglob("*")
-        if p.suffix.lower() in PICTURES and not is_hidden(p.relative_to(folder))
-    )
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
 
 def is_hidden(path):
     return any(part.startswith(".") for part in path.parts)
 
 
+def image_paths(top):
+    """The image files in a folder and below, sorted; no hidden ones, such as macOS's ._NAME."""
+    found = (p for p in top.rglob("*") if p.suffix.lower() in SUFFIXES)
+    return sorted(p for p in found if not is_hidden(p.relative_to(top)))
+
+
+def class_folders(top):
+    return sorted(p.name for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def folder(split, root, seed=0):
-    """An ImageFolder tree: root/train and root/val, or one tree of which a seeded hash of each file's relative path keeps 80%
-    for train. -> paths, labels, class names."""
+    """An ImageFolder tree -> paths, labels, class names.
+
+    Either root/train and root/val, or one tree: a seeded hash of each path keeps 80% for train."""
     one_tree = not (root / "train").is_dir()
-    top = root if one_tree else root / split
+    train, top = (root, root) if one_tree else (root / "train", root / split)
     if not top.is_dir():
-        raise UserError(
-            f"{top}: no such folder; {root} has a train folder, so it needs {split} beside it"
-        )
-    named = lambda where: sorted(
-        p.name for p in where.iterdir() if p.is_dir() and not p.name.startswith(".")
-    )
-    classes, here = (
-        named(root if one_tree else root / "train"),
-        named(top),
-    )  # a class has the same number in every split
-    for c in here:
-        if c not in classes:
-            raise UserError(f"{top / c}: a class that {root / 'train'} does not have")
+        raise UserError(f"{top}: no such folder; {root} has a train folder, so it needs {split}")
+    # a class has the same number in every split
+    classes, here = class_folders(train), class_folders(top)
+    for name in here:
+        if name not in classes:
+            raise UserError(f"{top / name}: a class that {train} does not have")
     if classes and not here:
-        raise UserError(
-            f"{top}: no sub-folders; it needs those of {root / 'train'}, one for each class"
-        )
-    files = {c: image_paths(top / c) for c in here}
-    if not classes:  # pictures without labels, enough to train on
+        raise UserError(f"{top}: no sub-folders; it needs those of {train}, one for each class")
+    files = {name: image_paths(top / name) for name in here}
+    if not classes:  # images without labels, enough to train on
         classes, files = ["."], {".": image_paths(top)}
-    for c, found in files.items():
-        if not found:
-            raise UserError(
-                f"{top / c}: no pictures in this folder (expected {', '.join(sorted(PICTURES))})"
-            )
-    place = lambda path: (
-        int(
-            hashlib.sha1(f"{seed}/{path.relative_to(root).as_posix()}".encode()).hexdigest()[:8], 16
-        )
-        / 2**32
-    )
-    chosen = [
-        (p, i)
-        for i, c in enumerate(classes)
-        for p in files.get(c, ())
-        if not one_tree or (place(p) < 0.8) == (split == "train")
-    ]
-    if not chosen:
-        raise UserError(f"{root}: too few pictures to split into train and val")
-    return *zip(*chosen), classes
+    for name, paths in files.items():
+        if not paths:
+            raise UserError(f"{top / name}: no images (expected {', '.join(sorted(SUFFIXES))})")
+
+    def in_split(path):
+        key = f"{seed}/{path.relative_to(root).as_posix()}"
+        place = int(hashlib.sha1(key.encode()).hexdigest()[:8], 16) / 2**32
+        return (place < 0.8) == (split == "train")
+
+    pairs = [(path, i) for i, name in enumerate(classes) for path in files.get(name, ())]
+    pairs = [pair for pair in pairs if not one_tree or in_split(pair[0])]
+    if not pairs:
+        raise UserError(f"{root}: too few images to split into train and val")
+    return *zip(*pairs), classes
 
 
 def from_torchvision(name, split, root, download):
-    """A data set of torchvision's -> itself, labels, class names."""
-    kind, arguments = TORCHVISION[name]
-    root = root or "downloads"
+    """A data set of torchvision -> itself, labels, class names."""
+    source, root = DATASETS[name], root or "downloads"
+    arguments = source.splits[check_choice("split", split, tuple(source.splits))]
     try:
-        found = getattr(torchvision.datasets, kind)(
-            root, download=download, **arguments[check_choice("split", split, tuple(arguments))]
+        found = getattr(torchvision.datasets, source.torchvision)(
+            root, download=download, **arguments
         )
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"--data={name}: not found under {root}; name its folder with --root=DIR or fetch it with --download "
+            f"--data={name}: not found under {root}: use --root=DIR or --download "
             f"({first_line(error)})"
         ) from None
     labels = next(getattr(found, a) for a in ("targets", "labels", "_labels") if hasattr(found, a))
@@ -480,210 +294,534 @@ def from_torchvision(name, split, root, download):
     return found, labels, getattr(found, "classes", range(int(labels.max()) + 1))
 
 
-def read_item(found, i):
-    return to_rgb(found[i][0])
+def read_item(dataset, i):
+    return to_rgb(dataset[i][0])
 
 
 def read_image(paths, i, border=0):
-    """Picture i without `border` pixels at each side; UserError names the file."""
+    """Image i as RGB without `border` pixels at each side; UserError names the file."""
     try:
-        with Image.open(paths[i]) as picture:
-            picture = to_rgb(picture)
-            return (
-                picture.crop((border, border, picture.width - border, picture.height - border))
-                if border
-                else picture
-            )
+        with Image.open(paths[i]) as image:
+            image = to_rgb(image)
+            box = border, border, image.width - border, image.height - border
+            return image.crop(box) if border else image
     except Exception as error:
         raise UserError(f"{paths[i]}: {first_line(error)}") from None
 
 
-def to_rgb(picture):
-    """A PIL picture of any mode -> RGB, turned as its EXIF orientation says, transparency on white."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode == "F":
-        raise ValueError(
-            "its pixels are floating point, of which nobody says what is white: save it with 8 or 16 bits"
-        )
-    if picture.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
-        picture = picture.convert("I").point(lambda v: v * (1 / 256)).convert("L")
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
-            "RGB"
-        )
-    return picture.convert("RGB")
+def to_rgb(image):
+    """A PIL image of any mode -> RGB, with its EXIF orientation applied, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating point pixels have no known white: save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
+        image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """read(source, i) -> PIL picture, as (canvas (3 side side) uint8, aspect, what was wrong with it or ""). source: paths, or a data set.
+    """Images by index -> (3 side side) uint8, aspect, what was wrong ("" if nothing).
 
-    The whole picture, squashed; or its central square, `share` of the short side, as it is. mend: where every picture must be readable, what
-    to do about one that is not.
-    """
+    read(source, i) gives a PIL image; source: paths, or a torchvision data set. The whole image is
+    squashed; with `share`, its central square of this share of the short side is taken instead.
+    advice: what to do about an unreadable image, where every image must be readable."""
 
-    def __init__(self, source, read, side, share=None, mend=""):
-        self.source, self.read, self.side, self.share, self.mend = source, read, side, share, mend
+    def __init__(self, source, read, side, share=None, advice=""):
+        self.source, self.read, self.side = source, read, side
+        self.share, self.advice = share, advice
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, i):
         try:
-            picture = self.read(self.source, i)
-        except Exception as error:  # whatever the reader raises: Pillow alone has OSError, SyntaxError, struct.error, ...
-            return (
-                torch.zeros(3, self.side, self.side, dtype=torch.uint8),
-                1.0,
-                str(error) or type(error).__name__,
-            )
-        w, h = picture.size
+            image = self.read(self.source, i)
+        except Exception as error:  # Pillow alone has OSError, SyntaxError, struct.error, ...
+            blank = torch.zeros(3, self.side, self.side, dtype=torch.uint8)
+            return blank, 1.0, str(error) or type(error).__name__
+        w, h = image.size
         box, aspect = None, w / h
         if self.share:
             half, aspect = min(w, h) * self.share / 2, 1.0
             box = (w / 2 - half, h / 2 - half, w / 2 + half, h / 2 + half)
-        return (
-            pil_to_tensor(
-                picture.resize(
-                    (self.side, self.side), Image.Resampling.BICUBIC, box, reducing_gap=3
-                )
-            ),
-            aspect,
-            "",
-        )
+        size = self.side, self.side
+        image = image.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3)
+        return pil_to_tensor(image), aspect, ""
 
 
-def iter_batches(found, workers=2, batch=256, part=(0, 1), count=None):
-    """The (first `count`) pictures of a Data in order, decoded in `workers` processes a few batches ahead and never kept: yields
-    rows (b,), images (b 3 h w) uint8, aspect (b,). part (i, of): every of-th batch from the i-th on.
+# ---------------------------------------------------------------- batches, and a cache of them
 
-    A picture that cannot be read is named in a warning and left out; in a published set, or when none can, UserError.
-    """
-    every = torch.arange(len(found.images))[:count].split(batch)[part[0] :: part[1]]
-    if torch.is_tensor(found.images):
-        yield from ((rows, found.images[rows], found.aspect[rows]) for rows in every)
+
+def epoch_batches(n, batch, seed, epoch):
+    """The epoch's order of n images -> (steps b) int64, the incomplete last batch dropped."""
+    order = torch.randperm(n, generator=generator("order", seed, epoch))
+    return order[: n - n % batch].view(-1, batch)
+
+
+def iter_batches(dataset, workers=2, batch=256, part=(0, 1), count=None):
+    """The (first `count`) images in order, decoded ahead in `workers` processes and not kept.
+
+    Yields rows (b,), images (b 3 h w) uint8, aspect (b,). part (i, of): every of-th batch from the
+    i-th on. Unreadable images are left out with a warning; UserError where all are unreadable,
+    or one in a published set."""
+    files = dataset.images
+    batches = torch.arange(len(files))[:count].split(batch)[part[0] :: part[1]]
+    if torch.is_tensor(files):
+        for rows in batches:
+            yield rows, files[rows], dataset.aspect[rows]
         return
-    n, wrong = sum(map(len, every)), []
+    n, failures = sum(map(len, batches)), []
     loader = torch.utils.data.DataLoader(
-        found.images,
-        batch_sampler=[rows.tolist() for rows in every],
+        files,
+        batch_sampler=[rows.tolist() for rows in batches],
         num_workers=workers if n > 256 else 0,
     )
-    for rows, (images, aspect, errors) in zip(every, loader):
+    for rows, (images, aspect, errors) in zip(batches, loader):
         good = torch.tensor([not error for error in errors])
-        rows = rows[good]
-        wrong += filter(None, errors)
-        if wrong and found.images.mend:
-            raise UserError(f"{wrong[0]}; {found.images.mend}")
-        if len(rows):
-            yield rows, images[good], aspect[good].float()
-    if wrong and len(wrong) == n:
-        raise UserError(f"none of the {n} pictures can be read; the first: {wrong[0]}")
-    for error in wrong[:5]:
+        failures += filter(None, errors)
+        if failures and files.advice:
+            raise UserError(f"{failures[0]}; {files.advice}")
+        if good.any():
+            yield rows[good], images[good], aspect[good].float()
+    if failures and len(failures) == n:
+        raise UserError(f"none of the {n} pictures can be read; the first: {failures[0]}")
+    for error in failures[:5]:
         print(f"warning: unreadable: {error}", file=sys.stderr)
-    if len(wrong) > 5:
-        print(f"warning: {len(wrong) - 5} more pictures cannot be read", file=sys.stderr)
+    if len(failures) > 5:
+        print(f"warning: {len(failures) - 5} more images cannot be read", file=sys.stderr)
 
 
-def decode_all(found, workers=2, cache=None, shared=False):
-    """Data whose pictures are all decoded, once: images (n 3 side side) uint8.
+def decode_all(dataset, workers=2, cache=None, shared=False):
+    """ImageSet of files -> ImageSet of a tensor, images (n 3 side side) uint8.
 
-    cache: a folder. There they are kept as a memory map, for the next run and for other processes, if over 4 GiB or `shared`.
-    UserError when more than 1% (but one picture at least) cannot be read.
-    """
-    if torch.is_tensor(found.images):
-        return found
-    n, side = len(found.images), found.images.side
-    size = n * 3 * side * side
-    path = Path(cache) / f"{fingerprint(found)[:16]}.canvases" if cache else None
-    in_memory = not cache or (size <= 4 << 30 and not shared and not path.exists())
-    if in_memory:
+    cache: a folder. It keeps sets over 4 GiB, or all if `shared`, as memory maps for the next run
+    and for other processes. UserError when more than 1% (and more than one) cannot be read."""
+    if torch.is_tensor(dataset.images):
+        return dataset
+    n, side = len(dataset.images), dataset.images.side
+    size = n * 3 * side**2
+    path = Path(cache) / f"{fingerprint(dataset)[:16]}.canvases" if cache else None
+    if not cache or (size <= 4 << 30 and not shared and not path.exists()):
         images = torch.empty(n, 3, side, side, dtype=torch.uint8)
-        rows, aspect = decode(found, images, workers)
+        rows, aspect = decode(dataset, images, workers)
     else:
-        index, aside = path.with_suffix(".pt"), path.with_suffix(f".{os.urandom(4).hex()}")
+        index = path.with_suffix(".pt")
+
+        def write(file):
+            if hasattr(os, "posix_fallocate"):  # finds a full disk now, not when a page is written
+                os.posix_fallocate(file.fileno(), 0, size)
+            write_tensors(index, decode(dataset, memory_map(file.name, n, side), workers))
+
         if not (index.exists() and path.exists() and path.stat().st_size == size):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            print(f"decoding {n} pictures, once: {path}", file=sys.stderr, flush=True)
-            try:
-                with open(aside, "wb") as file:
-                    if hasattr(
-                        os, "posix_fallocate"
-                    ):  # a full disk is found now, not when a page of the map is written
-                        os.posix_fallocate(file.fileno(), 0, size)
-                rows, aspect = decode(found, memory_map(aside, n, side), workers)
-                aside.replace(path)
-                write_tensors(index, (rows, aspect))  # written last: what it names is whole
-            except OSError as error:
-                raise UserError(
-                    f"cannot write {path}, which needs {size / 2**20:.1f} MB: {error.strerror}"
-                ) from None
-            finally:
-                aside.unlink(missing_ok=True)
-        rows, aspect = read_tensors(index)
-        images = memory_map(path, n, side)
+            print(f"decoding {n} images, once: {path}", file=sys.stderr, flush=True)
+            write_atomic(path, write, size=size)
+        images, (rows, aspect) = memory_map(path, n, side), read_tensors(index)
     missing = tuple(sorted(set(range(n)) - set(rows.tolist())))
-    return ImageSet(
-        images[: len(rows)],
-        aspect,
-        {k: y[rows] for k, y in found.labels.items()},
-        found.classes,
-        missing,
-    )
+    labels = {name: y[rows] for name, y in dataset.labels.items()}
+    return ImageSet(images[: len(rows)], aspect, labels, dataset.classes, missing)
+
+
+def decode(dataset, images, workers):
+    """Fill images (n 3 side side) without gaps -> rows (m,) that could be read, aspect (m,)."""
+    done, aspects, end = [], [], 0
+    for rows, batch, aspect in iter_batches(dataset, workers, 64):
+        images[end : end + len(rows)] = batch
+        end += len(rows)
+        done.append(rows)
+        aspects.append(aspect)
+    n, lost = len(images), len(images) - end
+    if lost > max(1, n // 100):
+        raise UserError(
+            f"{lost} of {n} pictures cannot be read, more than 1%: repair or remove them"
+        )
+    return torch.cat(done), torch.cat(aspects)
 
 
 def memory_map(path, n, side):
     """The file as images (n 3 side side) uint8."""
-    shared = os.access(
-        path, os.W_OK
-    )  # between processes, which needs the right to write; from a read-only disk a map of its own
-    return torch.from_file(
-        str(path), shared=shared, size=n * 3 * side * side, dtype=torch.uint8
-    ).view(n, 3, side, side)
+    # a map shared by processes needs write access; on a read-only disk each has its own
+    shared, size = os.access(path, os.W_OK), n * 3 * side * side
+    flat = torch.from_file(str(path), shared=shared, size=size, dtype=torch.uint8)
+    return flat.view(n, 3, side, side)
 
 
-def decode(found, images, workers):
-    """Decodes into images (n 3 side side), without gaps -> rows (m,) of the pictures that could be read, aspect (m,)."""
-    seen, aspects, at = [], [], 0
-    for rows, some, aspect in iter_batches(found, workers, 64):
-        images[at : at + len(rows)] = some
-        at += len(rows)
-        seen.append(rows), aspects.append(aspect)
-    if len(images) - at > max(1, len(images) // 100):
-        raise UserError(
-            f"{len(images) - at} of {len(images)} pictures cannot be read, named above: more than 1%, mend or remove them"
-        )
-    return torch.cat(seen), torch.cat(aspects)
+def fingerprint(dataset):
+    """What a cache of these images depends on: the pixels, or the files' paths, sizes and times."""
+    if torch.is_tensor(dataset.images):
+        return hashlib.sha1(dataset.images.numpy()).hexdigest()
+    source = dataset.images.source  # paths, or a data set of torchvision
+    real = functools.cache(os.path.realpath)  # of folders: a link leads to the same images
+
+    def describe(path):
+        stat = path.stat()
+        return os.path.join(real(path.parent), path.name), stat.st_size, stat.st_mtime_ns
+
+    files = repr(source)
+    if isinstance(source, (tuple, list)):
+        files = [describe(path) for path in source]
+    key = (files, dataset.images.side, dataset.images.share)
+    return hashlib.sha1(repr(key).encode()).hexdigest()
 
 
-def fingerprint(found):
-    """What a cache of these pictures depends on: their pixels, or the names, sizes and times of their files."""
-    if torch.is_tensor(found.images):
-        return hashlib.sha1(found.images.numpy()).hexdigest()
-    source = found.images.source  # paths, or a data set of torchvision's
-    real = functools.cache(os.path.realpath)  # of folders: the same pictures through a link
-    files = (
-        [
-            (os.path.join(real(p.parent), p.name), (stat := p.stat()).st_size, stat.st_mtime_ns)
-            for p in source
-        ]
-        if isinstance(source, (tuple, list))
-        else repr(source)
+def to_uint8(images):
+    """[0, 1] -> uint8"""
+    return (images * 255).round().byte()
+
+
+# ---------------------------------------------------------------- factors: images drawn by code
+
+# An object: up to four tapered strokes, each x0 y0 x1 y1 radius0 radius1, y up, mirrored at x = 0.
+# So a flip never changes what an object is, and any rotation by a quarter turn does.
+OBJECTS = """
+arrow     0 -.85 0 .55 .12 .12,  0 .7 .55 .2 .15 .12
+tee       0 -.8 0 .6 .15 .15,  0 .65 .7 .65 .17 .17
+tree      0 -.85 0 -.3 .12 .12,  0 -.2 0 .85 .6 .03
+lollipop  0 .4 0 .4 .45 .45,  0 -.9 0 .2 .09 .09
+mushroom  0 .35 .45 .15 .4 .2,  0 -.75 0 .1 .2 .16
+cup       0 -.6 .4 -.6 .2 .2,  .5 -.5 .6 .7 .17 .13
+fork      0 -.9 0 0 .14 .14,  0 0 .5 .3 .14 .14,  .5 .3 .5 .8 .14 .1
+anchor    0 -.6 0 .4 .12 .12,  0 -.7 .7 -.2 .16 .1,  0 .7 0 .7 .24 .24,  0 .3 .3 .3 .1 .1
+heart     0 -.75 .32 .25 .08 .38
+crown     0 -.55 .6 -.55 .2 .2,  0 -.4 0 .55 .2 .05,  .65 -.4 .75 .6 .17 .05
+person    0 .65 0 .65 .26 .26,  0 .3 0 -.2 .2 .17,  .05 -.2 .3 -.85 .13 .13,  0 .3 .6 -.05 .1 .1
+bell      0 .4 0 -.1 .3 .5,  0 -.45 .65 -.45 .12 .12,  0 -.75 0 -.75 .17 .17,  0 .8 0 .8 .1 .1
+"""
+OBJECTS = dict(line.split(maxsplit=1) for line in OBJECTS.strip().splitlines())
+for _name, _line in OBJECTS.items():
+    OBJECTS[_name] = [tuple(map(float, stroke.split())) for stroke in _line.split(",")]
+TEXTURES = ("plain", "stripes", "checks", "dots")
+HUES = 16  # neighboring bins are 0.0625 of the circle apart, less than color jitter's 0.1
+FACTORS = {"train": 8192, "val": 2048, "test": 4096, "viewpoint": 4096}
+
+
+def factors(split, size=32, count=None):
+    """Images of one object each, drawn from known factors -> ImageSet of `count`, (n 3 size size).
+
+    Labels: object (12), hue (16 bins), texture (4), species = object x hue (192). Nuisances:
+    position, scale, tilt, light, background, noise. Each object has details of its own (bent
+    strokes, four gray marks): an image differs from all others without its color. Light comes from
+    above, so a rotation changes more than the outline. Splits are disjoint draws. "viewpoint" plays
+    ObjectNet's part: more tilt (standard deviation 40 degrees, not 11), colored backgrounds."""
+    n, g = count or FACTORS[split], generator("factors", split)
+    rand = functools.partial(uniform, generator=g)
+
+    def normal(*shape, std):
+        return torch.randn(n, *shape, generator=g) * std
+
+    def background(saturation):
+        return torch.stack([rand(0, 1, n), rand(0, saturation, n), rand(0.25, 0.85, n)], -1)
+
+    obj, hue, fill = (
+        torch.randint(k, (n,), generator=g) for k in (len(OBJECTS), HUES, len(TEXTURES))
     )
-    return hashlib.sha1(repr((files, found.images.side, found.images.share)).encode()).hexdigest()
+    # repeating a stroke draws nothing new
+    table = torch.tensor([(strokes * 4)[:4] for strokes in OBJECTS.values()])
+    bend = torch.tensor([0.05, 0.1, 0.1, 0.1, 0.03, 0.03])
+    strokes = table[obj] + normal(4, 6, std=1.0) * bend  # (n 4 6)
+    strokes[..., 4:] *= rand(0.6, 1.5, n, 1, 1)  # all radii of an object thinner or thicker
+    marks = [rand(-0.8, 0.8, n, 4, 2), rand(0.15, 0.3, n, 4, 1), rand(0, 1, n, 4, 1)]
+    look = dict(
+        strokes=strokes,
+        marks=torch.cat(marks, -1),
+        fill=fill,
+        fill_angle=rand(0, math.tau, n),
+        fill_period=rand(0.4, 0.9, n),
+        fill_depth=rand(0.4, 0.9, n),
+        fill_shift=rand(0, 1, n, 2),
+        hue=(hue + rand(0.2, 0.8, n)) / HUES,
+        saturation=rand(0.4, 1, n),
+        value=rand(0.5, 1, n),
+        center=normal(2, std=0.08),
+        scale=rand(0.75, 1, n),
+        tilt=normal(std=0.2),
+        light=normal(std=0.3),
+        relief=rand(0.8, 1.6, n),
+        ground=background(0.1),
+        horizon=normal(std=0.3),
+        haze=rand(-0.02, 0.08, n),
+    )
+    if split == "viewpoint":
+        look |= dict(tilt=normal(std=0.7), ground=background(0.3))
+    noise, images = generator("noise", split, size), []
+    for rows in torch.arange(n).split(256):
+        images.append(render({name: value[rows] for name, value in look.items()}, size, noise))
+    labels = dict(object=obj, hue=hue, texture=fill, species=obj * HUES + hue)
+    classes = dict(
+        object=list(OBJECTS),
+        hue=[f"hue {i}" for i in range(HUES)],
+        texture=list(TEXTURES),
+        species=[f"{name} {i}" for name in OBJECTS for i in range(HUES)],
+    )
+    return ImageSet(torch.cat(images), torch.ones(n), labels, classes)
 
 
-# ---------------------------------------------------------------- corruptions: the 15 of ImageNet-C, in batches, on any device
+def render(look, size, noise):
+    """One image for each row of `look`, a dict of (n ...) parameters -> (n 3 size size) uint8."""
+    # (n ... 1 1): parameters broadcast over pixels
+    p = {name: value[..., None, None] for name, value in look.items()}
+    axis = (torch.arange(size) + 0.5) * 2 / size - 1
+    x, y = axis[None, None, :], -axis[None, :, None]  # y is up
+    pixel = 2 / size / p["scale"]  # one pixel in the object's units: the width of an edge
+    u, v = (x - p["center"][:, 0]) / p["scale"], (y - p["center"][:, 1]) / p["scale"]
+    cos, sin = p["tilt"].cos(), p["tilt"].sin()
+    u, v = cos * u + sin * v, cos * v - sin * u  # the object's own frame, (n h w)
 
-# Hendrycks and Dietterich, ICLR 2019. The constants are the published ones, for pictures of 224 x 224: every length among them (radius,
-# sigma, distance) is scaled by side / 224 for others. Each picture has its own draws, made on the CPU. The published pictures were also
-# saved as JPEG at quality 85; ours are not. Each function: images (b c h w) in [0, 1], h == w, a CPU generator, its constants -> (b c h w).
-# Axes beside the project's: k kernel, t point along a motion.
-REFERENCE_SIZE = 224  # of the pictures that the constants are for
+    x0, y0, x1, y1, r0, r1 = p["strokes"].unbind(2)  # (n 4 1 1) each
+    px, py, ax, ay = u.abs()[:, None] - x0, v[:, None] - y0, x1 - x0, y1 - y0
+    t = ((px * ax + py * ay) / (ax * ax + ay * ay).clamp(min=1e-6)).clamp(0, 1)
+    distance = torch.hypot(px - t * ax, py - t * ay) - torch.lerp(r0, r1, t)
+    outside = distance.amin(1)  # distance to the outline, (n h w)
+    inside = (0.5 - outside / pixel).clamp(0, 1)
+
+    cos, sin = p["fill_angle"].cos(), p["fill_angle"].sin()
+    f1 = (cos * u + sin * v) / p["fill_period"] + p["fill_shift"][:, 0]
+    f2 = (cos * v - sin * u) / p["fill_period"] + p["fill_shift"][:, 1]
+    w1, w2 = (f1 * math.tau).sin(), (f2 * math.tau).sin()
+    stripes, checks, dots = 3 * w1, 5 * w1 * w2, 6 * (w1 * w2).abs() - 3
+    fills = torch.stack([torch.zeros_like(w1), stripes.tanh(), checks.tanh(), dots.tanh()], 1)
+    fill = fills[torch.arange(len(fills)), look["fill"]]
+
+    mx, my, radius, gray = p["marks"].unbind(2)  # (n 4 1 1) each
+    spots = torch.hypot(u[:, None] - mx, v[:, None] - my) - radius
+    spots = (0.5 - spots / pixel[:, None]).clamp(0, 1)
+    height = (-outside / 0.3).clamp(-0.1, 1)  # a rounded relief, lit from above
+    dy, dx = torch.gradient(height, spacing=2 / size, dim=(1, 2))
+    facing = -(dx * p["light"].sin() - dy * p["light"].cos()) * p["scale"] * 0.3
+    body = hsv(p["hue"], p["saturation"], p["value"] * (1 + p["fill_depth"] * fill))
+    for spot, shade in zip(spots.unbind(1), gray.unbind(1)):
+        body = torch.lerp(body, shade[:, None], spot[:, None])
+    body = body * (1 + p["relief"] * facing)[:, None]
+
+    sky = ((y - p["horizon"]) * 8).sigmoid()  # above a faint horizon
+    under = F.pad(outside, (0, 0, size // 16, 0), value=1e3)[:, :size]
+    shadow = (0.5 - under / pixel / 3).clamp(0, 1) * 0.15
+    ground = hsv(*p["ground"].unbind(1)) * (1 - shadow + p["haze"] * (sky - 0.5))[:, None]
+    image = torch.lerp(ground, body, inside[:, None])
+    image = image + 0.02 * torch.randn(image.shape, generator=noise)
+    return (image * 255).round().clamp(0, 255).byte()
+
+
+def hsv(hue, saturation, value):
+    """(n h w) each, broadcast against one another -> rgb (n 3 h w)."""
+    k = (torch.tensor([5.0, 3.0, 1.0])[:, None, None] + (hue * 6)[:, None]) % 6
+    return value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
+
+
+# ---------------------------------------------------------------- readers of published sets
+
+# IN-100, the classes of CMC. A label is the place in this sorted list, so all derived sets agree.
+IMAGENET100 = """
+n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455 n01980166
+n01983481 n02009229 n02018207 n02085620 n02086240 n02086910 n02087046 n02089867 n02089973 n02090622
+n02091831 n02093428 n02099849 n02100583 n02104029 n02105505 n02106550 n02107142 n02108089 n02109047
+n02113799 n02113978 n02114855 n02116738 n02119022 n02123045 n02138441 n02172182 n02231487 n02259212
+n02326432 n02396427 n02483362 n02488291 n02701002 n02788148 n02804414 n02859443 n02869837 n02877765
+n02974003 n03017168 n03032252 n03062245 n03085013 n03259280 n03379051 n03424325 n03492542 n03494278
+n03530642 n03584829 n03594734 n03637318 n03642806 n03764736 n03775546 n03777754 n03785016 n03787032
+n03794056 n03837869 n03891251 n03903868 n03930630 n03947888 n04026417 n04067472 n04099969 n04111531
+n04127249 n04136333 n04229816 n04238763 n04336792 n04418357 n04429376 n04435653 n04485082 n04493381
+n04517823 n04589890 n04592741 n07714571 n07715103 n07753275 n07831146 n07836838 n13037406 n13040303
+"""
+IMAGENET100 = IMAGENET100.split()
+# Folder and class of the 13 classes of ObjectNet that IN-100 has.
+OBJECTNET13 = """
+bench n03891251  bottle_cap n02877765  chair n04099969  helmet n03379051
+iron_for_clothes n03584829  jeans n03594734  keyboard n03085013  lampshade n03637318
+laptop_open n03642806  mixing_salad_bowl n03775546  safety_pin n04127249
+vacuum_cleaner n04517823  wheel n02974003
+"""
+OBJECTNET13 = dict(zip(OBJECTNET13.split()[::2], OBJECTNET13.split()[1::2]))
+
+
+def published(name, split, root):
+    """A published set as downloaded -> paths, labels, class names; the paths need not exist."""
+    address = DATASETS[name].address
+    try:
+        pairs, classes = READERS[name](check_choice("split", split, dataset_splits(name)), root)
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        problem = f"its tables cannot be read as those of {name} ({first_line(error)})"
+        raise UserError(f"{root}: {problem}; get them at {address}") from None
+    if not pairs:
+        raise UserError(f"{root}: no images of {name} here; get it at {address}")
+    return *zip(*sorted(pairs, key=lambda pair: pair[0])), classes
+
+
+def first_existing(name, root, *places):
+    """The first of root/place that exists, else UserError."""
+    found = next((root / place for place in places if (root / place).exists()), None)
+    if not found:
+        problem = f"expected {' or '.join(places)} in it, as --data={name} has it"
+        raise UserError(f"{root}: {problem} from {DATASETS[name].address}")
+    return found
+
+
+def by_wnid(top):
+    """top/WNID/* of the 100 classes -> (path, label) pairs."""
+    return [(path, i) for i, wnid in enumerate(IMAGENET100) for path in image_paths(top / wnid)]
+
+
+def imagenet100(split, root):
+    """The 100 classes out of a tree of them or of all ImageNet, train/WNID/* and val/WNID/*.
+
+    val may also lie flat, as in its archive: then the devkit or Kaggle's table gives the classes.
+    """
+    tops = split, f"ILSVRC/Data/CLS-LOC/{split}", f"Data/CLS-LOC/{split}", f"ILSVRC2012_img_{split}"
+    top = first_existing("imagenet100", root, *tops)
+    if split == "train" or any((top / wnid).is_dir() for wnid in IMAGENET100):
+        return by_wnid(top), IMAGENET100
+    truth = "data/ILSVRC2012_validation_ground_truth.txt"
+    tables = "LOC_val_solution.csv", f"ILSVRC2012_devkit_t12/{truth}", truth
+    table = first_existing("imagenet100", root, *tables)
+    text = table.read_text()
+    if table.suffix == ".csv":  # image,WNID box ...
+        rows = [line.split(",") for line in text.splitlines()[1:]]
+        wnids = {row[0]: row[1].split()[0] for row in rows}
+    else:  # a class number for each image
+        synsets = read_mat(table.with_name("meta.mat"))["synsets"].ravel()
+        named = {int(one["ILSVRC2012_ID"].item()): one["WNID"].item() for one in synsets}
+        wnids = {f"ILSVRC2012_val_{i:08d}": named[int(c)] for i, c in enumerate(text.split(), 1)}
+    label = {wnid: i for i, wnid in enumerate(IMAGENET100)}
+    pairs = [(top / f"{stem}.JPEG", label[w]) for stem, w in wnids.items() if w in label]
+    return pairs, IMAGENET100
+
+
+def inat2019(split, root):
+    """train2019.json and val2019.json, as COCO: images, species and annotations joined by id."""
+    table = json.loads(first_existing("inat2019", root, f"{split}2019.json").read_text())
+    species = sorted((c["id"], c["name"]) for c in table["categories"])
+    label = {number: i for i, (number, _) in enumerate(species)}
+    category = {a["image_id"]: a["category_id"] for a in table["annotations"]}
+    pairs = [(root / one["file_name"], label[category[one["id"]]]) for one in table["images"]]
+    return pairs, [name for _, name in species]
+
+
+def cub200(split, root):
+    """CUB-200-2011's tables, joined by image id; its classes count from 1."""
+    top = first_existing("cub200", root, "images.txt", "CUB_200_2011/images.txt").parent
+
+    def table(name):
+        lines = first_existing("cub200", top, name).read_text().splitlines()
+        return dict(line.split(maxsplit=1) for line in lines)
+
+    train, species = table("train_test_split.txt"), table("image_class_labels.txt")
+    pairs = [
+        (top / "images" / file, int(species[i]) - 1)
+        for i, file in table("images.txt").items()
+        if (train[i] == "1") == (split == "train")
+    ]
+    classes = sorted(table("classes.txt").items(), key=lambda row: int(row[0]))
+    return pairs, [name for _, name in classes]
+
+
+def flowers102(split, root):
+    """setid.mat numbers the images of a split, imagelabels.mat their classes, both from 1."""
+    top = first_existing("flowers102", root, "setid.mat", "flowers-102/setid.mat").parent
+    # since torchvision 0.22
+    names = getattr(torchvision.datasets.Flowers102, "classes", range(1, 103))
+    key = {"train": "trnid", "val": "valid", "test": "tstid"}[split]
+    ids = read_mat(top / "setid.mat")[key].ravel().tolist()
+    labels = read_mat(first_existing("flowers102", top, "imagelabels.mat"))["labels"].ravel()
+    return [
+        (top / "jpg" / f"image_{i:05d}.jpg", int(labels[i - 1]) - 1) for i in map(int, ids)
+    ], names
+
+
+def objectnet13(split, root):
+    """The 13 folders of ObjectNet whose classes are in IN-100, with IN-100's labels."""
+    places = "images/bench", "objectnet-1.0/images/bench", "bench"
+    top = first_existing("objectnet13", root, *places).parent
+    labels = {name: IMAGENET100.index(wnid) for name, wnid in OBJECTNET13.items()}
+    return [
+        (path, i) for name, i in labels.items() for path in image_paths(top / name)
+    ], IMAGENET100
+
+
+def imagenetc100(split, root):
+    """The 100 classes out of ImageNet-C; split names a corruption and its severity."""
+    category = next(c for c, names in IMAGENETC.items() if split.split("/")[0] in names)
+    # some archives have a folder for each category
+    top = first_existing("imagenetc100", root, split, f"{category}/{split}")
+    return by_wnid(top), IMAGENET100
+
+
+PUBLISHED = (imagenet100, inat2019, cub200, flowers102, objectnet13, imagenetc100)
+READERS = {reader.__name__: reader for reader in PUBLISHED}
+
+
+def read_mat(path):
+    """A MATLAB file -> {name: array}."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError(f"{path}: a MATLAB file needs scipy: pip install scipy") from None
+    try:
+        return loadmat(str(path))
+    except Exception as error:  # whatever a broken file raises
+        problem = f"cannot be read as a MATLAB file ({first_line(error)})"
+        raise UserError(f"{path}: {problem}; download it again") from None
+
+
+def missing_files(paths):
+    """The paths that do not exist, found by listing each folder once."""
+
+    @functools.cache
+    def names(folder):
+        return set(os.listdir(folder)) if folder.is_dir() else set()
+
+    return [path for path in paths if path.name not in names(path.parent)]
+
+
+def check_complete(name, split, paths, labels):
+    """UserError unless all images of the published set are there."""
+    source = DATASETS[name]
+    classes, count = source.splits[split]
+    if missing := missing_files(paths):
+        raise UserError(
+            f"{name} {split}: {len(missing)} of {len(paths)} pictures are missing, "
+            f"the first is {missing[0]}; get them at {source.address}"
+        )
+    found = len(set(labels))
+    if found != classes or count and len(paths) != count:
+        raise UserError(
+            f"{name} {split}: found {len(paths)} pictures of {found} classes under "
+            f"{paths[0].parent.parent}, published are {count or 'images'} of {classes}; "
+            f"`python data.py check --data={name} --root=DIR` says more"
+        )
+
+
+def fetch_archives(name, root):
+    """--download of a published set -> root. Only Flowers-102 asks for no conditions or form."""
+    source, root = DATASETS[name], root or "downloads"
+    if not source.fetched:
+        where = f"cannot be fetched; get it at {source.address}" if source.address else "is yours"
+        raise UserError(f"--download: --data={name} {where}")
+    Path(root).mkdir(parents=True, exist_ok=True)
+    try:
+        torchvision.datasets.Flowers102(root, download=True)
+    except ModuleNotFoundError:  # all is fetched when it looks for scipy
+        pass
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"--download: {first_line(error)}; get it at {source.address}") from None
+    return root
+
+
+# ---------------------------------------------------------------- corruptions: the 15 of ImageNet-C
+
+# Hendrycks and Dietterich, ICLR 2019, in batches, on any device. The constants are the published
+# ones, for 224 x 224: for others, every length (radius, sigma, distance) is scaled by side / 224.
+# Each image has its own draws, made on the CPU. The published images were also saved as JPEG at
+# quality 85; ours are not. Each function: images (b c h w) in [0, 1], h == w, a CPU generator, its
+# constants -> (b c h w). Axes beside the project's: k kernel, t point along a motion.
+REFERENCE_SIZE = 224
 
 
 def corrupt(images, name, severity, generator):
-    """images (b 3 h w) in [0, 1], a name of CORRUPTIONS, severity 1 to 5, a CPU generator -> (b 3 h w) in [0, 1], in steps of 1 / 255."""
+    """images (b 3 h w) in [0, 1], severity 1 to 5 -> (b 3 h w) in [0, 1], in steps of 1 / 255."""
     function, constants = CORRUPTIONS[name]
     return function(images, generator, *constants[severity - 1]).clamp(0, 1).mul(255).round() / 255
 
@@ -698,7 +836,7 @@ def gaussian_noise(images, generator, std):
 
 
 def shot_noise(images, generator, photons):
-    """Each value becomes a count of photons, `photons` of them are 1 on average."""
+    """Each value becomes a count of photons; a value of 1 gives `photons` on average."""
     return torch.poisson(images.cpu() * photons, generator).to(images) / photons
 
 
@@ -709,42 +847,36 @@ def impulse_noise(images, generator, share):
 
 
 def bilinear_weights(points, reach):
-    """points (... t), in pixels -> (... k t): how much each point gives to each of the pixels -reach .. reach (k = 2 reach + 1), as in bilinear
-    interpolation. It keeps a shape of any fractional size a kernel without stairs, and one much smaller than a pixel still a blur."""
+    """points (... t) in pixels -> (... k t), so that a kernel of fractional size is smooth."""
     pixel = torch.arange(-reach, reach + 1, device=points.device)
     return (1 - (pixel[:, None] - points[..., None, :]).abs()).clamp(min=0)
 
 
 def convolve(images, kernels, border):
-    """images (b c h w), kernels (b k k), or (1 k k) for all -> (b c h w). By FFT: kernels are up to 83 x 83."""
+    """images (b c h w), kernels (b k k) or (1 k k) -> (b c h w), by FFT: k is up to 83."""
     k = kernels.shape[-1]
     padded = F.pad(images, (k // 2,) * 4, border)
     size = padded.shape[-2:]
-    spectrum = (
-        torch.fft.rfft2(padded)
-        * torch.fft.rfft2(kernels / kernels.sum((1, 2), keepdim=True), s=size)[:, None]
-    )
-    return torch.fft.irfft2(spectrum, s=size)[
-        ..., k - 1 :, k - 1 :
-    ]  # what comes before mixes opposite borders
+    kernels = kernels / kernels.sum((1, 2), keepdim=True)
+    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(kernels, s=size)[:, None]
+    # what comes before mixes opposite borders
+    return torch.fft.irfft2(spectrum, s=size)[..., k - 1 :, k - 1 :]
 
 
 def gaussian_filter(images, sigma):
-    """Gaussian blur, mirrored at the border -> (b c h w): a matrix product a side, so sigma may be larger than the picture."""
-    n = images.shape[-1]
-    reach = math.ceil(4 * sigma)
+    """Gaussian blur, mirrored at the border, as two matrix products: sigma may exceed the image."""
+    n, reach = images.shape[-1], math.ceil(4 * sigma)
     pixel = torch.arange(n, device=images.device)
     at = torch.arange(-reach, n + reach, device=images.device)
     weight = torch.softmax(-(((at - pixel[:, None]) / sigma) ** 2) / 2, 1)
-    folded = torch.minimum(
-        at % (2 * n), -(at + 1) % (2 * n)
-    )  # mirrored again and again, where it takes more than once
+    # mirrored again and again, where it takes more than once
+    folded = torch.minimum(at % (2 * n), -(at + 1) % (2 * n))
     matrix = torch.zeros_like(weight[:, :n]).index_add_(1, folded, weight)
     return matrix @ images @ matrix.T
 
 
 def defocus_blur(images, generator, radius):
-    """The average over a disk. Its edge is smooth by half a pixel: the same as the published blurring of the kernel."""
+    """The average over a disk, whose edge is smooth by half a pixel as the published one's."""
     radius = radius * scale(images)
     points = (torch.linspace(-1, 1, 257, device=images.device)[:-1] + 1 / 256) * radius
     weights = bilinear_weights(points, math.ceil(radius))
@@ -753,14 +885,14 @@ def defocus_blur(images, generator, radius):
 
 
 def glass_blur(images, generator, sigma, distance, times):
-    """Gaussian blur, then `times` over all pixels from the last to the first: each takes the colour that a pixel at most `distance`
-    away has by now; then the same blur again. As published: the code means to swap the two colours, but numpy only copies one.
+    """Blur, then `times` from the last pixel to the first: take the color that a pixel at most
+    `distance` away has by now; blur again.
 
-    A distance with a fraction is rounded up for that share of the pixels.
-    """
+    As published: that code means to swap the two colors, but numpy copies one of them.
+    A distance with a fraction is rounded up for that share of the pixels."""
     b, c, h, w = images.shape
     whole, fraction = divmod(distance * scale(images), 1)
-    edge = whole + (fraction > 0)  # so wide a border keeps its colours
+    edge = whole + (fraction > 0)  # the width of a border that keeps its colors
     sigma = sigma * scale(images)
     images = gaussian_filter(images, sigma).flatten(2)
     own = torch.arange(h * w).view(h, w)
@@ -770,7 +902,7 @@ def glass_blur(images, generator, sigma, distance, times):
         far = whole + (torch.rand(b, 2, h, w, generator=generator) < fraction)
         dy, dx = (uniform(-1, 1, b, 2, h, w, generator=generator) * far).floor().long().unbind(1)
         source = torch.where(inside, own + dy * w + dx, own).flatten(1).to(images.device)
-        # a source further on has already taken its colour from elsewhere: six times doubled, the jump goes 64 sources back
+        # a source further on already has a color from elsewhere: doubled six times, 64 jumps back
         back = torch.maximum(source, own.flatten().to(source))
         for _ in range(6):
             back = back.gather(1, back)
@@ -780,34 +912,37 @@ def glass_blur(images, generator, sigma, distance, times):
 
 
 def motion_blur_kernel(images, angle, radius, sigma, border="replicate"):
-    """Each image along its angle (b,), in degrees: to one side, by half a Gaussian of `sigma`, cut at 2 radius -> (b c h w)."""
-    length = 2 * radius * scale(images)
-    far = torch.linspace(0, 1, 2 * radius * math.ceil(scale(images)) + 1, device=images.device)
+    """Blur along angle (b,) in degrees, to one side, by half a Gaussian cut at 2 radius."""
+    length, steps = 2 * radius * scale(images), 2 * radius * math.ceil(scale(images))
+    far = torch.linspace(0, 1, steps + 1, device=images.device)
     weight = (-((far * 2 * radius / sigma) ** 2) / 2).exp()
     angle = angle.to(images).deg2rad()[:, None]
-    rows, columns = (
-        bilinear_weights(far * length * along, math.ceil(length))
-        for along in (angle.sin(), angle.cos())
-    )
+    rows = bilinear_weights(far * length * angle.sin(), math.ceil(length))
+    columns = bilinear_weights(far * length * angle.cos(), math.ceil(length))
     return convolve(images, rows * weight @ columns.mT, border)
 
 
 def motion_blur(images, generator, radius, sigma):
-    return motion_blur_kernel(
-        images, uniform(-45, 45, len(images), generator=generator), radius, sigma
-    )
+    angle = uniform(-45, 45, len(images), generator=generator)
+    return motion_blur_kernel(images, angle, radius, sigma)
+
+
+def warp(images, grid, padding):
+    return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
+
+
+def affine_grid(images, theta):
+    """theta (2 3) or (b 2 3) -> sampling grid (b h w xy)"""
+    theta = theta.expand(len(images), 2, 3).to(images)
+    return F.affine_grid(theta, images.shape, align_corners=False)
 
 
 def zoom_blur(images, generator, step, count):
-    """The average of the image and of `count` zooms into its middle: by 1, 1 + step, 1 + 2 step ..."""
+    """The average of the image and `count` zooms into its center: by 1, 1 + step, 1 + 2 step ..."""
     total = images
     for i in range(count):
-        theta = torch.eye(2, 3, device=images.device) / (1 + i * step)
-        total = total + F.grid_sample(
-            images,
-            F.affine_grid(theta.expand(len(images), 2, 3), images.shape, align_corners=False),
-            padding_mode="border",
-            align_corners=False,
+        total = total + warp(
+            images, affine_grid(images, torch.eye(2, 3) / (1 + i * step)), "border"
         )
     return total / (count + 1)
 
@@ -817,47 +952,33 @@ def resize(images, size):
 
 
 def snow(images, generator, mean, std, zoom, threshold, radius, sigma, keep):
-    """Flakes are what exceeds `threshold` in coarse noise, smeared, and once more turned by 180 degrees; below them the image is bleached."""
-    cells = (
-        torch.randn(
-            len(images), 1, *[math.ceil(REFERENCE_SIZE / zoom)] * 2, generator=generator
-        ).to(images)
-        * std
-        + mean
-    )
-    flakes = F.interpolate(
-        cells, (REFERENCE_SIZE, REFERENCE_SIZE), mode="bilinear", align_corners=True
-    )
-    flakes = F.threshold(flakes, threshold, 0).clamp(0, 1)
-    flakes = motion_blur_kernel(
-        resize(flakes, images.shape[-1]),
-        uniform(-135, -45, len(images), generator=generator),
-        radius,
-        sigma,
-    )
+    """Flakes are coarse noise above `threshold`, motion-blurred; the image is bleached."""
+    b, cells = len(images), math.ceil(REFERENCE_SIZE / zoom)
+    cells = torch.randn(b, 1, cells, cells, generator=generator).to(images) * std + mean
+    flakes = F.interpolate(cells, (REFERENCE_SIZE,) * 2, mode="bilinear", align_corners=True)
+    flakes = resize(F.threshold(flakes, threshold, 0).clamp(0, 1), images.shape[-1])
+    angle = uniform(-135, -45, b, generator=generator)
+    flakes = motion_blur_kernel(flakes, angle, radius, sigma)
     bleached = torch.maximum(images, grayscale(images) * 1.5 + 0.5)
     return keep * images + (1 - keep) * bleached + flakes + flakes.rot90(2, (2, 3))
 
 
 def plasma(b, side, decay, generator):
-    """Clouds by the diamond-square algorithm -> (b 1 side side), the published cut of 224 from a field of 256, which spans [0, 1].
+    """Clouds by the diamond-square algorithm -> (b 1 side side).
 
-    Every pass doubles a grid that goes round on both axes: first the middles of its cells, then those of their sides, are the mean of
-    their four neighbours plus noise, which is `decay` ** 2 smaller each time.
-    """
+    As published: a cut of 7/8 from a field that spans [0, 1]. Every pass doubles a periodic grid:
+    first the centers of its cells, then those of their sides, become the mean of four neighbors
+    plus noise, which is `decay` ** 2 smaller each time."""
     grid, noise = torch.zeros(b, 1, 1), 1.0
     full = 1 << (side * 8 // 7 - 1).bit_length()
     while grid.shape[-1] < full:
-        around = lambda cross: cross / 4 + noise * uniform(-1, 1, *grid.shape, generator=generator)
+        shape, rand = grid.shape, functools.partial(uniform, -1, 1, generator=generator)
         below, right = grid.roll(-1, 1), grid.roll(-1, 2)
-        middle = around(grid + below + right + below.roll(-1, 2))
-        top, left = (
-            around(grid + right + middle + middle.roll(1, 1)),
-            around(grid + below + middle + middle.roll(1, 2)),
-        )
-        grid = rearrange(
-            torch.stack([grid, top, left, middle]), "(y x) b h w -> b (h y) (w x)", y=2
-        )
+        center = (grid + below + right + below.roll(-1, 2)) / 4 + noise * rand(*shape)
+        top = (grid + right + center + center.roll(1, 1)) / 4 + noise * rand(*shape)
+        left = (grid + below + center + center.roll(1, 2)) / 4 + noise * rand(*shape)
+        grid = torch.stack([grid, top, left, center])
+        grid = rearrange(grid, "(y x) b h w -> b (h y) (w x)", y=2)
         noise /= decay**2
     low, high = grid.amin((1, 2), keepdim=True), grid.amax((1, 2), keepdim=True)
     return resize(((grid - low) / (high - low))[:, None, : full * 7 // 8, : full * 7 // 8], side)
@@ -870,32 +991,26 @@ def fog(images, generator, amount, decay):
 
 
 def frost(images, generator, keep, amount):
-    """Adds ice. The published photographs of it are replaced by drawn ones, with their range of lightness and color and their contrast:
-    blades (dots smeared along an angle, then slightly across) of four angles over clouds, from dark and blue to white."""
+    """Add ice: not the published photographs, but drawn blades of four angles over clouds."""
     b, side = len(images), images.shape[-1]
-    dots = torch.rand(4 * b, 1, side, side, generator=generator) * (
-        torch.rand(4 * b, 1, side, side, generator=generator) < 0.006 / scale(images) ** 2
-    )
+    size = 4 * b, 1, side, side
+    dots = torch.rand(size, generator=generator)
+    dots = dots * (torch.rand(size, generator=generator) < 0.006 / scale(images) ** 2)
     angle = uniform(0, 360, 4 * b, generator=generator)
-    blades = motion_blur_kernel(
-        motion_blur_kernel(dots.to(images), angle, 15, 10, "circular"), angle + 30, 6, 4, "circular"
-    )
+    blades = motion_blur_kernel(dots.to(images), angle, 15, 10, "circular")
+    blades = motion_blur_kernel(blades, angle + 30, 6, 4, "circular")
     blades = rearrange(blades, "(b n) 1 h w -> b n h w", n=4).amax(1, keepdim=True)
-    relief = (
-        F.instance_norm(blades) * 0.9
-        + F.instance_norm(plasma(b, side, 1.5, generator).to(images)) * 0.45
-    )
-    dark, light = torch.tensor([[0.34, 0.49, 0.55], [0.81, 0.82, 0.86]]).to(images)[
-        :, None, :, None, None
-    ]
-    whiteness = torch.rand(b, 1, 1, 1, generator=generator).to(images)
-    return keep * images + amount * (
-        torch.lerp(dark, light, whiteness) + (0.19 - 0.09 * whiteness) * relief
-    )
+    clouds = plasma(b, side, 1.5, generator).to(images)
+    relief = F.instance_norm(blades) * 0.9 + F.instance_norm(clouds) * 0.45
+    colors = torch.tensor([[0.34, 0.49, 0.55], [0.81, 0.82, 0.86]]).to(images)
+    dark, light = colors[:, None, :, None, None]
+    white = torch.rand(b, 1, 1, 1, generator=generator).to(images)
+    ice = torch.lerp(dark, light, white) + (0.19 - 0.09 * white) * relief
+    return keep * images + amount * ice
 
 
 def brightness(images, generator, amount):
-    """Adds to HSV's value, which scales a colour as a whole; black has none and becomes gray."""
+    """Add to HSV's value, which scales a color as a whole; black becomes gray."""
     value = images.amax(1, keepdim=True)
     lighter = (value + amount).clamp(max=1)
     return torch.where(value > 0, images * lighter / value, lighter)
@@ -906,35 +1021,23 @@ def contrast(images, generator, factor):
 
 
 def elastic_transform(images, generator, alpha, sigma, shift):
-    """An affine map that moves three points by up to `shift` each way, then noise of +-alpha, blurred by sigma, moves every pixel by itself.
+    """An affine map that moves three points by up to `shift`, then blurred noise of +-alpha.
 
-    alpha scales with the area: what is left of noise after a blur goes down with sigma, so the displacements scale as every length.
-    """
+    alpha scales with the area, as blurred noise goes down with sigma: displacements as lengths."""
     b, s = len(images), scale(images)
-    third = (
-        torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]) * 2 / 3
-    )  # of the way from the middle to the corners
-    moved = F.pad(
-        third + uniform(-shift, shift, b, 3, 2, generator=generator) * 2 / REFERENCE_SIZE,
-        (0, 1),
-        value=1,
-    )
-    theta = torch.linalg.solve(moved, third.expand(b, 3, 2)).mT.to(images)
+    # of the way from the center to the corners
+    third = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]) * 2 / 3
+    moved = third + uniform(-shift, shift, b, 3, 2, generator=generator) * 2 / REFERENCE_SIZE
+    theta = torch.linalg.solve(F.pad(moved, (0, 1), value=1), third.expand(b, 3, 2)).mT
     noise = uniform(-1, 1, b, 2, *images.shape[2:], generator=generator).to(images)
-    local = rearrange(
-        gaussian_filter(noise, sigma * s) * alpha * s * 2 / REFERENCE_SIZE, "b xy h w -> b h w xy"
-    )
-    for grid in (
-        F.affine_grid(theta, images.shape, align_corners=False),
-        F.affine_grid(torch.eye(2, 3).expand(b, 2, 3).to(images), images.shape, align_corners=False)
-        + local,
-    ):
-        images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    return images
+    local = gaussian_filter(noise, sigma * s) * alpha * s * 2 / REFERENCE_SIZE
+    local = rearrange(local, "b xy h w -> b h w xy")
+    images = warp(images, affine_grid(images, theta), "reflection")
+    return warp(images, affine_grid(images, torch.eye(2, 3)) + local, "reflection")
 
 
 def pixelate(images, generator, share):
-    """`share` of the pixels each way: every block, as wide as they need be, becomes its mean."""
+    """Keep `share` of the pixels each way: every block becomes its mean."""
     n = images.shape[-1]
     block = ((torch.arange(n, device=images.device) + 0.5) * int(n * share) / n).long()
     same = (block[:, None] == block).float()
@@ -943,15 +1046,12 @@ def pixelate(images, generator, share):
 
 
 def jpeg_compression(images, generator, quality):
-    def coded(image):
+    coded = []
+    for image in to_uint8(images).cpu():
         file = io.BytesIO()
         to_pil_image(image).save(file, "JPEG", quality=quality)
-        return pil_to_tensor(Image.open(file))
-
-    return (
-        torch.stack([coded(image) for image in (images * 255).round().byte().cpu()]).to(images)
-        / 255
-    )
+        coded.append(pil_to_tensor(Image.open(file)))
+    return torch.stack(coded).to(images) / 255
 
 
 CORRUPTIONS = {  # name: (function, its constants at severity 1 to 5)
@@ -978,140 +1078,123 @@ CORRUPTIONS = {  # name: (function, its constants at severity 1 to 5)
     "contrast": (contrast, [(0.4,), (0.3,), (0.2,), (0.1,), (0.05,)]),
     "elastic_transform": (
         elastic_transform,
-        [
-            (488, 170.8, 24.4),
-            (488, 19.52, 48.8),
-            (12.2, 2.44, 4.88),
-            (17.08, 2.44, 4.88),
-            (29.28, 2.44, 4.88),
-        ],
+        [(488, 170.8, 24.4), (488, 19.52, 48.8)]
+        + [(alpha, 2.44, 4.88) for alpha in (12.2, 17.08, 29.28)],
     ),
     "pixelate": (pixelate, [(0.6,), (0.5,), (0.4,), (0.3,), (0.25,)]),
     "jpeg_compression": (jpeg_compression, [(25,), (18,), (15,), (10,), (7,)]),
 }
 
 
-# ---------------------------------------------------------------- stylised copies: what the group `texture` draws from
+# ---------------------------------------------------------------- style transfer, group `texture`
 
 
 def fractal_noise(n, size, decay, generator):
     """Smooth noise of all scales -> (n size size), mean 0, deviation 1; more decay is softer."""
-    octaves = [
-        torch.randn(n, 1, k, k, generator=generator) * k**-decay
-        for k in (4 << i for i in range(12))
-        if k <= size
-    ]
-    out = sum(
-        F.interpolate(octave, size=size, mode="bicubic", align_corners=False)[:, 0]
-        for octave in octaves
-    )
+    out = 0
+    for k in (4 << i for i in range(12)):
+        if k <= size:
+            octave = torch.randn(n, 1, k, k, generator=generator) * k**-decay
+            out = out + F.interpolate(octave, size=size, mode="bicubic", align_corners=False)[:, 0]
     return (out - out.mean((1, 2), keepdim=True)) / out.std((1, 2), keepdim=True)
 
 
-def procedural_textures(n, size, seed=0):
-    """Textures drawn by code, the styles when there is no folder of them -> (n 3 size size) in [0, 1]; 14 patterns in turn, each with its own
-    colours, angle, scale, warp and relief."""
-    g = generator("materials", seed)
-    rand = lambda *shape, low=0.0, high=1.0: torch.rand(n, *shape, generator=g) * (high - low) + low
-    x, y = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="xy")
-    angle, scale, warp = (
-        rand(1, 1, low=low, high=high) for low, high in ((0, math.tau), (2.5, 9), (0, 0.25))
-    )
-    soft, fine, bend_x, bend_y = (
-        fractal_noise(n, size, decay, g) for decay in (1.5, 0.5, 1.2, 1.2)
-    )
-    bend_x, bend_y = bend_x * warp, bend_y * warp
-    u, v = (
-        (angle.cos() * x + angle.sin() * y + bend_x) * scale,
-        (angle.cos() * y - angle.sin() * x + bend_y) * scale,
-    )
-    zigzag = lambda t: (t - t.floor() - 0.5).abs() * 4 - 1
+def zigzag(t):
+    return (t - t.floor() - 0.5).abs() * 4 - 1
+
+
+def texture_relief(n, size, g):
+    """Heights (n size size) of 14 patterns in turn, each with its own angle, scale and warp."""
+    rand = functools.partial(uniform, generator=g)
+    axis = torch.linspace(-1, 1, size)
+    x, y = torch.meshgrid(axis, axis, indexing="xy")
+    angle, scale, warp = (rand(*r, n, 1, 1) for r in ((0, math.tau), (2.5, 9), (0, 0.25)))
+    soft, fine, *bend = (fractal_noise(n, size, decay, g) for decay in (1.5, 0.5, 1.2, 1.2))
+    bend_x, bend_y = bend[0] * warp, bend[1] * warp
+    u = (angle.cos() * x + angle.sin() * y + bend_x) * scale
+    v = (angle.cos() * y - angle.sin() * x + bend_y) * scale
+    wave_u, wave_v = (math.tau * u).sin(), (math.tau * v).sin()
     cell, brick = torch.hypot(u - u.round(), v - v.round()), u + 0.5 * (v.floor() % 2)
-    seeds = torch.cdist(
-        torch.stack([x + bend_x / 2, y + bend_y / 2], -1).flatten(1, 2),
-        rand(36, 2, low=-1.2, high=1.2),
+    joint = torch.minimum(0.5 - (brick - brick.round()).abs(), 0.5 - (v - v.floor() - 0.5).abs())
+    points = torch.stack([x + bend_x / 2, y + bend_y / 2], -1).flatten(1, 2)
+    distance = torch.cdist(points, rand(-1.2, 1.2, n, 36, 2))
+    near, second = distance.topk(2, largest=False).values.view(n, size, size, 2).unbind(3)
+    woven = (u.floor() + v.floor()) % 2 > 0
+    patterns = dict(
+        stripes=wave_u,
+        checks=(4 * wave_u * wave_v).tanh(),
+        dots=((0.3 - cell) * 12).tanh(),
+        bricks=((joint - 0.07) * 30).tanh(),
+        wood=(math.tau * torch.hypot(u, 0.35 * v)).sin(),
+        marble=(3 * u + 2.5 * soft).sin(),
+        clouds=soft,
+        cells=near * 9 - 1.2,
+        cracks=((second - near) * 14 - 0.6).tanh(),
+        chevrons=zigzag(u + zigzag(v) * 0.35),
+        weave=torch.where(woven, zigzag(u * 2), zigzag(v * 2)),
+        lichen=(fine * 3 - 1.5).tanh(),
+        scales=(cell * math.tau * 1.5).cos(),
+        veins=(1 - soft.abs() * 3).clamp(-1, 1),
     )
-    near, next_ = seeds.topk(2, largest=False).values.view(n, size, size, 2).unbind(3)
-    patterns = [
-        (math.tau * u).sin(),
-        (4 * (math.tau * u).sin() * (math.tau * v).sin()).tanh(),
-        ((0.3 - cell) * 12).tanh(),  # stripes checks dots
-        (
-            (
-                torch.minimum(
-                    0.5 - (brick - brick.round()).abs(), 0.5 - (v - v.floor() - 0.5).abs()
-                )
-                - 0.07
-            )
-            * 30
-        ).tanh(),  # bricks
-        (math.tau * torch.hypot(u, 0.35 * v)).sin(),
-        (3 * u + 2.5 * soft).sin(),
-        soft,
-        near * 9 - 1.2,  # wood marble clouds cells
-        ((next_ - near) * 14 - 0.6).tanh(),
-        zigzag(u + zigzag(v) * 0.35),  # cracks chevrons
-        torch.where((u.floor() + v.floor()) % 2 > 0, zigzag(u * 2), zigzag(v * 2)),
-        (fine * 3 - 1.5).tanh(),  # weave lichen
-        (cell * math.tau * 1.5).cos(),
-        (1 - soft.abs() * 3).clamp(-1, 1),
-    ]  # scales veins
-    which = torch.arange(n)
-    height = (
-        torch.stack(patterns)[which % len(patterns), which] + fine * rand(1, 1, low=0.02, high=0.35)
-    ).clamp(-1.5, 1.5)
-    dark, middle, light = hsv(
-        *(
-            rand(3, low=low, high=high).T.reshape(3 * n, 1, 1)
-            for low, high in ((0, 1), (0.1, 0.9), (0.1, 1))
-        )
-    ).view(3, n, 3, 1, 1)
+    i = torch.arange(n)
+    height = torch.stack(list(patterns.values()))[i % len(patterns), i]
+    return (height + fine * rand(0.02, 0.35, n, 1, 1)).clamp(-1.5, 1.5)
+
+
+def procedural_textures(n, size, seed=0):
+    """Textures drawn by code, the styles where no folder is given -> (n 3 size size) in [0, 1]."""
+    g = generator("materials", seed)
+    height = texture_relief(n, size, g)
+    rand = functools.partial(uniform, generator=g)
+    hue, saturation, value = (rand(*r, n, 3) for r in ((0, 1), (0.1, 0.9), (0.1, 1)))
+    color = hsv(*(x.T.reshape(3 * n, 1, 1) for x in (hue, saturation, value)))
+    dark, middle, light = color.view(3, n, 3, 1, 1)
     t = height[:, None] / 1.5
-    image = torch.where(
-        t < 0,
-        torch.lerp(dark / 2, middle, (t + 1).clamp(max=1)),
-        torch.lerp(middle, (light + 1) / 2, t.clamp(min=0)),
-    )
+    lower = torch.lerp(dark / 2, middle, (t + 1).clamp(max=1))
+    upper = torch.lerp(middle, (light + 1) / 2, t.clamp(min=0))
     dy, dx = torch.gradient(height, dim=(1, 2))
-    return (
-        image * (1 + (dx - dy) * rand(1, 1, high=0.8) * size / 64).clamp(0.4, 1.6)[:, None]
-    ).clamp(0, 1)
+    shading = (1 + (dx - dy) * rand(0, 0.8, n, 1, 1) * size / 64).clamp(0.4, 1.6)[:, None]
+    return (torch.where(t < 0, lower, upper) * shading).clamp(0, 1)
 
 
 def guided_filter(images, radius, flat=0.003, times=2):
-    """images (b c h w) without their texture: He et al.'s guided filter, by their own luminance -> (b c h w). What varies less than `flat` within
-    `radius` pixels becomes even, edges stay."""
-    box = lambda x: F.avg_pool2d(F.pad(x, (radius,) * 4, mode="reflect"), 2 * radius + 1, stride=1)
+    """images (b c h w) without texture: He et al.'s guided filter, by luminance; edges stay."""
+
+    def box(x):
+        padded = F.pad(x, (radius,) * 4, mode="reflect")
+        return F.avg_pool2d(padded, 2 * radius + 1, stride=1)
+
     for _ in range(times):
         guide = rgb_to_grayscale(images)
         middle, mean = box(guide), box(images)
-        slope = (box(guide * images) - middle * mean) / (
-            box(guide * guide) - middle * middle + flat
-        )
+        variance = box(guide * guide) - middle * middle + flat
+        slope = (box(guide * images) - middle * mean) / variance
         images = box(slope) * guide + box(mean - slope * middle)
     return images
 
 
 def match_color(images, style):
-    """images (b 3 h w) with the mean and covariance of the colours of style (b 3 h w)."""
+    """images (b 3 h w) with the mean and covariance of the colors of style (b 3 h w)."""
 
     def moments(x):
-        mean = x.flatten(2).mean(2, keepdim=True)
-        return mean, (x.flatten(2) - mean) @ (x.flatten(2) - mean).mT / x[
-            0, 0
-        ].numel() + 1e-4 * torch.eye(3, device=x.device)
+        pixels = x.flatten(2)
+        mean = pixels.mean(2, keepdim=True)
+        cov = (pixels - mean) @ (pixels - mean).mT / x[0, 0].numel()
+        return mean, cov + 1e-4 * torch.eye(3, device=x.device)
 
     def power(matrix, p):
         values, vectors = torch.linalg.eigh(matrix)
         return vectors @ torch.diag_embed(values.clamp(min=1e-6) ** p) @ vectors.mT
 
-    (mean, cov), (want, like) = moments(images), moments(style)
-    return (power(like, 0.5) @ power(cov, -0.5) @ (images.flatten(2) - mean) + want).view_as(images)
+    (mean, cov), (style_mean, style_cov) = moments(images), moments(style)
+    transform = power(style_cov, 0.5) @ power(cov, -0.5)
+    return (transform @ (images.flatten(2) - mean) + style_mean).view_as(images)
 
 
 def random_features(images, filters=48):
-    """A bank of fixed random 5 x 5 filters, half of them blind to the mean, with ReLU, at every scale: enough to tell textures apart
-    (Ustyuzhaninov et al. 2017). (b 3 h w) -> [(b f h w), ...] from fine to coarse, and which of them is the content."""
+    """Fixed random 5 x 5 filters at every scale (Ustyuzhaninov et al. 2017), half of them blind to
+    the mean, then ReLU: (b 3 h w) -> maps [(b f h w), ...] fine to coarse, the content map's index.
+    """
     bank = torch.randn(filters, 3, 5, 5, generator=generator("filters"))
     bank[::2] -= bank[::2].mean((1, 2, 3), keepdim=True)
     bank = (bank / bank.flatten(1).norm(dim=1)[:, None, None, None]).to(images)
@@ -1124,8 +1207,8 @@ def random_features(images, filters=48):
 
 
 def vgg_features(net, images):
-    """conv1_1, 2_1, 3_1, 4_1, 4_2 and 5_1 of torchvision's VGG-19 (Gatys et al. 2016): (b 3 h w) -> [(b f h w), ...],
-    and which of them is the content: conv4_2."""
+    """conv1_1, 2_1, 3_1, 4_1, 4_2 and 5_1 of torchvision's VGG-19 (Gatys et al. 2016):
+    (b 3 h w) -> maps [(b f h w), ...], the content map's index (conv4_2)."""
     mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
     maps, x = [], (images - mean) / std
     for i, layer in enumerate(net.features[:30]):
@@ -1135,10 +1218,30 @@ def vgg_features(net, images):
     return maps, 4
 
 
+def style_features(name, device):
+    """auto, vgg19 or random -> function: images -> (maps, content), and its name."""
+    if name == "random":
+        return random_features, "random"
+    try:
+        net = torchvision.models.vgg19(weights="DEFAULT")
+    except OSError as error:  # URLError is one
+        if name == "auto":
+            return random_features, "random"
+        problem = f"the weights of VGG-19 cannot be downloaded ({error})"
+        raise UserError(f"{problem}: --features=random needs none") from None
+    return functools.partial(vgg_features, net.eval().requires_grad_(False).to(device)), "vgg19"
+
+
 def gram(maps):
     """(b f h w) -> (b f f)"""
     maps = maps.float().flatten(2)
     return maps @ maps.mT / maps.shape[2]
+
+
+def relative_error(x, goal):
+    """Mean square of x - goal over that of goal, summed over the batch -> ()"""
+    error, goal = (x.float() - goal).square(), goal.float().square()
+    return (error.flatten(1).mean(1) / goal.flatten(1).mean(1)).sum()
 
 
 def style_transfer(
@@ -1151,48 +1254,88 @@ def style_transfer(
     strength=0.7,
     keep_color=False,
 ):
-    """Texture randomised, shape kept (Gatys et al. 2016): images, styles (b 3 h w) in [0, 1] -> (b 3 h w) in [0, 1].
+    """Another texture, the same shape (Gatys et al. 2016): images, styles (b 3 h w) in [0, 1].
 
-    Starts from the picture's structure in the style's colours with the style's fine detail on it, where the optimisation has little left to
-    do, then follows the gradient of Gram matrices towards the style and of the content map towards that structure. keep_color: the style
-    takes the picture's colours, not the other way.
+    Starts from the image's structure in the style's colors with the style's fine detail on it,
+    where little is left to do, then follows the gradient of Gram matrices towards the style and of
+    the content map towards that structure. keep_color: the style takes the image's colors instead.
     """
     size = images.shape[-1]
     with torch.no_grad():
         styles = match_color(styles, images).clamp(0, 1) if keep_color else styles
         plain = match_color(guided_filter(images, max(1, size // 32)), styles)
-        coarse = F.interpolate(
-            F.avg_pool2d(styles, max(1, size // 8)), size=size, mode="bicubic", align_corners=False
-        )
+        coarse = F.avg_pool2d(styles, max(1, size // 8))
+        coarse = F.interpolate(coarse, size=size, mode="bicubic", align_corners=False)
         out = (plain + strength * (styles - coarse)).clamp(0, 1)
         goals = [gram(m) for m in features(styles)[0]]
         maps, at = features(plain.clamp(0, 1))
-        keep, push = maps[at], torch.zeros_like(out)
-    apart = lambda x, goal: (
-        (x.float() - goal).square().flatten(1).mean(1) / goal.float().square().flatten(1).mean(1)
-    ).sum()
+        structure, push = maps[at], torch.zeros_like(out)
     for i in range(steps):
         out.requires_grad_()
         with torch.autocast(out.device.type, torch.bfloat16, enabled=out.is_cuda):
             maps, _ = features(out)
-        loss = sum(apart(gram(m), goal) for m, goal in zip(maps, goals)) + content * apart(
-            maps[at], keep
-        )
+        loss = sum(relative_error(gram(m), goal) for m, goal in zip(maps, goals))
+        loss = loss + content * relative_error(maps[at], structure)
         (gradient,) = torch.autograd.grad(loss, out)
-        with torch.no_grad():  # steps of one size for each picture
-            push = 0.8 * push + 0.2 * gradient / (
-                gradient.square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-12
-            )
+        with torch.no_grad():  # steps of one size for each image
+            norm = gradient.square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-12
+            push = 0.8 * push + 0.2 * gradient / norm
             out = (out - lr * (1 - i / steps) * push).clamp(0, 1)
     return out.detach()
 
 
 def copy_paths(path, top, root, count):
-    """Where the stylised copies of a picture below `top` are, below `root`: the same path, numbered."""
-    where = Path(root) / Path(path).relative_to(top)
-    return [
-        where.with_name(f"{where.name}.{k}.jpg") for k in range(count)
-    ]  # a.png and a.jpg are two pictures
+    """The stylized copies of an image below `top`: the same path below `root`, numbered."""
+    target = Path(root) / Path(path).relative_to(top)  # a.png and a.jpg are two images
+    return [target.with_name(f"{target.name}.{k}.jpg") for k in range(count)]
+
+
+def with_textures(name, files, dataset, root, textures, cache, workers=2, device="cpu", seed=0):
+    """The decoded `dataset` with its stylized copies, from the folder `textures`.
+
+    files: the same set before decoding. Those of `factors` are made here and kept in `cache`."""
+    if name == "factors":
+        return dataset._replace(textures=factors_textures(dataset, cache, device))
+    if DATASETS[name].torchvision:
+        raise UserError(f"--data={name}: torchvision's sets have no stylized copies; use a folder")
+    command = f"`python data.py stylize --data={name} --root={root}"
+    if not textures:
+        raise UserError(
+            f"--groups=texture needs --textures=DIR; {command} --seed={seed}` writes it"
+        )
+    side, top, unread = dataset.images.shape[-1], check_root(root, name), set(dataset.missing)
+    paths = [path for i, path in enumerate(files.images.source) if i not in unread]
+    count = 1
+    while copy_paths(paths[0], top, textures, count + 1)[-1].exists():
+        count += 1
+    copies = [copy for path in paths for copy in copy_paths(path, top, textures, count)]
+    if gone := missing_files(copies):
+        command += f" --out={textures} --copies={count} --seed={seed}`"
+        raise UserError(f"{gone[0]}: no such file; {command} (and its --styles) writes it")
+    advice = "remove it: `python data.py stylize` writes it again"
+    copies = ImageFiles(copies, read_image, side, advice=advice)
+    copies = ImageSet(copies, torch.ones(len(copies)), {}, {})
+    images = decode_all(copies, workers, cache, shared=dataset.images.is_shared()).images
+    return dataset._replace(textures=images.view(len(paths), -1, 3, side, side))
+
+
+def factors_textures(dataset, cache, device):
+    """Stylized copies (n 1 3 h w) uint8 of the images of `factors`, made once."""
+    path = Path(cache) / f"factors-textures-{fingerprint(dataset)[:16]}.pt"
+    if not path.exists():
+        n, side, copies = len(dataset.images), dataset.images.shape[-1], []
+        print(f"making stylized copies of {n} images, once: {path}", flush=True)
+        styles = F.interpolate(procedural_textures(56, max(64, side)), size=side, mode="area")
+        for rows in torch.arange(n).split(64):
+            pick = torch.randint(56, (len(rows),), generator=generator("style", int(rows[0])))
+            images, style = dataset.images[rows].to(device) / 255, styles[pick].to(device)
+            # the colors stay: hue is another group's
+            copies.append(to_uint8(style_transfer(images, style, keep_color=True)).cpu())
+        write_tensors(path, torch.cat(copies)[:, None])
+    return read_tensors(path)
+
+
+# ---------------------------------------------------------------- commands
 
 
 def stylize(
@@ -1211,741 +1354,93 @@ def stylize(
     device: str = "auto",
     seed: int = 0,
 ):
-    """Write stylised copies of a set's pictures, a tree that mirrors it: texture gone, shape kept. For `python loo.py train --groups=texture
-    --textures=OUT`. Goes on where it stopped; each file is written whole or not at all.
+    """Write stylized copies of a set's images, a tree that mirrors it: texture gone, shape kept.
+
+    For `python loo.py train --groups=texture --textures=OUT`. Continues where it stopped.
 
     Args:
         data: folder or imagenet100, cub200, inat2019, flowers102
         root: where the data is
-        styles: a folder of pictures; without it, textures drawn by code
+        styles: a folder of images; without it, textures drawn by code
         out: folder to write to
-        copies: of each picture, every one in another style
+        copies: of each image, every one in another style
         size: of a copy's shorter side, in pixels
         split: train, or val or test to look at
-        features: vgg19 (torchvision's weights, downloaded once), random, or auto: vgg19 where its weights can be had
-        steps: of the optimisation
+        features: vgg19 (torchvision's weights, downloaded once), random, or auto: vgg19 if possible
+        steps: of the optimization
         strength: of the style's detail at the start
-        batch: pictures at once
+        batch: images at once
         device: auto, cpu or cuda
-        seed: which style each picture gets
+        seed: which style each image gets
     """
     check_choice("features", features, ("auto", "vgg19", "random"))
-    if min(copies, size, steps + 1, batch) < 1 or size < 16:
+    if min(copies, size // 16, steps + 1, batch) < 1:
+        flags = f"--copies={copies} --size={size} --steps={steps} --batch={batch}"
+        raise UserError(f"{flags}: expected 1 or more, --size=16 or more")
+    if check_choice("data", data, NAMES) == "factors" or DATASETS[data].torchvision:
         raise UserError(
-            f"--copies={copies} --size={size} --steps={steps} --batch={batch}: expected 1 or more, and 16 pixels or more"
+            f"--data={data} is no tree of images (factors makes copies when trained on)"
         )
-    if check_choice("data", data, NAMES) == "factors" or data in TORCHVISION:
-        raise UserError(
-            f"--data={data} is not a tree of pictures: factors makes its copies when it is trained on, torchvision's sets cannot have them"
-        )
-    found, top = (
-        open_dataset(data, split, root=root, size=size, canvas=size, seed=seed),
-        check_root(root, data),
-    )
+    images = open_dataset(data, split, root=root, size=size, canvas=size, seed=seed).images
+    top = check_root(root, data)
     if data == "folder":
         forbid_inside("out", out, top)
-    place, paths = resolve_device(device), found.images.source
-    to_style, name = style_features(features, place)
-    painted = image_paths(Path(styles)) if styles else []
-    if styles and not painted:
-        raise UserError(f"--styles={styles}: no pictures in this folder")
-    drawn = None if styles else procedural_textures(56, size, seed)
-    jobs = [
-        (i, target)
-        for i, path in enumerate(paths)
-        for target in copy_paths(path, top, out, copies)
-        if not target.exists()
-    ]
+    device = resolve_device(device)
+    style_of = style_reader(styles, size, seed)
+    features, name = style_features(features, device)
+    targets = [copy_paths(path, top, out, copies) for path in images.source]
+    jobs = [(i, copy) for i, found in enumerate(targets) for copy in found if not copy.exists()]
+    total = len(targets) * copies
     print(
-        f"{len(paths) * copies - len(jobs)} of {len(paths) * copies} copies are there; styles from {styles or 'code'}, features {name}, {place}",
-        flush=True,
+        f"{total - len(jobs)} of {total} copies are there; styles from {styles or 'code'}, ", end=""
     )
+    print(f"features {name}, {device}", flush=True)
     begun, shown = time.perf_counter(), 0
     for start in range(0, len(jobs), batch):
         some = jobs[start : start + batch]
-        canvases, aspect, errors = zip(*(found.images[i] for i, _ in some))
-        pick = [
-            int(
-                torch.randint(
-                    1 << 30, (1,), generator=generator("style", seed, str(t.relative_to(out)))
-                )
-            )
-            for _, t in some
-        ]
-        style = [
-            drawn[p % len(drawn)]
-            if drawn is not None
-            else style_of(painted[p % len(painted)], size)
-            for p in pick
-        ]
-        done = style_transfer(
-            torch.stack(canvases).to(place) / 255,
-            torch.stack(style).to(place),
-            to_style,
-            steps,
-            strength=strength,
-        )
-        for (_, target), picture, shape, error in zip(
-            some, (done * 255).round().byte().cpu(), aspect, errors
-        ):
+        canvases, aspects, errors = zip(*(images[i] for i, _ in some))
+        style = torch.stack([style_of(copy.relative_to(out)) for _, copy in some]).to(device)
+        content = torch.stack(canvases).to(device) / 255
+        done = to_uint8(style_transfer(content, style, features, steps, strength=strength)).cpu()
+        for (_, copy), image, aspect, error in zip(some, done, aspects, errors):
             if error:
                 print(f"warning: unreadable: {error}", file=sys.stderr)
-                continue
-            sides = round(size * max(shape, 1)), round(size * max(1 / shape, 1))
-            write_atomic(
-                target,
-                functools.partial(
-                    to_pil_image(picture).resize(sides, Image.Resampling.BICUBIC).save,
-                    format="JPEG",
-                    quality=95,
-                ),
-            )
-        at, seconds = start + len(some), time.perf_counter() - begun
-        if at * 10 // len(jobs) > shown or sys.stdout.isatty():
-            shown = at * 10 // len(jobs)
-            print(
-                f"{at}/{len(jobs)}  {at / seconds:.1f} pictures/s  {seconds / at * (len(jobs) - at) / 60:.0f} minutes left",
-                flush=True,
-            )
+            else:
+                save_copy(copy, image, aspect)
+        end, seconds = start + len(some), time.perf_counter() - begun
+        if end * 10 // len(jobs) > shown or sys.stdout.isatty():
+            shown = end * 10 // len(jobs)
+            rate, left = end / seconds, seconds / end * (len(jobs) - end) / 60
+            print(f"{end}/{len(jobs)}  {rate:.1f} images/s  {left:.0f} minutes left", flush=True)
     print(f"wrote {out}; train with --groups=color,rotation,texture --textures={out}")
 
 
-def style_of(path, size):
-    """The middle of a picture as a square, (3 size size) in [0, 1]."""
-    try:
-        return (
-            pil_to_tensor(
-                ImageOps.fit(read_image([path], 0), (size, size), Image.Resampling.BICUBIC)
-            )
-            / 255
-        )
-    except UserError as error:
-        raise UserError(f"{error}; remove it from --styles, and the same command goes on") from None
+def save_copy(path, image, aspect):
+    """image (3 size size) uint8 -> a JPEG of its original aspect, `size` its shorter side."""
+    size = image.shape[-1]
+    sides = round(size * max(aspect, 1)), round(size * max(1 / aspect, 1))
+    image = to_pil_image(image).resize(sides, Image.Resampling.BICUBIC)
+    write_atomic(path, functools.partial(image.save, format="JPEG", quality=95))
 
 
-def style_features(name, device):
-    """-> images -> (maps, content), and what it is called."""
-    if name != "random":
+def style_reader(styles, size, seed):
+    """A folder of styles, or None for textures drawn by code -> function: copy's path -> style."""
+    choices = image_paths(Path(styles)) if styles else procedural_textures(56, size, seed)
+    if not len(choices):
+        raise UserError(f"--styles={styles}: no images in this folder")
+
+    def read(copy):
+        g = generator("style", seed, str(copy))
+        style = choices[int(torch.randint(1 << 30, (1,), generator=g)) % len(choices)]
+        if not styles:
+            return style
         try:
-            net = (
-                torchvision.models.vgg19(weights="DEFAULT").eval().requires_grad_(False).to(device)
-            )
-            return functools.partial(vgg_features, net), "vgg19"
-        except OSError as error:  # URLError is one
-            if name == "vgg19":
-                raise UserError(
-                    f"the weights of VGG-19 cannot be downloaded ({error}): --features=random needs none"
-                ) from None
-    return random_features, "random"
-
-
-def with_textures(name, files, found, root, textures, cache, workers=2, device="cpu", seed=0):
-    """A decoded Data, `files` before it was decoded, with its stylised copies: those below the folder `textures`; of `factors`, made now
-    and kept in `cache`."""
-    if name == "factors":
-        path = Path(cache) / f"factors-textures-{fingerprint(found)[:16]}.pt"
-        if not path.exists():
-            n, side, made = len(found.images), found.images.shape[-1], []
-            print(f"making stylised copies of {n} pictures, once: {path}", flush=True)
-            style = F.interpolate(procedural_textures(56, max(64, side)), size=side, mode="area")
-            for rows in torch.arange(n).split(64):
-                pick = torch.randint(56, (len(rows),), generator=generator("style", int(rows[0])))
-                done = style_transfer(
-                    found.images[rows].to(device) / 255, style[pick].to(device), keep_color=True
-                )  # hue is another group's
-                made.append((done * 255).round().byte().cpu())
-            write_tensors(path, torch.cat(made)[:, None])
-        return found._replace(textures=read_tensors(path))
-    if name in TORCHVISION:
-        raise UserError(
-            f"--data={name}: torchvision's sets cannot have stylised copies; use a tree of pictures"
-        )
-    if not textures:
-        raise UserError(
-            f"--groups=texture needs --textures=DIR, stylised copies of the pictures; write them with "
-            f"`python data.py stylize --data={name} --root={root} --seed={seed}`"
-        )
-    side, top, unread = found.images.shape[-1], check_root(root, name), set(found.missing)
-    paths = [p for i, p in enumerate(files.images.source) if i not in unread]
-    count = 1
-    while copy_paths(paths[0], top, textures, count + 1)[-1].exists():
-        count += 1
-    copies = [one for p in paths for one in copy_paths(p, top, textures, count)]
-    if gone := missing_files(copies):
-        raise UserError(
-            f"{gone[0]}: no such file; `python data.py stylize --data={name} --root={root} --out={textures} --copies={count} --seed={seed}` "
-            "(and the --styles it was made with) writes what is missing"
-        )
-    canvases = ImageFiles(
-        copies, read_image, side, mend="remove it: `python data.py stylize` writes it again"
-    )
-    images = decode_all(
-        ImageSet(canvases, torch.ones(len(copies)), {}, {}),
-        workers,
-        cache,
-        shared=found.images.is_shared(),
-    ).images
-    return found._replace(textures=images.view(len(paths), -1, 3, side, side))
-
-
-# ---------------------------------------------------------------- the paper's data sets, each as it is downloaded
-
-# IN-100, the classes of CMC. A picture's label is its class's place in the sorted list, so that all derived sets agree.
-IMAGENET100 = sorted(
-    """
-n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455 n01980166 n01983481 n02009229 n02018207 n02085620
-n02086240 n02086910 n02087046 n02089867 n02089973 n02090622 n02091831 n02093428 n02099849 n02100583 n02104029 n02105505 n02106550 n02107142
-n02108089 n02109047 n02113799 n02113978 n02114855 n02116738 n02119022 n02123045 n02138441 n02172182 n02231487 n02259212 n02326432 n02396427
-n02483362 n02488291 n02701002 n02788148 n02804414 n02859443 n02869837 n02877765 n02974003 n03017168 n03032252 n03062245 n03085013 n03259280
-n03379051 n03424325 n03492542 n03494278 n03530642 n03584829 n03594734 n03637318 n03642806 n03764736 n03775546 n03777754 n03785016 n03787032
-n03794056 n03837869 n03891251 n03903868 n03930630 n03947888 n04026417 n04067472 n04099969 n04111531 n04127249 n04136333 n04229816 n04238763
-n04336792 n04418357 n04429376 n04435653 n04485082 n04493381 n04517823 n04589890 n04592741 n07714571 n07715103 n07753275 n07831146 n07836838
-n13037406 n13040303
-""".split()
-)
-OBJECTNET13 = {
-    "bench": "n03891251",
-    "bottle_cap": "n02877765",
-    "chair": "n04099969",
-    "helmet": "n03379051",
-    "iron_for_clothes": "n03584829",
-    "jeans": "n03594734",
-    "keyboard": "n03085013",
-    "lampshade": "n03637318",
-    "laptop_open": "n03642806",
-    "mixing_salad_bowl": "n03775546",
-    "safety_pin": "n04127249",
-    "vacuum_cleaner": "n04517823",
-    "wheel": "n02974003",
-}
-IMAGENETC = {
-    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
-    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-    "weather": ("snow", "frost", "fog", "brightness"),
-    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-}
-
-# name: ({split: (classes, pictures)}, where to get it); None where no count is published for these classes
-PUBLISHED = {
-    "imagenet100": (
-        {"train": (100, 126_689), "val": (100, 5_000)},
-        "https://image-net.org/challenges/LSVRC/2012 (train, val and the devkit)",
-    ),
-    "inat2019": (
-        {"train": (1010, 265_213), "val": (1010, 3_030)},
-        "https://github.com/visipedia/inat_comp/tree/master/2019",
-    ),
-    "cub200": (
-        {"train": (200, 5_994), "test": (200, 5_794)},
-        "https://www.vision.caltech.edu/datasets/cub_200_2011",
-    ),
-    "flowers102": (
-        {"train": (102, 1_020), "val": (102, 1_020), "test": (102, 6_149)},
-        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102 (or --download)",
-    ),
-    "objectnet13": ({"test": (13, None)}, "https://objectnet.dev"),
-    "imagenetc100": (
-        {
-            f"{corruption}/{severity}": (100, 5_000)
-            for names in IMAGENETC.values()
-            for corruption in names
-            for severity in range(1, 6)
-        },
-        "https://zenodo.org/records/2235448",
-    ),
-}
-NAMES = ("factors", "folder", *PUBLISHED, *TORCHVISION)
-
-
-def published(name, split, root):
-    """One of the paper's data sets in the layout it is downloaded in -> paths, labels, class names; the paths need not exist."""
-    try:
-        chosen, classes = READERS[name](check_choice("split", split, dataset_splits(name)), root)
-    except UserError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{root}: its tables cannot be read as those of {name} ({type(error).__name__}: {error}); get them at {PUBLISHED[name][1]}"
-        ) from None
-    if not chosen:
-        raise UserError(f"{root}: no pictures of {name} here; get it at {PUBLISHED[name][1]}")
-    return *zip(*sorted(chosen, key=lambda one: one[0])), classes
-
-
-def imagenet100(split, root):
-    """The 100 classes out of a tree of them or of all ImageNet, train/WNID/*.JPEG and val/WNID/*.JPEG. val may also lie flat, as in
-    its archive: then the devkit (or Kaggle's LOC_val_solution.csv) beside it says what is what."""
-    top = first_existing(
-        "imagenet100",
-        root,
-        split,
-        f"ILSVRC/Data/CLS-LOC/{split}",
-        f"Data/CLS-LOC/{split}",
-        f"ILSVRC2012_img_{split}",
-    )
-    if split == "train" or any((top / wnid).is_dir() for wnid in IMAGENET100):
-        return by_wnid(top), IMAGENET100
-    label = {wnid: i for i, wnid in enumerate(IMAGENET100)}
-    truth = first_existing(
-        "imagenet100",
-        root,
-        "LOC_val_solution.csv",
-        *(
-            f"{kit}/ILSVRC2012_validation_ground_truth.txt"
-            for kit in ("ILSVRC2012_devkit_t12/data", "data")
-        ),
-    )
-    if truth.suffix == ".txt":
-        ground = map(int, truth.read_text().split())
-        wnid = {
-            int(one["ILSVRC2012_ID"][0]): one["WNID"]
-            for one in read_mat(truth.with_name("meta.mat"))["synsets"]
-        }
-        named = {f"ILSVRC2012_val_{i:08d}": wnid[c] for i, c in enumerate(ground, 1)}
-    else:
-        named = {
-            line.split(",")[0]: line.split(",")[1].split()[0]
-            for line in truth.read_text().splitlines()[1:]
-        }
-    return [
-        (top / f"{stem}.JPEG", label[c]) for stem, c in named.items() if c in label
-    ], IMAGENET100
-
-
-def inat2019(split, root):
-    """train2019.json and val2019.json, as COCO: pictures, species and what belongs together, joined by id."""
-    table = json.loads(first_existing("inat2019", root, f"{split}2019.json").read_text())
-    species = sorted((c["id"], c["name"]) for c in table["categories"])
-    label, category = (
-        {c: i for i, (c, _) in enumerate(species)},
-        {a["image_id"]: a["category_id"] for a in table["annotations"]},
-    )
-    return [(root / one["file_name"], label[category[one["id"]]]) for one in table["images"]], [
-        name for _, name in species
-    ]
-
-
-def cub200(split, root):
-    """CUB-200-2011's tables, joined by picture id; its classes count from 1."""
-    top = first_existing("cub200", root, "images.txt", "CUB_200_2011/images.txt").parent
-    table = lambda name: dict(
-        line.split(maxsplit=1)
-        for line in first_existing("cub200", top, name).read_text().splitlines()
-    )
-    train, species = table("train_test_split.txt"), table("image_class_labels.txt")
-    return (
-        [
-            (top / "images" / file, int(species[i]) - 1)
-            for i, file in table("images.txt").items()
-            if (train[i] == "1") == (split == "train")
-        ],
-        [name for _, name in sorted(table("classes.txt").items(), key=lambda one: int(one[0]))],
-    )
-
-
-def flowers102(split, root):
-    """Flowers-102: setid.mat numbers the pictures of a split, imagelabels.mat their classes, both from 1."""
-    top = first_existing("flowers102", root, "setid.mat", "flowers-102/setid.mat").parent
-    names = getattr(
-        torchvision.datasets.Flowers102, "classes", range(1, 103)
-    )  # since torchvision 0.22
-    ids = read_mat(top / "setid.mat")[{"train": "trnid", "val": "valid", "test": "tstid"}[split]]
-    labels = read_mat(first_existing("flowers102", top, "imagelabels.mat"))["labels"]
-    return [
-        (top / "jpg" / f"image_{int(i):05d}.jpg", int(labels[int(i) - 1]) - 1) for i in ids
-    ], names
-
-
-def objectnet13(split, root):
-    """The 13 folders of ObjectNet whose classes are in IN-100, with IN-100's labels."""
-    top = first_existing(
-        "objectnet13", root, "images/bench", "objectnet-1.0/images/bench", "bench"
-    ).parent
-    return [
-        (p, IMAGENET100.index(wnid))
-        for name, wnid in OBJECTNET13.items()
-        for p in image_paths(top / name)
-    ], IMAGENET100
-
-
-def imagenetc100(split, root):
-    """The 100 classes out of ImageNet-C; split names a corruption and its severity. Some archives have a folder a category above."""
-    category = next(c for c, names in IMAGENETC.items() if split.split("/")[0] in names)
-    top = first_existing("imagenetc100", root, split, f"{category}/{split}")
-    return by_wnid(top), IMAGENET100
-
-
-def by_wnid(top):
-    """top/WNID/* of the 100 classes -> (path, label) pairs."""
-    return [
-        (p, i)
-        for i, wnid in enumerate(IMAGENET100)
-        if (top / wnid).is_dir()
-        for p in image_paths(top / wnid)
-    ]
-
-
-READERS = {
-    f.__name__: f for f in (imagenet100, inat2019, cub200, flowers102, objectnet13, imagenetc100)
-}
-
-
-def first_existing(name, root, *places):
-    """The first of root/place that exists, else UserError."""
-    found = next((root / place for place in places if (root / place).exists()), None)
-    if not found:
-        raise UserError(
-            f"{root}: expected {' or '.join(places)} in it, as --data={name} has it from {PUBLISHED[name][1]}"
-        )
-    return found
-
-
-def missing_files(paths):
-    """The paths that do not exist, found by one listing a folder."""
-    listing = functools.lru_cache(None)(
-        lambda folder: set(os.listdir(folder)) if folder.is_dir() else set()
-    )
-    return [p for p in paths if p.name not in listing(p.parent)]
-
-
-def check_complete(name, split, paths, labels):
-    """UserError unless all pictures of the published set are there: half a set gives a number that means nothing."""
-    classes, count = PUBLISHED[name][0][split]
-    if missing := missing_files(paths):
-        raise UserError(
-            f"{name} {split}: {len(missing)} of {len(paths)} pictures are missing, the first is {missing[0]}; get them at {PUBLISHED[name][1]}"
-        )
-    if len(set(labels)) != classes or count and len(paths) != count:
-        raise UserError(
-            f"{name} {split}: found {len(paths)} pictures of {len(set(labels))} classes under {paths[0].parent.parent}, published are "
-            f"{count or 'pictures'} of {classes}; `python data.py check --data={name} --root=DIR` says more"
-        )
-
-
-def fetch_archives(name, root):
-    """--download of the published sets: Flowers-102 through torchvision, the others have conditions to agree to, or a form. -> root"""
-    if name != "flowers102":
-        raise UserError(
-            f"--download: --data={name} cannot be fetched by itself; get it at {PUBLISHED[name][1]}"
-            if name in PUBLISHED
-            else f"--download: --data={name} is yours to provide"
-        )
-    Path(root).mkdir(parents=True, exist_ok=True)
-    try:
-        torchvision.datasets.Flowers102(root, download=True)
-    except ModuleNotFoundError:  # all is fetched when it looks for scipy
-        pass
-    except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"--download: {first_line(error)}; get it at {PUBLISHED[name][1]}"
-        ) from None
-    return root
-
-
-MAT_NUMBERS = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q"}
-
-
-def read_mat(path):
-    """A MATLAB 5 file -> {name: value}: numbers as a flat list, text as str, a struct array as a list of dicts. (For it alone scipy
-    would be one package more.)"""
-
-    def elements(data):
-        at = 0
-        while at + 8 <= len(data):
-            kind, size = struct.unpack_from("<II", data, at)
-            if kind >> 16:  # small: type and size share four bytes, the value has the other four
-                yield kind & 0xFFFF, data[at + 4 : at + 4 + (kind >> 16)]
-                at += 8
-            else:
-                yield kind, data[at + 8 : at + 8 + size]
-                at += 8 + size + (-size % 8 if kind != 15 else 0)
-
-    def numbers(kind, data):
-        if kind in (16, 17):
-            return data.decode("utf-8" if kind == 16 else "utf-16-le")
-        return [x for (x,) in struct.iter_unpack("<" + MAT_NUMBERS[kind], data)]
-
-    def array(data):
-        (_, flags), (_, shape), (_, name), *rest = elements(data)
-        kind = flags[0]
-        if kind == 2:  # struct: the fields of one after another
-            (_, width), (_, fields), *values = rest
-            (width,) = struct.unpack("<I", width)
-            fields = [
-                fields[i : i + width].rstrip(b"\0").decode() for i in range(0, len(fields), width)
-            ]
-            values = [array(value)[1] for _, value in values]
-            value = [
-                dict(zip(fields, values[i : i + len(fields)]))
-                for i in range(0, len(values), len(fields))
-            ]
-        else:
-            value = numbers(*rest[0]) if rest else []
-            value = "".join(map(chr, value)) if kind == 4 and not isinstance(value, str) else value
-        return name.decode(), value
-
-    try:
-        content = Path(path).read_bytes()[128:]
-        inner = [
-            next(elements(zlib.decompress(data))) if kind == 15 else (kind, data)
-            for kind, data in elements(content)
-        ]
-        return dict(array(data) for kind, data in inner if kind == 14)
-    except (
-        OSError,
-        struct.error,
-        zlib.error,
-        ValueError,
-        KeyError,
-        IndexError,
-        StopIteration,
-    ) as error:
-        raise UserError(
-            f"{path}: cannot be read as a MATLAB 5 file ({type(error).__name__}); download it again"
-        ) from None
-
-
-def check(data: str = "factors", root: str = None, sample: int = 64, download: bool = False):
-    """Is a data set whole? Counts classes and pictures of each split against the published numbers and opens a sample of the files.
-
-    Args:
-        data: imagenet100, inat2019, cub200, flowers102, objectnet13, imagenetc100, folder or a torchvision set
-        root: where it is
-        sample: files of each split to open
-        download: let torchvision fetch the data
-    """
-    if sample < 1:
-        raise UserError(f"--sample={sample}: expected 1 or more")
-    wrong, all_splits = [], dataset_splits(check_choice("data", data, NAMES), root)
-    if data in PUBLISHED and not download:
-        check_root(root, data)
-    print(
-        "| split | classes | published | pictures | published | missing | opened |\n"
-        + "|---" * 7
-        + "|"
-    )
-    for split in all_splits:
-        classes, count = PUBLISHED[data][0][split] if data in PUBLISHED else (None, None)
-        try:
-            found = open_dataset(data, split, root=root, download=download, whole=False)
+            image = ImageOps.fit(read_image([style], 0), (size, size), Image.Resampling.BICUBIC)
         except UserError as error:
-            wrong.append(str(error))
-            print(f"| {split} | 0 | {classes or '-'} | 0 | {count or '-'} | all | - |")
-            continue
-        n, seen = len(found.images), len(found.labels[next(iter(found.labels))].unique())
-        missing = missing_files(found.images.source) if data in PUBLISHED else []
-        opened = range(0, 0 if torch.is_tensor(found.images) else n, max(1, n // sample))
-        errors = [error for i in opened if (error := found.images[i][2])]
-        print(
-            f"| {split} | {seen} | {classes or '-'} | {n - len(missing)} | {count or '-'} | {len(missing)} | {len(opened) - len(errors)} of {len(opened)} |",
-            flush=True,
-        )
-        if missing:
-            wrong.append(f"{split}: {len(missing)} pictures are missing, the first is {missing[0]}")
-        if classes not in (None, seen):
-            wrong.append(f"{split}: {seen} classes, published are {classes}")
-        if count not in (None, n):
-            wrong.append(f"{split}: {n} pictures, published are {count}")
-        wrong += errors
-    if wrong:
-        where = (
-            f"; get it at {PUBLISHED[data][1]}"
-            if data in PUBLISHED and PUBLISHED[data][1] not in wrong[0]
-            else ""
-        )
-        raise UserError(
-            f"{data} is not whole: {wrong[0]}"
-            + f" (and {len(wrong) - 1} more findings)" * (len(wrong) > 1)
-            + where
-        )
-    print(
-        f"{data} is whole"
-        if data in PUBLISHED
-        else f"{data}: every file that was opened is a picture"
-    )
+            raise UserError(f"{error}; remove it from --styles and start again") from None
+        return pil_to_tensor(image) / 255
 
-
-# ---------------------------------------------------------------- the command line, for all three modules
-
-
-def suggest(word, words):
-    """ "did you mean ...? " with the nearest of words, or nothing where none is near."""
-    return "".join(
-        f"did you mean {near}? " for near in difflib.get_close_matches(str(word), words, 1, 0.6)
-    )
-
-
-def check_choice(flag, word, words):
-    """word if it is one of words, else UserError with the nearest."""
-    if word not in words:
-        hint = (
-            f"did you mean --data=folder --root={word}? "
-            if flag == "data" and Path(str(word)).is_dir()
-            else suggest(word, words)
-        )
-        raise UserError(f"--{flag}={word}: {hint}expected one of {', '.join(words)}")
-    return word
-
-
-def parse_bool(text):
-    return {"true": True, "false": False}[text.lower()]
-
-
-def parse_list(text):
-    return tuple(w for w in text.split(",") if w)
-
-
-PARSERS = {
-    int: (int, "a whole number"),
-    float: (float, "a number, such as 0.03"),
-    bool: (parse_bool, "true or false"),
-    tuple: (parse_list, "words with commas between"),
-    str: (str, "text"),
-}
-
-
-def command_line(commands, argv=None):
-    """Run commands[argv[0]] with the flags in argv. All flags are checked against the function's signature, and typed by it,
-    before anything runs; UserError becomes one line and exit code 2."""
-    # `finally` shall remove what is half written. (Other ranks write nothing, and a handler would wait until rank 0 comes.)
-    if (
-        os.environ.get("RANK", "0") == "0"
-        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        and threading.current_thread() is threading.main_thread()
-    ):
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    argv = ["--help" if word == "-h" else word for word in (sys.argv[1:] if argv is None else argv)]
-    try:
-        if argv and not argv[0].startswith("-") and argv[0] not in commands:
-            raise UserError(
-                f"{argv[0]}: no such command; {suggest(argv[0], commands)}there are {', '.join(commands)}"
-            )
-        if argv and argv[0] in commands and "--help" not in argv:
-            check_flags(argv[0], inspect.signature(commands[argv[0]]).parameters, argv[1:])
-        command = fire.Fire(
-            {name: bound(f) for name, f in commands.items()},
-            argv,
-            name=Path(sys.argv[0]).name,
-            serialize=lambda _: None,
-        )
-        if isinstance(command, Bound):
-            command.call()
-    except (
-        UserError,
-        OSError,
-    ) as error:  # OSError: a full disk, a folder that may not be written to
-        if (
-            os.environ.get("RANK", "0") != "0"
-        ):  # mostly the same error as rank 0's; torchrun ends the others when one ends, so it is said once
-            time.sleep(5)
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(getattr(error, "code", 2)) from None
-
-
-def check_flags(command, parameters, argv):
-    for before, word in zip(["", *argv], argv):
-        if not word.startswith("--"):
-            value = before.startswith("--") and "=" not in before  # --flag value
-            if not value and (word.startswith("-") or "=" in word):
-                raise UserError(f"{word}: flags begin with two dashes, as in --{word.lstrip('-')}")
-            continue
-        flag = word[2:].partition("=")[0].replace("-", "_")
-        if flag not in parameters and not (flag.startswith("no") and flag[2:] in parameters):
-            flags = ["--" + p for p in parameters]
-            raise UserError(
-                f"--{flag}: {command} has no such flag; "
-                + (suggest("--" + flag, flags).strip() or f"it has {', '.join(flags)}")
-            )
-
-
-class Bound(NamedTuple):
-    """A call to make later. (fire would make it at once if this were callable.)"""
-
-    call: functools.partial
-
-
-def bound(function):
-    """The function as fire should see it: its flags typed by its signature, and a call that only binds them. So a word that
-    fire cannot place stops the program before it trains, not after."""
-
-    @functools.wraps(function)
-    def bind(*args, **flags):
-        return Bound(functools.partial(function, *args, **flags))
-
-    def parser(flag, kind):
-        convert, expected = PARSERS[kind]
-
-        def parse(text):
-            try:
-                return convert(text)
-            except (ValueError, KeyError):
-                raise UserError(f"--{flag}={text}: expected {expected}") from None
-
-        return parse
-
-    return fire.decorators.SetParseFns(
-        **{
-            name: parser(name, p.annotation)
-            for name, p in inspect.signature(function).parameters.items()
-        }
-    )(bind)
-
-
-def resolve_device(flag):
-    """ "auto", "cpu", "cuda" or "cuda:1" -> the device's name; UserError where this machine has none."""
-    kind, _, index = flag.partition(":")
-    check_choice("device", kind, ("auto", "cpu", "cuda"))
-    count = torch.cuda.device_count()
-    if kind == "cuda" and (index or "0") not in map(str, range(count)):
-        raise UserError(
-            f"--device={flag}: this machine shows {count} CUDA devices; leave the flag out, or --device=cpu"
-        )
-    if kind == "cpu" or not count:
-        return "cpu"
-    local = os.environ.get("LOCAL_RANK", "")  # torchrun's: one process a device
-    if local and not index and int(local) >= count:
-        raise UserError(
-            f"--nproc-per-node: this machine shows {count} CUDA devices, and process {local} has none; start at most {count}"
-        )
-    return f"cuda:{index or local}" if index or local else "cuda"
-
-
-def read_tensors(path, device="cpu"):
-    """A file of torch.save; no code in it is run. UserError when it is not whole."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # cut short, not a checkpoint, or a pickle that would run code: torch raises what it likes
-        raise UserError(f"{path} is cut short, or not ours ({first_line(error)})") from None
-
-
-def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0][:120]
-
-
-def write_tensors(path, content):
-    write_atomic(path, functools.partial(torch.save, content))
-
-
-def write_atomic(path, content, keep=None):
-    """Whole or not at all: bytes, or what content(file) writes, to a temporary file beside it, flushed, renamed. What was there before
-    goes to `keep`. UserError when it cannot be written: then what was there still is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
-    try:
-        with open(aside, "wb") as file:
-            content(file) if callable(content) else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
-        needs = "" if callable(content) else f", which needs {len(content) / 2**20:.1f} MB"
-        raise UserError(
-            f"cannot write {path}{needs}: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    finally:
-        aside.unlink(missing_ok=True)
+    return read
 
 
 def pack(
@@ -1958,84 +1453,258 @@ def pack(
     download: bool = False,
     seed: int = 0,
 ):
-    """Decode a training set once, to a memory map that every later `python loo.py train --packed=OUT` on it reads (same data, size and canvas).
+    """Decode a training set once, for every later `python loo.py train --packed=OUT` on it.
+
+    Training must use the same data, size and canvas.
 
     Args:
-        data: folder, imagenet100 or another set of pictures
+        data: folder, imagenet100 or another set of images
         root: where the data is
         out: folder to write to; runs, the default, is where training looks without --packed
         size: side of a view in pixels
-        canvas: side of the stored pictures
-        workers: processes that decode pictures
+        canvas: side of the stored images
+        workers: processes that decode images
         download: let torchvision fetch the data
         seed: of the folder's own split
     """
     if size < 1 or canvas is not None and canvas < 1 or workers < 0:
-        raise UserError(
-            f"--size={size} --canvas={canvas} --workers={workers}: expected 1 or more, and 0 workers or more"
-        )
+        flags = f"--size={size} --canvas={canvas} --workers={workers}"
+        raise UserError(f"{flags}: expected 1 or more, and 0 workers or more")
     if data == "factors":
         raise UserError("--data=factors is drawn by code: there is nothing to decode")
     if data == "folder":
         forbid_inside("out", out, check_root(root))
-    found = open_dataset(
-        data, "pretrain", root=root, size=size, canvas=canvas, download=download, seed=seed
-    )
+    where = dict(root=root, size=size, canvas=canvas, seed=seed)
+    files = open_dataset(data, "pretrain", download=download, **where)
     begun = time.perf_counter()
-    packed = decode_all(found, workers, out, shared=True)
-    n, side, seconds = len(packed.images), found.images.side, time.perf_counter() - begun
-    print(
-        f"{n} pictures of {side} x {side} ({n * 3 * side**2 / 2**30:.2f} GiB) in {out}, in {seconds:.0f} s; train with --data={data}"
-        f"{f' --root={root}' if root else ''} --size={size}{f' --canvas={canvas}' if canvas else ''}{f' --seed={seed}' if seed else ''} --packed={out}"
-    )
+    images = decode_all(files, workers, out, shared=True).images
+    n, _, side, _ = images.shape
+    seconds, gib = time.perf_counter() - begun, images.numel() / 2**30
+    flags = " ".join(f"--{name}={value}" for name, value in where.items() if value)
+    print(f"{n} images of {side} x {side} ({gib:.2f} GiB) in {out}, in {seconds:.0f} s; ", end="")
+    print(f"train with --data={data} {flags} --packed={out}")
 
 
-# ---------------------------------------------------------------- pictures for people
+def check(data: str = "factors", root: str = None, sample: int = 64, download: bool = False):
+    """Is a data set complete? Compares its counts with the published ones and opens a sample.
+
+    Args:
+        data: imagenet100, inat2019, cub200, flowers102, objectnet13, imagenetc100, folder or a
+            torchvision set
+        root: where it is
+        sample: files of each split to open
+        download: let torchvision fetch the data
+    """
+    if sample < 1:
+        raise UserError(f"--sample={sample}: expected 1 or more")
+    problems, source = [], DATASETS[check_choice("data", data, NAMES)]
+    splits = dataset_splits(data, root)
+    if source.address and not download:
+        check_root(root, data)
+    print("| split | classes | published | pictures | published | missing | opened |")
+    print("|---" * 7 + "|")
+    for split in splits:
+        classes, count = source.splits[split] if source.address else (None, None)
+        row = "| {} | {} | " + f"{classes or '-'}" + " | {} | " + f"{count or '-'}" + " | {} | {} |"
+        try:
+            found = open_dataset(data, split, root=root, download=download, whole=False)
+        except UserError as error:
+            problems.append(str(error))
+            print(row.format(split, 0, 0, "all", "-"))
+            continue
+        n, labels = len(found.images), next(iter(found.labels.values()))
+        seen = len(labels.unique())
+        missing = missing_files(found.images.source) if source.address else []
+        opened = range(0, 0 if torch.is_tensor(found.images) else n, max(1, n // sample))
+        errors = [error for i in opened if (error := found.images[i][2])]
+        good = f"{len(opened) - len(errors)} of {len(opened)}"
+        print(row.format(split, seen, n - len(missing), len(missing), good), flush=True)
+        if missing:
+            problems.append(
+                f"{split}: {len(missing)} images are missing, the first is {missing[0]}"
+            )
+        if classes not in (None, seen):
+            problems.append(f"{split}: {seen} classes, published are {classes}")
+        if count not in (None, n):
+            problems.append(f"{split}: {n} images, published are {count}")
+        problems += errors
+    if problems:
+        others = f" (and {len(problems) - 1} more findings)" if problems[1:] else ""
+        known = not source.address or source.address in problems[0]
+        where = "" if known else f"; get it at {source.address}"
+        raise UserError(f"{data} is not whole: {problems[0]}{others}{where}")
+    whole = f"{data} is whole"
+    print(whole if source.address else f"{data}: every file that was opened is an image")
 
 
 def image_grid(images, row_names, column_names, path, zoom=1):
-    """images (r k 3 h w) in [0, 1], or uint8 -> a PNG with a name at each row and above each column, written whole or not at all."""
-    rows, cols, _, h, w = images.shape
-    images = images if images.dtype == torch.uint8 else (images * 255).round().byte()
+    """images (r k 3 h w) in [0, 1] or uint8 -> a PNG with a name at each row and column."""
+    rows, columns, _, h, w = images.shape
+    images = images if images.dtype == torch.uint8 else to_uint8(images)
     images = images.cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
-    left, top, gap = 12 + int(max(map(ImageFont.load_default().getlength, row_names))), 20, 3
-    sheet = Image.new(
-        "RGB", (left + cols * (w * zoom + gap), top + rows * (h * zoom + gap)), "white"
-    )
-    pen = ImageDraw.Draw(sheet)
+    width, height = w * zoom + 3, h * zoom + 3
+    left, top = 12 + int(max(map(ImageFont.load_default().getlength, row_names))), 20
+    canvas = Image.new("RGB", (left + columns * width, top + rows * height), "white")
+    pen = ImageDraw.Draw(canvas)
     for j, name in enumerate(column_names):
-        pen.text((left + j * (w * zoom + gap), 4), name, fill="black")
+        pen.text((left + j * width, 4), name, fill="black")
     for i, name in enumerate(row_names):
-        y = top + i * (h * zoom + gap)
-        pen.text((4, y + h * zoom // 2 - 6), name, fill="black")
-        for j in range(cols):
-            sheet.paste(to_pil_image(images[i, j]), (left + j * (w * zoom + gap), y))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    write_atomic(Path(path), buffer.getvalue())
+        pen.text((4, top + i * height + h * zoom // 2 - 6), name, fill="black")
+        for j in range(columns):
+            canvas.paste(to_pil_image(images[i, j]), (left + j * width, top + i * height))
+    write_atomic(Path(path), functools.partial(canvas.save, format="PNG"))
 
 
 def sheet(out: str = "docs/factors.png", size: int = 48):
     """A labelled sheet of `factors`: a row for each object, a column for each hue.
 
     Args:
-        out: the picture to write
-        size: of each picture in it, in pixels
+        out: the image file to write
+        size: of each image in it, in pixels
     """
     if size < 8:
         raise UserError(f"--size={size}: expected 8 or more")
     found = factors("train", size)
-    first = [
-        [
-            ((found.labels["object"] == o) & (found.labels["hue"] == h)).nonzero()[0, 0]
-            for h in range(HUES)
-        ]
-        for o in range(len(OBJECTS))
-    ]
-    image_grid(
-        found.images[torch.tensor(first)], found.classes["object"], found.classes["hue"], out
-    )
+    species = found.labels["species"]
+    first = [int((species == i).nonzero()[0]) for i in range(len(OBJECTS) * HUES)]
+    images = found.images[first].unflatten(0, (len(OBJECTS), HUES))
+    image_grid(images, found.classes["object"], found.classes["hue"], out)
     print(f"wrote {out}")
+
+
+# ---------------------------------------------------------------- shared by the three scripts
+
+fire.decorators.FIRE_METADATA = "_fire"  # under its own name, --help lists it as a sub-command
+EXPECTED = {int: "a whole number", float: "a number, such as 0.03", bool: "true or false"}
+
+
+def suggest(word, words):
+    close = difflib.get_close_matches(str(word), words, 1, 0.6)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def check_choice(flag, word, words):
+    """word if it is one of words, else UserError with the closest."""
+    if word not in words:
+        is_folder = flag == "data" and Path(str(word)).is_dir()
+        hint = f"did you mean --data=folder --root={word}? " if is_folder else suggest(word, words)
+        raise UserError(f"--{flag}={word}: {hint}expected one of {', '.join(words)}")
+    return word
+
+
+def parse_flag(flag, kind, text):
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return tuple(word for word in text.split(",") if word) if kind is tuple else kind(text)
+    except (ValueError, KeyError):
+        raise UserError(f"--{flag}={text}: expected {EXPECTED[kind]}") from None
+
+
+def check_flags(command, names, words):
+    """UserError for a word that is no flag of the command and no value of one."""
+    for before, word in zip(["", *words], words):
+        name = word[2:].partition("=")[0].replace("-", "_")
+        is_value = before.startswith("--") and "=" not in before  # --flag value
+        if word.startswith("--") and name not in names and name.removeprefix("no") not in names:
+            flags = [f"--{other}" for other in names]
+            hint = suggest(f"--{name}", flags) or f"it has {', '.join(flags)}"
+            raise UserError(f"--{name}: {command} has no such flag; {hint.strip()}")
+        if not word.startswith("--") and not is_value and (word[:1] == "-" or "=" in word):
+            raise UserError(f"{word}: flags begin with two dashes, as in --{word.lstrip('-')}")
+
+
+def command_line(commands, argv=None):
+    """Run commands[argv[0]], flags typed by its signature. UserError: one line and exit code 2."""
+    rank = os.environ.get("RANK", "0")
+    in_main = threading.current_thread() is threading.main_thread()
+    # So `finally` removes what is half written. Other ranks write nothing, and wait for rank 0.
+    if rank == "0" and in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    argv = ["--help" if word == "-h" else word for word in (sys.argv[1:] if argv is None else argv)]
+    calls = []  # fire only collects: a word that it cannot place stops before anything runs
+
+    def collect(function):
+        @functools.wraps(function)
+        def call(*args, **flags):
+            calls.append(functools.partial(function, *args, **flags))
+
+        parsers = {
+            name: functools.partial(parse_flag, name, parameter.annotation)
+            for name, parameter in inspect.signature(function).parameters.items()
+        }
+        return fire.decorators.SetParseFns(**parsers)(call)
+
+    try:
+        command = argv[0] if argv and not argv[0].startswith("-") else None
+        if command and command not in commands:
+            hint = f"{suggest(command, commands)}there are {', '.join(commands)}"
+            raise UserError(f"{command}: no such command; {hint}")
+        if command and "--help" not in argv:
+            check_flags(command, inspect.signature(commands[command]).parameters, argv[1:])
+        collectors = {name: collect(function) for name, function in commands.items()}
+        fire.Fire(collectors, argv, name=Path(sys.argv[0]).name, serialize=lambda _: None)
+        for call in calls:
+            call()
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder without write access
+        if rank != "0":  # torchrun ends the others when one ends: rank 0 says it, once
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(getattr(error, "code", 2)) from None
+
+
+def resolve_device(flag):
+    """ "auto", "cpu", "cuda" or "cuda:1" -> the device's name; UserError where there is none."""
+    kind, _, index = flag.partition(":")
+    check_choice("device", kind, ("auto", "cpu", "cuda"))
+    count, local = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "")  # torchrun's
+    shows = f"this machine shows {count} CUDA devices"
+    if kind == "cuda" and (index or "0") not in map(str, range(count)):
+        raise UserError(f"--device={flag}: {shows}; leave the flag out, or --device=cpu")
+    if kind == "cpu" or not count:
+        return "cpu"
+    if local and not index and int(local) >= count:
+        raise UserError(f"--nproc-per-node: {shows}, none for process {local}; use at most {count}")
+    return f"cuda:{index or local}" if index or local else "cuda"
+
+
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
+
+
+def read_tensors(path, device="cpu"):
+    """A file of torch.save; no code in it is run. UserError when it is incomplete."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises various kinds
+        raise UserError(f"{path} is cut short, or not ours ({first_line(error)})") from None
+
+
+def write_tensors(path, content):
+    write_atomic(path, functools.partial(torch.save, content))
+
+
+def write_atomic(path, content, keep=None, size=None):
+    """Write bytes, or what content(file) writes (of `size`, if known), completely or not at all.
+
+    The file that was there is moved to `keep`. UserError if it fails: then that file stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
+    size = size if callable(content) else len(content)
+    try:
+        with open(part, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
+        needs = f", which needs {size / 2**20:.1f} MB" if size else ""
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}{needs}: {reason}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What the features know: probes of a frozen encoder.
 
-    python eval.py fewshot                               # of the last run, on the data it was trained on
+    python eval.py fewshot                          # of the last run, on the data it was trained on
     python eval.py linear --run=runs/NAME --label=hue
     python eval.py rotation | knn | robust | spaces
-    python eval.py retrieve --against=runs/OTHER         # a picture of nearest neighbours, two runs side by side
-    python eval.py table --runs='runs/*'                 # all results so far as one Markdown table; --paper: as the paper's tables
-    python eval.py claims                                # train the rows of the paper's tables on factors: which of its claims hold?
+    python eval.py retrieve --against=runs/OTHER    # an image of nearest neighbors, two runs
+    python eval.py table --runs='runs/*'            # all results as one table; --paper: the paper's
+    python eval.py claims                           # which of the paper's claims hold on factors?
 
 Each task prints a Markdown row for each result and appends a JSON line to RUN/results.jsonl.
 Axes: b image, s space, d feature, n sample, r quarter turns, t trial, k class, h w pixel.
@@ -17,8 +17,8 @@ import glob
 import hashlib
 import inspect
 import itertools
-import json as json_
 import math
+import operator
 import os
 import shlex
 import subprocess
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from json import dumps, loads
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,265 +34,31 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-import data as pixels
 import loo
-from data import check_choice
+from data import (
+    CORRUPTIONS,
+    IMAGENETC,
+    NAMES,
+    REFERENCE_SIZE,
+    check_choice,
+    command_line,
+    corrupt,
+    dataset_splits,
+    decode_all,
+    epoch_batches,
+    fingerprint,
+    image_grid,
+    iter_batches,
+    label_names,
+    open_dataset,
+    read_tensors,
+    resolve_device,
+    write_atomic,
+    write_tensors,
+)
 from loo import UserError
 
 # ---------------------------------------------------------------- features
-
-
-@torch.no_grad()
-def features(encoder, found, turns=(0,), workers=2, batch=256):
-    """The frozen encoder on a Data of central crops, decoded batch by batch -> v ((r n) d), z (s (r n) c) on the CPU, and the rows (n,)
-    of the pictures that could be read. turns: every picture is seen once for each, in quarter turns. Ranks share the work."""
-    encoder.eval()
-    n, (spaces, dim, _) = len(found.images), encoder.w2.shape
-    v, z, seen = (
-        torch.zeros(len(turns), n, encoder.features),
-        torch.zeros(spaces, len(turns), n, dim),
-        torch.zeros(n),
-    )
-    for rows, crops in on_device(encoder, found, workers, batch):
-        some_v, some_z = zip(*(loo.encode(encoder, crops.rot90(turn, (2, 3))) for turn in turns))
-        v[:, rows], z[:, :, rows] = (
-            torch.stack(some_v).float().cpu(),
-            torch.stack(some_z, 1).float().cpu(),
-        )  # (r b d), (s r b c)
-        seen[rows] = 1
-    v, z, seen = map(loo.all_reduce_sum, (v, z, seen))
-    rows = seen.nonzero().squeeze(1)
-    return (
-        rearrange(v[:, rows], "r n d -> (r n) d"),
-        rearrange(z[:, :, rows], "s r n c -> s (r n) c"),
-        rows,
-    )
-
-
-def on_device(encoder, found, workers=2, batch=256, count=None):
-    """This rank's part of the (first `count`) pictures of a Data on the encoder's device: yields rows (b,), images (b 3 h w) in [0, 1]."""
-    for rows, images, _ in pixels.iter_batches(
-        found, workers, batch, (loo.rank(), loo.world_size()), count
-    ):
-        yield rows, images.to(device_of(encoder), non_blocking=True).float() / 255
-
-
-def device_of(encoder):
-    return next(encoder.parameters()).device
-
-
-def feature_names(config):
-    spaces = loo.get_method(config).spaces
-    return ("v", *["z"] * bool(spaces), *spaces)
-
-
-def select_feature(v, z, config, feature):
-    """v (n d), z (s n c) -> (n ...): "v" the backbone feature, "z" all spaces side by side, or one space by its name: its Conv5
-    where it has one (LooC++), else its embedding."""
-    method = loo.get_method(config)
-    if feature in ("v", "z"):
-        return v if feature == "v" else rearrange(z, "s n c -> n (s c)")
-    space = method.spaces.index(feature)
-    return (
-        rearrange(v, "n (s d) -> s n d", s=len(method.spaces))[space]
-        if method.heads == "conv5"
-        else z[space]
-    )
-
-
-def space_features(encoder, v, z, config, layer):
-    """What `spaces` compares, {space: (n ...)}: LooC++'s Conv5, or of LooC's heads the "hidden" layer or the "output"."""
-    names, conv5 = loo.get_method(config).spaces, loo.get_method(config).heads == "conv5"
-    if conv5 or layer == "output":
-        return {name: select_feature(v, z, config, name) for name in names}
-    w, b = encoder.w1.detach().cpu(), encoder.b1.detach().cpu()
-    return {name: F.relu(F.linear(v, w[s], b[s])) for s, name in enumerate(names)}
-
-
-# ---------------------------------------------------------------- probes
-
-
-def logistic(x, y, k, l2, iterations=500, start=None):
-    """Multinomial logistic regression by L-BFGS: x (n d), y (n,) of k classes -> w (k d), b (k,).
-
-    Minimises mean cross-entropy + l2 / 2 * |w|^2, as scikit-learn's LogisticRegression at C = 1 / (n l2), from `start` (w, b).
-    """
-    w, b = (
-        p.clone().requires_grad_() for p in start or (x.new_zeros(k, x.shape[1]), x.new_zeros(k))
-    )
-    optimizer = torch.optim.LBFGS(
-        [w, b],
-        max_iter=iterations,
-        history_size=20,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-10,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (
-            F.cross_entropy(F.linear(x, w, b), y) + l2 / 2 * w.square().sum()
-        )  # with w (d k) four classes took three times as long
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return w.detach(), b.detach()
-
-
-def lbfgs_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
-    """The L2 weight chosen on a fifth of the training pictures, each with all its turns, then all of them: x ((r n) d), y ((r n),) of k classes
-    -> w (k d), b (k,)."""
-    n = len(x) // turns
-    order = torch.randperm(n, generator=loo.generator("held out", seed))
-    held, rest = (
-        (some + n * torch.arange(turns)[:, None]).flatten()
-        for some in (order[: n // 5], order[n // 5 :])
-    )
-    held, rest, y_held, y_rest = x[held], x[rest], y[held], y[rest]
-    tried, start = [], None
-    for l2 in grid:  # from strong to weak, each from the one before: the short way down
-        start = logistic(rest, y_rest, k, l2, 60, start)
-        tried.append((accuracy(F.linear(held, *start), y_held), l2, start))
-    _, l2, start = max(tried, key=lambda one: one[0])
-    return logistic(x, y, k, l2, 300, start)
-
-
-def sgd_probe(b, found, label, k, d, epochs, lr, batch=256):
-    """The paper's protocol: SGD on crops and flips of the decoded pictures `found` through the frozen encoder, lr x0.1 at 60% and 80%, no
-    weight decay; k classes of `label`, a feature of d -> w (k d), b (k,). label "rotation": every picture is given a random quarter turn, and
-    not flipped (that would turn 90 degrees into 270)."""
-    device, turn, n = device_of(b.encoder), label == "rotation", len(found.images)
-    if n < batch:
-        raise UserError(
-            f"--protocol=paper takes batches of {batch}, the training split has {n} pictures: use the default protocol"
-        )
-    layer = torch.nn.Linear(d, k, device=device)
-    layer.weight.data.copy_(torch.randn(k, d, generator=loo.generator("probe", b.seed)) * 0.01)
-    layer.bias.data.zero_()
-    optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
-    for epoch in range(epochs):
-        for i, rows in enumerate(pixels.epoch_batches(n, batch, b.seed, epoch)):
-            g = loo.generator("probe", b.seed, epoch, i)
-            with torch.no_grad():
-                images, _, _ = loo.augment_groups(
-                    found.images[rows].to(device).float() / 255,
-                    (),
-                    torch.zeros(0, 0, dtype=torch.bool),
-                    g,
-                    always=("crop",) if turn else ("crop", "flip"),
-                    size=b.config["size"],
-                    aspect=found.aspect[rows].to(device),
-                )
-                y = (
-                    torch.randint(4, (batch,), generator=g) if turn else found.labels[label][rows]
-                ).to(device)
-                x = select_feature(
-                    *loo.encode(b.encoder, loo.resample(images, {"turns": y}) if turn else images),
-                    b.config,
-                    b.feature,
-                ).float()
-            optimizer.param_groups[0]["lr"] = lr * 0.1 ** (
-                (epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)
-            )
-            loo.optimizer_step(optimizer, F.cross_entropy(layer(x), y))
-    return layer.weight.detach(), layer.bias.detach()
-
-
-def fit_few_shot(x, y, k, iterations=250, lr=0.03):
-    """All trials at once as one batched problem, Adam: x (t n d), y (t n) -> w (t d k), b (t 1 k). Trials do not touch each other."""
-    t, n, d = x.shape
-    w, b = x.new_zeros(t, d, k).requires_grad_(), x.new_zeros(t, 1, k).requires_grad_()
-    optimizer = torch.optim.Adam([w, b], lr)
-    for _ in range(iterations):
-        loss = (
-            F.cross_entropy(
-                rearrange(torch.baddbmm(b, x, w), "t n k -> (t n) k"), y.flatten(), reduction="sum"
-            )
-            / n
-        )
-        loo.optimizer_step(optimizer, loss)
-    return w.detach(), b.detach()
-
-
-def sample_shots(y, k, shots, trials, seed):
-    """Rows of `shots` samples of each of k classes, drawn anew for each trial -> (t n), n = k shots. UserError if a class has fewer."""
-    counts = torch.bincount(y, minlength=k)
-    if counts.min() < shots:
-        raise UserError(f"--shots={shots}: a class has only {int(counts.min())} training pictures")
-    g = loo.generator("shots", seed, shots)
-    rows = [(y == c).nonzero().squeeze(1) for c in range(k)]
-    return torch.stack(
-        [
-            torch.cat([r[torch.randperm(len(r), generator=g)[:shots]] for r in rows])
-            for _ in range(trials)
-        ]
-    )
-
-
-def knn_predict(x, y, k, test, neighbours=20, tau=0.07):
-    """Weighted kNN on cosine similarity: x (n d), y (n,), test (m d) -> votes (m k), each neighbour's weight exp(similarity / tau)."""
-    x, votes = F.normalize(x, dim=1), []
-    for some in F.normalize(test, dim=1).split(1024):
-        similar, rows = (some @ x.T).topk(min(neighbours, len(x)), dim=1)
-        votes.append(
-            x.new_zeros(len(some), k).scatter_add_(1, y[rows], ((similar - 1) / tau).exp())
-        )
-    return torch.cat(votes)
-
-
-def accuracy(logits, y, top=1):
-    """logits (n k), y (n,) -> percent whose class is among the `top` largest."""
-    return correct(logits, y, top).mean().item() * 100
-
-
-def correct(logits, y, top=1):
-    """logits (n k), y (n,) -> (n,) 1 where the class is among the `top` largest, else 0."""
-    return (logits.topk(min(top, logits.shape[1]), dim=1).indices == y[:, None]).any(1).double()
-
-
-def standardise(train, *others):
-    """All by the training samples' mean and deviation, (n d) each."""
-    mean, deviation = moments(train)
-    return [(x - mean) / deviation for x in (train, *others)]
-
-
-def moments(x):
-    """x (n d) -> mean (d,), deviation (d,), never zero."""
-    return x.mean(0), x.std(0).clamp(min=1e-6)
-
-
-def ci95(values):
-    """Half of the 95% interval of the mean of many values, (n,)."""
-    return 1.96 * values.std().item() / math.sqrt(len(values))
-
-
-def t_ci95(values, of=1):
-    """Half of Student's 95% interval of the mean of a list, infinite for one value. of: as one of so many intervals, all of which hold with
-    95% (Bonferroni)."""
-    n = len(values)
-    return (
-        t_quantile(n - 1, 0.025 / of)
-        * torch.tensor(values, dtype=torch.float64).std().item()
-        / math.sqrt(n)
-        if n > 1
-        else math.inf
-    )
-
-
-@functools.cache
-def t_quantile(freedom, tail=0.025):
-    """The t beyond which Student's distribution has this much left."""
-    at = torch.linspace(0, math.pi / 2, 2_000_001, dtype=torch.float64)[:-1].tan()
-    half = torch.cumulative_trapezoid(
-        torch.distributions.StudentT(torch.tensor(freedom, dtype=torch.float64)).log_prob(at).exp(),
-        at,
-    )
-    return at[int((half < 0.5 - tail).sum())].item()
-
-
-# ---------------------------------------------------------------- tasks
 
 
 class EvalContext(NamedTuple):
@@ -301,16 +68,18 @@ class EvalContext(NamedTuple):
     encoder: loo.Encoder
     config: dict
     data: str
-    split: (
-        dict  # {"train", "test", and "val" where there is one: Data of central crops}, not decoded
-    )
+    split: dict  # {"train", "test", "val" if there is one: ImageSet of central crops}, not decoded
     feature: str
     seed: int
     workers: int
     root: str  # where the data is, or None
     weights: str  # a hash of the run's
-    find: functools.partial  # data.find of this data set
+    find: functools.partial  # open_dataset of this data set
     leader_first: object = contextlib.nullcontext  # a context that rank 0 enters first
+
+    @property
+    def device(self):
+        return self.encoder.w2.device
 
 
 def open_run(
@@ -326,314 +95,487 @@ def open_run(
 ):
     """
     run: folder of a finished run; runs/latest is the last one
-    data: factors, folder, one of the paper's sets (python data.py check) or of torchvision's; by default what the run was trained on
+    data: factors, folder, one of the paper's sets or of torchvision's; by default the run's own
     root: where that data is
     feature: v (the backbone's), z (all spaces) or the name of one space
     download: let torchvision fetch the data
-    workers: processes that decode pictures
+    workers: processes that decode images
     device: auto, cpu or cuda
     seed: of held-out parts, shots and orders
     json: print the JSON lines and nothing else
     """
     if not Path(run).exists():
-        others = sorted(
-            str(p.parent) for p in Path("runs").glob("*/config.json") if not p.parent.is_symlink()
-        )
-        raise UserError(
-            f"--run={run}: no such run; train one with `python loo.py train`"
-            + f"; there are {', '.join(others)}" * bool(others)
-        )
+        configs = sorted(Path("runs").glob("*/config.json"))
+        others = [str(path.parent) for path in configs if not path.parent.is_symlink()]
+        there = f"; there are {', '.join(others)}" if others else ""
+        raise UserError(f"--run={run}: no such run; train one with `python loo.py train`{there}")
     if workers < 0:
         raise UserError(f"--workers={workers}: expected 0 or more")
-    device = pixels.resolve_device(device)
-    encoder, config = loo.load_encoder(run, device)
-    check_choice("feature", feature, feature_names(config))
-    name = check_choice("data", data or config["data"], pixels.NAMES)
-    root = str(Path(root).resolve()) if root else config["root"] if name == config["data"] else None
-    splits = pixels.dataset_splits(name, root)
+    encoder, config = loo.load_encoder(run, resolve_device(device))
+    spaces = loo.get_method(config).spaces
+    check_choice("feature", feature, ("v", "z", *spaces) if spaces else ("v",))
+    name = check_choice("data", data or config["data"], NAMES)
+    if root:
+        root = str(Path(root).resolve())
+    elif name == config["data"]:
+        root = config["root"]
+    splits = dataset_splits(name, root)
     if "train" not in splits:
         raise UserError(
-            f"--data={name} has nothing to train a classifier on; it is what `python eval.py robust --data=imagenet100` tests on"
+            f"--data={name} has nothing to train a classifier on; "
+            "`python eval.py robust --data=imagenet100` tests on it"
         )
-    find = functools.partial(
-        pixels.open_dataset,
-        name,
-        root=root,
-        size=config["size"],
-        canvas=config["canvas"],
-        download=download,
-        seed=config["seed"],
-    )
+    settings = {key: config[key] for key in ("size", "canvas", "seed")}
+    find = functools.partial(open_dataset, name, root=root, download=download, **settings)
     split = {s: find(s, central=True) for s in splits}
     split["test"] = split.pop("test", None) or split.pop(splits[-1])
-    weights = hashlib.sha1(
-        b"".join((Path(run) / f).read_bytes() for f in ("backbone.pt", "heads.pt"))
-    ).hexdigest()
+    weights = [(Path(run) / file).read_bytes() for file in ("backbone.pt", "heads.pt")]
     return EvalContext(
-        Path(run).resolve(),
-        encoder,
-        config,
-        name,
-        split,
-        feature,
-        seed,
-        workers,
-        root,
-        weights,
-        find,
+        run=Path(run).resolve(),
+        encoder=encoder,
+        config=config,
+        data=name,
+        split=split,
+        feature=feature,
+        seed=seed,
+        workers=workers,
+        root=root,
+        weights=hashlib.sha1(b"".join(weights)).hexdigest(),
+        find=find,
     )
 
 
-def cached_features(b, split, turns=(0,)):
-    """The split's v ((r n) d), z (s (r n) c) and labels {name: ((r n),)} of the pictures that could be read; also "rotation", the turns,
-    and "picture", which of the split it is. Computed once for a run, data set, split and turns."""
-    found = b.split[split]
-    name = hashlib.sha1(
-        repr(((b.data, b.root, b.weights), split, turns, pixels.fingerprint(found))).encode()
-    ).hexdigest()[:16]
-    path = b.run / "features" / f"{b.data}-{split}-{name}.pt"
+def on_device(encoder, dataset, workers=2, batch=256, count=None):
+    """This rank's part of the (first `count`) images, on the encoder's device.
+
+    Yields rows (b,), images (b 3 h w) in [0, 1].
+    """
+    part = loo.rank(), loo.world_size()
+    for rows, images, _ in iter_batches(dataset, workers, batch, part, count):
+        yield rows, images.to(encoder.w2.device, non_blocking=True).float() / 255
+
+
+@torch.no_grad()
+def features(encoder, dataset, turns=(0,), workers=2, batch=256):
+    """The frozen encoder on an ImageSet of central crops, decoded batch by batch. Ranks share it.
+
+    turns: every image is seen once for each, in quarter turns.
+    -> v ((r n) d), z (s (r n) c) on the CPU, and the rows (n,) of the images that could be read.
+    """
+    encoder.eval()
+    n, (spaces, dim, _) = len(dataset.images), encoder.w2.shape
+    v = torch.zeros(len(turns), n, encoder.features)
+    z = torch.zeros(spaces, len(turns), n, dim)
+    seen = torch.zeros(n)
+    for rows, images in on_device(encoder, dataset, workers, batch):
+        for r, turn in enumerate(turns):
+            some_v, some_z = loo.encode(encoder, images.rot90(turn, (2, 3)))
+            v[r, rows] = some_v.float().cpu()  # (b d)
+            z[:, r, rows] = some_z.float().cpu()  # (s b c)
+        seen[rows] = 1
+    v, z, seen = map(loo.all_reduce_sum, (v, z, seen))
+    rows = seen.nonzero().squeeze(1)
+    v = rearrange(v[:, rows], "r n d -> (r n) d")
+    return v, rearrange(z[:, :, rows], "s r n c -> s (r n) c"), rows
+
+
+def cached_features(ctx, split, turns=(0,)):
+    """v ((r n) d), z (s (r n) c) and labels {name: ((r n),)} of a split's images that can be read.
+
+    Two more labels: "rotation", the quarter turns, and "image", the row in the split.
+    Computed once for a run, data set, split and turns.
+    """
+    dataset = ctx.split[split]
+    key = repr(((ctx.data, ctx.root, ctx.weights), split, turns, fingerprint(dataset)))
+    name = hashlib.sha1(key.encode()).hexdigest()[:16]
+    path = ctx.run / "features" / f"{ctx.data}-{split}-{name}.pt"
     try:
-        kept = pixels.read_tensors(path)
+        cached = read_tensors(path)
     except UserError:  # not there, or not whole
-        kept = None
-    if loo.all_reduce_max(kept is None):
-        kept = features(b.encoder, found, turns, b.workers)
+        cached = None
+    if loo.all_reduce_max(cached is None):
+        cached = features(ctx.encoder, dataset, turns, ctx.workers)
         if loo.rank() == 0:
-            pixels.write_tensors(path, kept)
-    v, z, rows = kept
-    own = {
-        "rotation": torch.tensor(turns).repeat_interleave(len(rows)),
-        "picture": rows.repeat(len(turns)),
-    }
-    return v, z, {k: y[rows].repeat(len(turns)) for k, y in found.labels.items()} | own
+            write_tensors(path, cached)
+    v, z, rows = cached
+    labels = {name: y[rows].repeat(len(turns)) for name, y in dataset.labels.items()}
+    labels["rotation"] = torch.tensor(turns).repeat_interleave(len(rows))
+    labels["image"] = rows.repeat(len(turns))
+    return v, z, labels
 
 
-def load_features(b, split, turns=(0,)):
+def load_features(ctx, split, turns=(0,)):
     """The chosen feature of a split, (n d), and its labels, on the encoder's device."""
-    v, z, y = cached_features(b, split, turns)
-    device = device_of(b.encoder)
-    return select_feature(v, z, b.config, b.feature).to(device), {
-        k: labels.to(device) for k, labels in y.items()
-    }
+    v, z, labels = cached_features(ctx, split, turns)
+    x = select_feature(v, z, ctx.config, ctx.feature).to(ctx.device)
+    return x, {name: y.to(ctx.device) for name, y in labels.items()}
 
 
-def class_names(b, label):
-    """The classes of a label; UserError where there is nothing to tell apart."""
-    names = ["0", "90", "180", "270"] if label == "rotation" else b.split["train"].classes[label]
-    if len(names) < 2:
+def select_feature(v, z, config, feature):
+    """v (n d), z (s n c) -> (n ...): "v", "z" (all spaces side by side) or one space by its name.
+
+    A space is its Conv5 where it has one (LooC++), else its embedding.
+    """
+    if feature == "v":
+        return v
+    if feature == "z":
+        return rearrange(z, "s n c -> n (s c)")
+    method = loo.get_method(config)
+    space = method.spaces.index(feature)
+    if method.heads == "conv5":
+        return rearrange(v, "n (s d) -> s n d", s=len(method.spaces))[space]
+    return z[space]
+
+
+def space_features(encoder, v, z, config, layer):
+    """What `spaces` compares, {space: (n ...)}: LooC++'s Conv5; of LooC's heads one layer.
+
+    layer: "hidden" or "output".
+    """
+    method = loo.get_method(config)
+    if method.heads == "conv5" or layer == "output":
+        return {name: select_feature(v, z, config, name) for name in method.spaces}
+    w, b = encoder.w1.detach().cpu(), encoder.b1.detach().cpu()
+    return {name: F.relu(F.linear(v, w[s], b[s])) for s, name in enumerate(method.spaces)}
+
+
+# ---------------------------------------------------------------- probes
+
+
+def logistic(x, y, k, l2, iterations=500, start=None):
+    """Multinomial logistic regression by L-BFGS: x (n d), y (n,) of k classes -> w (k d), b (k,).
+
+    Minimizes mean cross-entropy + l2 / 2 * |w|^2, as scikit-learn's LogisticRegression at
+    C = 1 / (n l2), from `start` (w, b).
+    """
+    w, b = start or (x.new_zeros(k, x.shape[1]), x.new_zeros(k))
+    w, b = w.clone().requires_grad_(), b.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [w, b],
+        max_iter=iterations,
+        history_size=20,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        # With w (d k), four classes took three times as long.
+        loss = F.cross_entropy(F.linear(x, w, b), y) + l2 / 2 * w.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return w.detach(), b.detach()
+
+
+def lbfgs_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
+    """Choose the L2 weight on a fifth of the training images, then train on all of them.
+
+    x ((r n) d), y ((r n),) of k classes -> w (k d), b (k,). All turns of an image are held out.
+    """
+    n = len(x) // turns
+    order = torch.randperm(n, generator=loo.generator("held out", seed))
+    offsets = n * torch.arange(turns)[:, None]
+    held, rest = (order[: n // 5] + offsets).flatten(), (order[n // 5 :] + offsets).flatten()
+    x_held, y_held, x_rest, y_rest = x[held], y[held], x[rest], y[rest]
+    tried, start = [], None
+    # From strong to weak, each from the solution before: the short way down.
+    for l2 in grid:
+        start = logistic(x_rest, y_rest, k, l2, 60, start)
+        tried.append((accuracy(F.linear(x_held, *start), y_held), l2, start))
+    _, l2, start = max(tried, key=operator.itemgetter(0))
+    return logistic(x, y, k, l2, 300, start)
+
+
+def sgd_probe(ctx, dataset, label, k, d, epochs, lr, batch=256):
+    """The paper's protocol: SGD on crops and flips of decoded images through the frozen encoder.
+
+    lr x0.1 at 60% and 80%, no weight decay; k classes of `label`, features of d -> w (k d), b (k,)
+    """
+    n = len(dataset.images)
+    if n < batch:
         raise UserError(
-            f"--label={label}: the pictures of {b.data} are all of one class, there is nothing to tell apart"
+            f"--protocol=paper takes batches of {batch}, the training split has {n} images: "
+            "use the default protocol"
         )
-    return names
+    layer = torch.nn.Linear(d, k, device=ctx.device)
+    layer.weight.data.copy_(torch.randn(k, d, generator=loo.generator("probe", ctx.seed)) * 0.01)
+    layer.bias.data.zero_()
+    optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
+    for epoch in range(epochs):
+        drops = (epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)
+        optimizer.param_groups[0]["lr"] = lr * 0.1**drops
+        for i, rows in enumerate(epoch_batches(n, batch, ctx.seed, epoch)):
+            generator = loo.generator("probe", ctx.seed, epoch, i)
+            x, y = augmented_batch(ctx, dataset, label, rows, generator)
+            loo.optimizer_step(optimizer, F.cross_entropy(layer(x), y))
+    return layer.weight.detach(), layer.bias.detach()
+
+
+@torch.no_grad()
+def augmented_batch(ctx, dataset, label, rows, generator):
+    """Features (b d) of cropped and flipped images, and their labels (b,).
+
+    label "rotation": every image is given a random quarter turn, and is not flipped, because a
+    flip makes 270 degrees of 90.
+    """
+    rotation = label == "rotation"
+    images, _, _ = loo.augment_groups(
+        dataset.images[rows].to(ctx.device).float() / 255,
+        (),
+        torch.zeros(0, 0, dtype=torch.bool),
+        generator,
+        always=("crop",) if rotation else ("crop", "flip"),
+        size=ctx.config["size"],
+        aspect=dataset.aspect[rows].to(ctx.device),
+    )
+    if rotation:
+        y = torch.randint(4, (len(rows),), generator=generator).to(ctx.device)
+        images = loo.resample(images, {"turns": y})
+    else:
+        y = dataset.labels[label][rows].to(ctx.device)
+    v, z = loo.encode(ctx.encoder, images)
+    return select_feature(v, z, ctx.config, ctx.feature).float(), y
+
+
+def fit_few_shot(x, y, k, iterations=250, lr=0.03):
+    """All trials as one batched problem, Adam: x (t n d), y (t n) -> w (t d k), b (t 1 k).
+
+    Trials do not touch each other.
+    """
+    t, n, d = x.shape
+    w, b = x.new_zeros(t, d, k).requires_grad_(), x.new_zeros(t, 1, k).requires_grad_()
+    optimizer = torch.optim.Adam([w, b], lr)
+    for _ in range(iterations):
+        logits = rearrange(torch.baddbmm(b, x, w), "t n k -> (t n) k")
+        loss = F.cross_entropy(logits, y.flatten(), reduction="sum") / n
+        loo.optimizer_step(optimizer, loss)
+    return w.detach(), b.detach()
+
+
+def sample_shots(y, k, shots, trials, seed):
+    """Rows of `shots` samples of each of k classes, drawn anew for each trial -> (t n).
+
+    n = k shots. UserError if a class has fewer.
+    """
+    fewest = int(torch.bincount(y, minlength=k).min())
+    if fewest < shots:
+        raise UserError(f"--shots={shots}: a class has only {fewest} training images")
+    generator = loo.generator("shots", seed, shots)
+    of_class = [(y == c).nonzero().squeeze(1) for c in range(k)]
+    drawn = [
+        rows[torch.randperm(len(rows), generator=generator)[:shots]]
+        for _ in range(trials)
+        for rows in of_class
+    ]
+    return torch.cat(drawn).view(trials, -1)
+
+
+def knn_predict(x, y, k, test, neighbours=20, tau=0.07):
+    """Weighted kNN on cosine similarity: x (n d), y (n,), test (m d) -> votes (m k).
+
+    A neighbor's vote weighs exp(similarity / tau).
+    """
+    x, votes = F.normalize(x, dim=1), []
+    for some in F.normalize(test, dim=1).split(1024):
+        similarity, rows = (some @ x.T).topk(min(neighbours, len(x)), dim=1)
+        weights = ((similarity - 1) / tau).exp()
+        votes.append(x.new_zeros(len(some), k).scatter_add_(1, y[rows], weights))
+    return torch.cat(votes)
+
+
+def accuracy(logits, y, top=1):
+    """logits (n k), y (n,) -> percent whose class is among the `top` largest."""
+    return correct(logits, y, top).mean().item() * 100
+
+
+def correct(logits, y, top=1):
+    """logits (n k), y (n,) -> (n,) 1 where the class is among the `top` largest, else 0."""
+    return (logits.topk(min(top, logits.shape[1]), dim=1).indices == y[:, None]).any(1).double()
+
+
+def restrict_classes(logits, classes):
+    """logits (n k) with only these classes to choose from."""
+    return torch.full_like(logits, -math.inf).index_copy(1, classes, logits[:, classes])
+
+
+def standardize(train, *others):
+    """All by the training samples' mean and deviation, (n d) each."""
+    mean, deviation = moments(train)
+    return [(x - mean) / deviation for x in (train, *others)]
+
+
+def moments(x):
+    """x (n d) -> mean (d,), deviation (d,), never zero."""
+    return x.mean(0), x.std(0).clamp(min=1e-6)
+
+
+# ---------------------------------------------------------------- intervals
+
+
+def ci95(values):
+    """Half of the 95% interval of the mean of many values, (n,)."""
+    return 1.96 * values.std().item() / math.sqrt(len(values))
+
+
+def t_ci95(values, of=1):
+    """Half of Student's 95% interval of the mean of a list, infinite for one value.
+
+    of: as one of so many intervals, all of which hold with 95% (Bonferroni).
+    """
+    n = len(values)
+    if n < 2:
+        return math.inf
+    deviation = torch.tensor(values, dtype=torch.float64).std().item()
+    return t_quantile(n - 1, 0.025 / of) * deviation / math.sqrt(n)
+
+
+@functools.cache
+def t_quantile(freedom, tail=0.025):
+    """The t beyond which Student's distribution has this much left."""
+    at = torch.linspace(0, math.pi / 2, 2_000_001, dtype=torch.float64)[:-1].tan()
+    density = torch.distributions.StudentT(torch.tensor(freedom, dtype=torch.float64)).log_prob(at)
+    half = torch.cumulative_trapezoid(density.exp(), at)
+    return at[int((half < 0.5 - tail).sum())].item()
+
+
+def paired_ci95(right, other):
+    """Difference in points and half of its 95% interval, image by image.
+
+    right, other: (n,) each, how often an image was classified right.
+    """
+    difference = (right - other) * 100
+    return difference.mean().item(), ci95(difference)
+
+
+# ---------------------------------------------------------------- tasks
 
 
 def task(function):
-    """A task as a command: its own flags and those of `bench`; prints and keeps each result that it yields."""
+    """Make a task a command, with its own flags, those of `open_run` and --json."""
     own, common = (list(inspect.signature(f).parameters.values()) for f in (function, open_run))
-    names = {p.name for p in common}
+    common_names = {p.name for p in common}
 
     @functools.wraps(function)
     def command(*args, json=False, **flags):
         begun = time.perf_counter()
-        with loo.init_distributed(
-            pixels.resolve_device(flags.get("device", "auto"))
-        ) as leader_first:
-            b = open_run(*args, **{k: v for k, v in flags.items() if k in names})._replace(
-                leader_first=leader_first
-            )
-            columns, said = (), []
-            for found in function(b, **{k: v for k, v in flags.items() if k not in names}):
-                if loo.rank():
-                    continue
-                keep = found.pop("keep", True)
-                said += filter(None, [found.pop("say", None)])
-                line = (
-                    dict(
-                        run=b.run.name,
-                        task=function.__name__,
-                        data=b.data,
-                        root=b.root,
-                        label=None,
-                        on=None,
-                        feature=b.feature,
-                        method=b.config["method"],
-                        groups=b.config["groups"],
-                        protocol="fast",
-                        shots=None,
-                        top1=None,
-                        top5=None,
-                        ci95=None,
-                        n_train=None,
-                        n_test=None,
-                        seed=b.seed,
-                        seconds=round(time.perf_counter() - begun, 1),
-                    )
-                    | found
-                )
-                begun = time.perf_counter()
-                if keep:
-                    kept = b.run / "results.jsonl"
-                    cut = kept.exists() and kept.read_bytes()[-1:] not in (b"", b"\n")
-                    with open(kept, "a") as file:
-                        file.write(
-                            "\n" * cut + json_.dumps(line) + "\n"
-                        )  # a line that a kill cut short stays alone
-                if not columns:
-                    columns = [
-                        k
-                        for k in PRINTED
-                        if k not in ("on", "shots", "gain", "gain95", "n_train")
-                        or line.get(k) is not None
-                    ]
-                    if not json:
-                        print(
-                            f"| {' | '.join(PRINTED[k] for k in columns)} |\n"
-                            + "|---" * len(columns)
-                            + "|"
-                        )
-                print(
-                    json_.dumps(line)
-                    if json
-                    else "| " + " | ".join(format_value(line[k]) for k in columns) + " |",
-                    flush=True,
-                )
-            if said and not json:
-                print("\n" + "\n".join(said))
+        common_flags = {k: flags.pop(k) for k in common_names & flags.keys()}
+        device = resolve_device(common_flags.get("device", "auto"))
+        with loo.init_distributed(device) as leader_first:
+            ctx = open_run(*args, **common_flags)._replace(leader_first=leader_first)
+            report(ctx, function.__name__, function(ctx, **flags), json, begun)
 
-    json_flag = inspect.Parameter(
-        "json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool
-    )
-    command.__signature__ = inspect.Signature(
-        [
-            common[0],
-            *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own[1:]),
-            *common[1:],
-            json_flag,
-        ]
-    )
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    json_flag = inspect.Parameter("json", keyword, default=False, annotation=bool)
+    own_flags = [p.replace(kind=keyword) for p in own[1:]]
+    command.__signature__ = inspect.Signature([common[0], *own_flags, *common[1:], json_flag])
     command.__doc__ = f"{function.__doc__.rstrip()}\n{open_run.__doc__}"
     return command
 
 
-# A result's keys and the heads of their columns.
-PRINTED = dict(
-    run="run",
-    data="data",
-    task="task",
-    label="label",
-    on="on",
-    feature="feature",
-    protocol="protocol",
-    shots="shots",
-    top1="top-1",
-    top5="top-5",
-    ci95="+- 95%",
-    gain="over all alone",
-    gain95="+- 95%",
-    n_train="train",
-    n_test="test",
-    seconds="seconds",
-)
-
-
-def format_value(x):
-    return "-" if x is None else f"{x:.1f}" if isinstance(x, float) else str(x)
-
-
-def select_labels(b, label, more=(), least=1):
-    """The labels that are named, or else all that tell pictures apart, and `more`. UserError where they are fewer than `least`."""
-    classes = b.split["train"].classes
-    found = [check_choice("label", one, (*classes, *more)) for one in label] or [
-        *pixels.label_names(classes),
-        *more,
-    ]
-    if len(found) < least:
+def class_names(ctx, label):
+    """The classes of a label; UserError where there is nothing to tell apart."""
+    if label == "rotation":
+        return ["0", "90", "180", "270"]
+    names = ctx.split["train"].classes[label]
+    if len(names) < 2:
         raise UserError(
-            f"the pictures of {b.root or b.data} have no labels, which a sub-folder for each class would give them; without labels there are "
-            "the tasks rotation, spaces and retrieve --turn"
+            f"--label={label}: the images of {ctx.data} are all of one class, "
+            "there is nothing to tell apart"
         )
-    return found
+    return names
 
 
-def result(logits, y, label, n_train, turns=1, **more):
-    """logits ((r n) k), y ((r n),) -> a result with the interval of the mean over pictures, each with all its turns."""
+def select_labels(ctx, label, more=(), least=1):
+    """The named labels, or else all that tell images apart and `more`; UserError below `least`."""
+    classes = ctx.split["train"].classes
+    labels = [check_choice("label", name, (*classes, *more)) for name in label]
+    labels = labels or [*label_names(classes), *more]
+    if len(labels) < least:
+        raise UserError(
+            f"the images of {ctx.root or ctx.data} have no labels: give each class a sub-folder; "
+            "without labels there are the tasks rotation, spaces and retrieve --turn"
+        )
+    return labels
+
+
+def result(logits, y, label, turns=1, **more):
+    """logits ((r n) k), y ((r n),) -> a result; its interval is over images, all turns of each."""
     right = correct(logits, y).view(turns, -1).mean(0) * 100
     return dict(
         label=label,
         top1=right.mean().item(),
         top5=accuracy(logits, y, 5) if logits.shape[1] > 5 else None,
-        n_train=n_train,
         n_test=len(y),
         ci95=ci95(right),
         **more,
     )
 
 
-def probe(b, labels, turns, protocol, epochs, lr):
+def probe(ctx, labels, turns, protocol, epochs, lr):
     """A linear classifier for each label, by either protocol -> results."""
     check_choice("protocol", protocol, ("fast", "paper"))
-    if protocol == "fast" and (epochs, lr) != (None, None):
+    fast = protocol == "fast"
+    if fast and (epochs, lr) != (None, None):
         raise UserError("--epochs and --lr are of the paper's protocol: add --protocol=paper")
-    epochs, lr = (
-        (100 if b.data == "inat2019" else 200) if epochs is None else epochs,
-        30.0 if lr is None else lr,
-    )
+    if epochs is None:
+        epochs = 100 if ctx.data == "inat2019" else 200
+    lr = 30.0 if lr is None else lr
     if epochs < 1 or lr <= 0:
         raise UserError(f"--epochs={epochs} --lr={lr}: expected 1 or more, and more than 0")
-    test, y_test = load_features(b, "test", turns)
-    if protocol == "fast":
-        train, y = load_features(b, "train", turns)
-        train, test = standardise(train, test)
+    test, y_test = load_features(ctx, "test", turns)
+    if fast:
+        train, y = load_features(ctx, "train", turns)
+        train, test = standardize(train, test)
+        n_train = len(train)
     else:
-        with b.leader_first():
-            train = pixels.decode_all(
-                b.find("train"), b.workers, b.run.parent, shared=loo.world_size() > 1
-            )  # where training left them, if it did
+        # Where training left the decoded images, if it did.
+        with ctx.leader_first():
+            shared = loo.world_size() > 1
+            train = decode_all(ctx.find("train"), ctx.workers, ctx.run.parent, shared=shared)
+        n_train = len(train.images)
     for label in labels:
-        k = len(class_names(b, label))
-        head = (
-            lbfgs_probe(train, y[label], k, b.seed, len(turns))
-            if protocol == "fast"
-            else sgd_probe(b, train, label, k, test.shape[1], epochs, lr)
-        )
-        yield result(
-            F.linear(test, *head),
-            y_test[label],
-            label,
-            len(train if protocol == "fast" else train.images),
-            len(turns),
-            protocol=protocol,
-        )
+        k = len(class_names(ctx, label))
+        if fast:
+            head = lbfgs_probe(train, y[label], k, ctx.seed, len(turns))
+        else:
+            head = sgd_probe(ctx, train, label, k, test.shape[1], epochs, lr)
+        logits = F.linear(test, *head)
+        more = dict(n_train=n_train, protocol=protocol)
+        yield result(logits, y_test[label], label, len(turns), **more)
 
 
 @task
-def linear(b, label: tuple = (), protocol: str = "fast", epochs: int = None, lr: float = None):
-    """A linear classifier on frozen features (section 4); every label of the data set if none is named.
+def linear(ctx, label: tuple = (), protocol: str = "fast", epochs: int = None, lr: float = None):
+    """A linear classifier on frozen features (section 4).
 
     Args:
-        label: labels with commas between
-        protocol: fast (L-BFGS on cached features, L2 chosen on a held-out fifth) or paper (SGD on augmented pictures)
+        label: labels with commas between; every label if none is named
+        protocol: fast (L-BFGS on cached features, L2 chosen on a held-out fifth) or paper (SGD on
+            augmented images)
         epochs: of the paper's protocol: 200, or 100 on inat2019
         lr: of the paper's protocol: 30
     """
-    yield from probe(b, select_labels(b, label), (0,), protocol, epochs, lr)
+    yield from probe(ctx, select_labels(ctx, label), (0,), protocol, epochs, lr)
 
 
 @task
-def rotation(b, protocol: str = "fast", epochs: int = None, lr: float = None):
-    """Which of four quarter turns a picture was given (section 4): every picture is shown in all four.
+def rotation(ctx, protocol: str = "fast", epochs: int = None, lr: float = None):
+    """Which of four quarter turns an image was given (section 4); each is shown in all four.
 
     Args:
         protocol: fast or paper, as in linear
         epochs: of the paper's protocol
         lr: of the paper's protocol
     """
-    yield from probe(b, ["rotation"], (0, 1, 2, 3), protocol, epochs, lr)
+    yield from probe(ctx, ["rotation"], (0, 1, 2, 3), protocol, epochs, lr)
 
 
 @task
-def knn(b, label: tuple = (), neighbours: int = 20):
-    """Weighted nearest neighbours by cosine similarity.
+def knn(ctx, label: tuple = (), neighbours: int = 20):
+    """Weighted nearest neighbors by cosine similarity.
 
     Args:
         label: labels with commas between; every label if none is named
@@ -641,48 +583,45 @@ def knn(b, label: tuple = (), neighbours: int = 20):
     """
     if neighbours < 1:
         raise UserError(f"--neighbours={neighbours}: expected 1 or more")
-    (x, y), (test, y_test) = load_features(b, "train"), load_features(b, "test")
-    for name in select_labels(b, label):
-        yield result(
-            knn_predict(x, y[name], len(class_names(b, name)), test, neighbours),
-            y_test[name],
-            name,
-            len(x),
-            protocol="knn",
-        ) | {"top5": None}  # fewer may have a vote
+    (x, y), (test, y_test) = load_features(ctx, "train"), load_features(ctx, "test")
+    for name in select_labels(ctx, label):
+        votes = knn_predict(x, y[name], len(class_names(ctx, name)), test, neighbours)
+        found = result(votes, y_test[name], name, n_train=len(x), protocol="knn")
+        yield found | {"top5": None}  # fewer than five classes may have a vote
 
 
 @task
-def fewshot(b, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
-    """A linear classifier of all classes from a few pictures of each, drawn from train + val (section 4); mean and 95% interval over trials.
-    Features are standardised by all of train + val, without their labels.
+def fewshot(ctx, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
+    """A linear classifier of all classes from a few images of each, from train + val (section 4).
+
+    Mean and 95% interval over trials. Features are standardized by all of train + val, without
+    their labels.
 
     Args:
         label: labels with commas between; every label if none is named
-        shots: pictures of each class
+        shots: images of each class
         trials: independent draws
     """
-    if not shots or not all(n.isdecimal() and int(n) for n in map(str, shots)) or trials < 2:
+    words = [str(n) for n in shots]
+    if not words or not all(w.isdecimal() and int(w) for w in words) or trials < 2:
         raise UserError(
-            f"--shots={','.join(map(str, shots))} --trials={trials}: expected numbers of pictures, as 5,10, and two trials or more"
+            f"--shots={','.join(words)} --trials={trials}: "
+            "expected numbers of images, as 5,10, and two trials or more"
         )
-    pool = [load_features(b, s) for s in ("train", "val") if s in b.split]
-    test, y_test = load_features(b, "test")
-    x, test = standardise(
-        torch.cat([x for x, _ in pool]), test
-    )  # by all of the pool, labels unseen
-    y = {name: torch.cat([labels[name] for _, labels in pool]) for name in select_labels(b, label)}
-    classes = {name: len(class_names(b, name)) for name in y}
-    drawn = {
-        (name, n): sample_shots(y[name], classes[name], n, trials, b.seed)
-        for name in y
-        for n in map(int, shots)
-    }  # too few pictures: before any result
-    for (name, n), rows in drawn.items():
-        k = classes[name]
-        w, bias = fit_few_shot(x[rows], y[name][rows], k)
-        logits = [test @ one + c for one, c in zip(w, bias)]
-        top1, top5 = ([accuracy(one, y_test[name], top) for one in logits] for top in (1, 5))
+    pool = [load_features(ctx, s) for s in ("train", "val") if s in ctx.split]
+    test, y_test = load_features(ctx, "test")
+    x, test = standardize(torch.cat([x for x, _ in pool]), test)
+    # All draws come first, so that too few images are found out before any result.
+    drawn = []
+    for name in dict.fromkeys(select_labels(ctx, label)):
+        y, k = torch.cat([labels[name] for _, labels in pool]), len(class_names(ctx, name))
+        for n in dict.fromkeys(map(int, words)):
+            drawn.append((name, k, n, y, sample_shots(y, k, n, trials, ctx.seed)))
+    for name, k, n, y, rows in drawn:
+        w, b = fit_few_shot(x[rows], y[rows], k)
+        logits = [test @ w[t] + b[t] for t in range(trials)]
+        top1 = [accuracy(one, y_test[name]) for one in logits]
+        top5 = [accuracy(one, y_test[name], 5) for one in logits]
         yield dict(
             label=name,
             shots=n,
@@ -695,269 +634,261 @@ def fewshot(b, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
         )
 
 
-def restrict_classes(logits, classes):
-    """logits (n k) with only these classes to choose from."""
-    return torch.full_like(logits, -math.inf).index_copy(1, classes, logits[:, classes])
+CELLS = list(itertools.product(CORRUPTIONS, range(1, 6)))
 
 
-CELLS = list(itertools.product(pixels.CORRUPTIONS, range(1, 6)))
-SUMMARIES = {  # name: which cells it is the mean of
-    **{name: [n == name for n, _ in CELLS] for name in pixels.CORRUPTIONS},
-    **{
-        name + more: [n in members and severity >= least for n, severity in CELLS]
-        for name, members in (
-            *pixels.IMAGENETC.items(),
-            ("all corruptions", tuple(pixels.CORRUPTIONS)),
-        )
-        for more, least in (("", 1), (", severity 3+", 3))
-    },
-}
+def summarized_cells():
+    """{summary: which of CELLS it is the mean of}."""
+    found = {name: [n == name for n, _ in CELLS] for name in CORRUPTIONS}
+    for name, members in (*IMAGENETC.items(), ("all corruptions", tuple(CORRUPTIONS))):
+        found[name] = [n in members for n, _ in CELLS]
+        found[f"{name}, severity 3+"] = [n in members and level >= 3 for n, level in CELLS]
+    return found
 
 
-def corrupted_pictures(b, published, count=None):
-    """Yields the index of a cell of CELLS, rows (b,), images (b 3 h w) in [0, 1] and labels {name: (b,)}.
+SUMMARIES = summarized_cells()
 
-    published: a Data for each cell; where there are none, the (first `count`) test pictures are corrupted here, a batch at a time.
+
+def corrupted_pictures(ctx, published, count=None):
+    """Yields the index of one of CELLS, rows (b,), images (b 3 h w) in [0, 1], labels {name: (b,)}.
+
+    published: an ImageSet for each cell; where there are none, the (first `count`) test images are
+    corrupted here, a batch at a time.
     """
-    for cell, found in enumerate(published):
-        for rows, crops in on_device(b.encoder, found, b.workers, count=count):
-            yield cell, rows, crops, {k: y[rows] for k, y in found.labels.items()}
-    if not published:
-        for rows, crops in on_device(b.encoder, b.split["test"], b.workers, count=count):
-            labels = {k: y[rows] for k, y in b.split["test"].labels.items()}
-            for cell, (name, severity) in enumerate(CELLS):
-                yield (
-                    cell,
-                    rows,
-                    pixels.corrupt(
-                        crops,
-                        name,
-                        severity,
-                        loo.generator("corrupt", name, severity, int(rows[0])),
-                    ),
-                    labels,
-                )
+    for cell, dataset in enumerate(published):
+        for rows, images in on_device(ctx.encoder, dataset, ctx.workers, count=count):
+            yield cell, rows, images, {name: y[rows] for name, y in dataset.labels.items()}
+    if published:
+        return
+    dataset = ctx.split["test"]
+    for rows, images in on_device(ctx.encoder, dataset, ctx.workers, count=count):
+        labels = {name: y[rows] for name, y in dataset.labels.items()}
+        for cell, (name, severity) in enumerate(CELLS):
+            generator = loo.generator("corrupt", name, severity, int(rows[0]))
+            yield cell, rows, corrupt(images, name, severity, generator), labels
 
 
 @task
 def robust(
-    b,
+    ctx,
     label: tuple = (),
     source: str = None,
     corrupted: str = None,
     objectnet: str = None,
     pictures: int = None,
 ):
-    """A linear classifier trained on clean pictures, tested on corrupted ones (ImageNet-C) and on new viewpoints and backgrounds:
-    ObjectNet's (section 4), or those of factors.
+    """A linear classifier trained on clean images, tested on others.
 
-    The interval is that of the mean over pictures, each with all its corruptions.
+    Those are corrupted images (ImageNet-C), and new viewpoints and backgrounds: ObjectNet's
+    (section 4), or those of factors. The interval is that of the mean over images, each with all
+    its corruptions.
 
     Args:
         label: labels with commas between; every label if none is named
-        source: generated (the 15 corruptions made here from the test pictures) or folder (the published ImageNet-C); folder on imagenet100
-        corrupted: source=folder: where ImageNet-C is
+        source: generated (the 15 corruptions made here from the test images) or folder (the
+            published ImageNet-C); folder on imagenet100
+        corrupted: where ImageNet-C is, for source=folder
         objectnet: where ObjectNet is, to test on its 13 classes too
         pictures: how many to see corrupted, by default all
     """
+    source = check_source(ctx.data, source, corrupted, objectnet, pictures)
+    # Every set is opened before hours are spent on the first.
+    published, shifted = robust_datasets(ctx, corrupted, objectnet)
+    labels = select_labels(ctx, label)
+    (train, y), (test, y_test) = load_features(ctx, "train"), load_features(ctx, "test")
+    mean, deviation = moments(train)
+    x = (train - mean) / deviation
+    heads = {
+        name: lbfgs_probe(x, y[name], len(class_names(ctx, name)), ctx.seed) for name in labels
+    }
+
+    def logits_of(name, x):
+        return F.linear((x - mean) / deviation, *heads[name])
+
+    clean = [result(logits_of(name, test), y_test[name], name, on="clean") for name in labels]
+    if not published:
+        lengths = f"{ctx.config['size']} / {REFERENCE_SIZE}"
+        clean[-1]["note"] = f"the lengths in the corruptions' constants are scaled by {lengths}"
+    parts = (
+        clean,
+        shifted_results(ctx, shifted, labels, logits_of),
+        corrupted_results(ctx, published, labels, logits_of, pictures),
+    )
+    for found in itertools.chain(*parts):
+        yield found | dict(protocol=source, n_train=len(train))
+
+
+def check_source(data, source, corrupted, objectnet, pictures):
+    """The source of corrupted images; UserError where the flags of `robust` do not fit together."""
     if pictures is not None and pictures < 1:
         raise UserError(f"--pictures={pictures}: expected 1 or more")
-    source = check_choice(
-        "source",
-        source or ("folder" if b.data == "imagenet100" else "generated"),
-        ("folder", "generated"),
-    )
+    source = source or ("folder" if data == "imagenet100" else "generated")
+    check_choice("source", source, ("folder", "generated"))
     if (source == "folder") != bool(corrupted):
         raise UserError(
-            "--source=folder reads the published ImageNet-C: name it with --corrupted=DIR, or make the corruptions here with --source=generated"
+            "--source=folder reads the published ImageNet-C: name it with --corrupted=DIR, "
+            "or make the corruptions here with --source=generated"
         )
-    if (corrupted or objectnet) and b.data != "imagenet100":
+    if (corrupted or objectnet) and data != "imagenet100":
         raise UserError(
-            f"ImageNet-C and ObjectNet have the classes of imagenet100, not of {b.data}: use --data=imagenet100, or --source=generated"
+            f"ImageNet-C and ObjectNet have the classes of imagenet100, not of {data}: "
+            "use --data=imagenet100, or --source=generated"
         )
-    where = dict(
-        size=b.config["size"], central=True
-    )  # all is found before hours are spent on the first of it
-    published = (
-        [
-            pixels.open_dataset("imagenetc100", f"{name}/{severity}", root=corrupted, **where)
+    return source
+
+
+def robust_datasets(ctx, corrupted, objectnet):
+    """The published ImageSet of each of CELLS, or none, and {name: ImageSet} of new viewpoints."""
+    where = dict(size=ctx.config["size"], central=True)
+    published, shifted = [], {}
+    if corrupted:
+        published = [
+            open_dataset("imagenetc100", f"{name}/{severity}", root=corrupted, **where)
             for name, severity in CELLS
         ]
-        if corrupted
-        else []
-    )
-    beyond = (
-        {"objectnet13": pixels.open_dataset("objectnet13", "test", root=objectnet, **where)}
-        if objectnet
-        else {"new viewpoint": b.find("viewpoint", central=True)}
-        if b.data == "factors"
-        else {}
-    )
-    labels, (train, y), (test, y_test) = (
-        select_labels(b, label),
-        load_features(b, "train"),
-        load_features(b, "test"),
-    )
-    n = len((published[0] if published else b.split["test"]).images)
-    mean, deviation = moments(train)
-    head = {
-        one: lbfgs_probe((train - mean) / deviation, y[one], len(class_names(b, one)), b.seed)
-        for one in labels
-    }
-    logits_of = lambda one, x: F.linear((x - mean) / deviation, *head[one])
-    right, there = (
-        {one: torch.zeros(len(CELLS), n, 2) for one in labels},
-        torch.zeros(n),
-    )  # top-1 and top-5; a picture is there in all cells or in none
-    for one in labels:
-        say = (
-            f"the lengths in the corruptions' constants are scaled by {b.config['size']} / {pixels.REFERENCE_SIZE}"
-            if not published and one == labels[-1]
-            else None
-        )
-        yield result(
-            logits_of(one, test), y_test[one], one, len(train), on="clean", protocol=source, say=say
-        )
-    for on, found in beyond.items():
-        v, z, rows = features(b.encoder, found, workers=b.workers)
-        for one in labels:
-            logits, truth = (
-                logits_of(one, select_feature(v, z, b.config, b.feature).to(train)).cpu(),
-                found.labels[one][rows],
-            )
-            yield result(logits, truth, one, len(train), on=on, protocol=source)
-            if objectnet:
-                yield result(
-                    restrict_classes(logits, truth.unique()),
-                    truth,
-                    one,
-                    len(train),
-                    on=f"{on}, of its 13",
-                    protocol=source,
-                )
-    for cell, rows, crops, truth in corrupted_pictures(b, published, pictures):
+    if objectnet:
+        shifted["objectnet13"] = open_dataset("objectnet13", "test", root=objectnet, **where)
+    elif ctx.data == "factors":
+        shifted["new viewpoint"] = ctx.find("viewpoint", central=True)
+    return published, shifted
+
+
+def shifted_results(ctx, shifted, labels, logits_of):
+    """Results under new viewpoints; on ObjectNet also with only its classes to choose from."""
+    for on, dataset in shifted.items():
+        v, z, rows = features(ctx.encoder, dataset, workers=ctx.workers)
+        x = select_feature(v, z, ctx.config, ctx.feature).to(ctx.device)
+        for name in labels:
+            logits, y = logits_of(name, x).cpu(), dataset.labels[name][rows]
+            yield result(logits, y, name, on=on)
+            if on == "objectnet13":
+                logits = restrict_classes(logits, y.unique())
+                yield result(logits, y, name, on=f"{on}, of its 13")
+
+
+def corrupted_results(ctx, published, labels, logits_of, count):
+    """For each label and each of SUMMARIES a result, over the images that could be read."""
+    n = len((published[0] if published else ctx.split["test"]).images)
+    right = {name: torch.zeros(len(CELLS), n, 2) for name in labels}  # top-1 and top-5
+    seen = torch.zeros(n)  # an image is there in all cells or in none
+    for cell, rows, images, y in corrupted_pictures(ctx, published, count):
         with torch.no_grad():
-            x = select_feature(*loo.encode(b.encoder, crops), b.config, b.feature).float()
-        there[rows] = 1
-        for one in labels:
-            logits = logits_of(one, x).cpu()
-            right[one][cell, rows] = torch.stack(
-                [correct(logits, truth[one]), correct(logits, truth[one], 5)], 1
-            ).float()
-    there = loo.all_reduce_sum(there) > 0
-    for one in labels:
-        of_cells = loo.all_reduce_sum(right[one])[:, there].double() * 100
+            v, z = loo.encode(ctx.encoder, images)
+        x = select_feature(v, z, ctx.config, ctx.feature).float()
+        seen[rows] = 1
+        for name in labels:
+            logits = logits_of(name, x).cpu()
+            for i, top in enumerate((1, 5)):
+                right[name][cell, rows, i] = correct(logits, y[name], top).float()
+    seen = loo.all_reduce_sum(seen) > 0
+    for name in labels:
+        of_cells = loo.all_reduce_sum(right[name])[:, seen].double() * 100
         for on, cells in SUMMARIES.items():
             each = of_cells[cells].mean(0)  # (n 2)
             top1, top5 = each.mean(0).tolist()
             yield dict(
-                label=one,
+                label=name,
                 on=on,
-                protocol=source,
                 top1=top1,
-                top5=top5 if len(class_names(b, one)) > 5 else None,
+                top5=top5 if len(class_names(ctx, name)) > 5 else None,
                 ci95=ci95(each[:, 0]),
-                n_train=len(train),
                 n_test=len(each),
             )
 
 
 @task
-def spaces(b, label: tuple = (), layer: str = "output", margin: float = 1.0):
-    """Which invariances a task wants (the paper's table on concatenating spaces): a linear classifier on Z_0, the space named all, with any of
-    the other spaces beside it and on each space alone, every one against Z_0 alone, on the same pictures.
+def spaces(ctx, label: tuple = (), layer: str = "output", margin: float = 1.0):
+    """Which invariances a task wants (the paper's table on concatenating spaces).
 
-    The verdicts, a line for each label under the table, compare spaces of one size: what a group's space, invariant to all but that group, knows more than Z_0,
-    invariant to that group too. It "wants" a group if the whole paired 95% interval is above zero, is "better without" it if below. If the
-    interval spans zero it "does not care" where all of it is within the margin, else one "cannot tell". Intervals are over test pictures, of one run.
+    Linear classifiers on Z_0 (the space named all), on Z_0 with any of the other spaces beside it,
+    and on each space alone; every one is compared with Z_0 alone, on the same images.
+
+    The verdicts, a line for each label under the table, compare spaces of one size: what a group's
+    space knows more than Z_0, which is invariant to that group too. A label "wants" a group if the
+    whole paired 95% interval is above zero, and is "better without" it if below. If the interval
+    spans zero, it "does not care" where all of it is within the margin, else one "cannot tell".
+    Intervals are over test images, of one run.
 
     Args:
-        label: labels with commas between, rotation is one; every label and rotation if none is named
+        label: labels with commas between, rotation is one; all of them if none is named
         layer: of LooC's heads: hidden or output (LooC++ has its Conv5)
         margin: points of accuracy that do not matter
     """
+    groups = check_spaces(ctx, layer)
+    with_all = [
+        ("all", *some)
+        for size in range(len(groups) + 1)
+        for some in itertools.combinations(groups, size)
+    ]
+    alone = [(group,) for group in groups]
+    for name in select_labels(ctx, label, ("rotation",)):
+        found = {}
+        for subset, line in probe_spaces(ctx, name, [*with_all, *alone], layer):
+            found[subset] = line
+            if subset == alone[-1]:
+                pairs = [(g, found[g,]["gain"], found[g,]["gain95"]) for g in groups]
+                says = ", ".join(verdict(*pair, margin) for pair in pairs)
+                line = line | dict(note=f"{name} {says}")
+            yield line
+
+
+def check_spaces(ctx, layer):
+    """The groups that have a space; UserError where `spaces` has nothing to compare."""
     check_choice("layer", layer, ("hidden", "output"))
-    if b.feature != "v":
-        raise UserError(f"--feature={b.feature}: spaces compares all of them")
-    all_, *groups = loo.get_method(b.config).spaces or ("none",)
-    if all_ != "all" or not groups:
+    if ctx.feature != "v":
+        raise UserError(f"--feature={ctx.feature}: spaces compares all of them")
+    method, names = ctx.config["method"], loo.get_method(ctx.config).spaces
+    if len(names) < 2 or names[0] != "all":
         raise UserError(
-            f"{b.run.name} was trained with {b.config['method']}, which has no space for each augmentation: use a looc or looc++ run"
+            f"{ctx.run.name} was trained with {method}, which has no space for each augmentation: "
+            "use a looc or looc++ run"
         )
-    if b.config["method"] == "looc" and layer == "hidden" and not b.config["hidden"]:
+    if method == "looc" and layer == "hidden" and not ctx.config["hidden"]:
         raise UserError(
-            f"--layer=hidden: the heads of {b.run.name} are linear (--hidden=0); only their output is there"
+            f"--layer=hidden: the heads of {ctx.run.name} are linear (--hidden=0); "
+            "only their output is there"
         )
-    for one in select_labels(b, label, ("rotation",)):
-        turns = (0, 1, 2, 3) if one == "rotation" else (0,)
-        (v, z, y), (v_test, z_test, y_test) = (
-            cached_features(b, "train", turns),
-            cached_features(b, "test", turns),
-        )
-        train, test = (
-            space_features(b.encoder, v, z, b.config, layer),
-            space_features(b.encoder, v_test, z_test, b.config, layer),
-        )
-        subsets = [
-            ("all", *some)
-            for r in range(len(groups) + 1)
-            for some in itertools.combinations(groups, r)
-        ] + [(g,) for g in groups]
-        right, gain = {}, {}
-        for some in subsets:
-            x, x_test = standardise(
-                *(
-                    torch.cat([part[name] for name in some], 1).to(device_of(b.encoder))
-                    for part in (train, test)
-                )
-            )
-            logits = F.linear(
-                x_test,
-                *lbfgs_probe(x, y[one].to(x.device), len(class_names(b, one)), b.seed, len(turns)),
-            ).cpu()
-            right[some] = correct(logits, y_test[one]).view(len(turns), -1).mean(0)
-            gain[some] = paired_ci95(right[some], right["all",])
-            line = result(
-                logits,
-                y_test[one],
-                one,
-                len(x),
-                len(turns),
-                feature="+".join(some),
-                on=None if b.config["method"] == "looc++" else layer,
-                gain=gain[some][0],
-                gain95=gain[some][1],
-            )
-            say = (
-                f"{one} " + ", ".join(verdict(g, *gain[g,], margin) for g in groups)
-                if some == subsets[-1]
-                else None
-            )
-            yield line | dict(say=say)
+    return names[1:]
 
 
-def paired_ci95(right, other):
-    """(n,) each, how often a picture was classified right -> difference in points and half of its 95% interval, picture by picture."""
-    difference = (right - other) * 100
-    return difference.mean().item(), ci95(difference)
+def probe_spaces(ctx, name, subsets, layer):
+    """A linear classifier for each subset of spaces, ("all",) first; yields subset, result."""
+    turns = (0, 1, 2, 3) if name == "rotation" else (0,)
+    on = None if ctx.config["method"] == "looc++" else layer
+    v, z, y = cached_features(ctx, "train", turns)
+    train, y = space_features(ctx.encoder, v, z, ctx.config, layer), y[name].to(ctx.device)
+    v, z, y_test = cached_features(ctx, "test", turns)
+    test, y_test = space_features(ctx.encoder, v, z, ctx.config, layer), y_test[name]
+    baseline = None
+    for subset in subsets:
+        x = torch.cat([train[space] for space in subset], 1).to(ctx.device)
+        x_test = torch.cat([test[space] for space in subset], 1).to(ctx.device)
+        x, x_test = standardize(x, x_test)
+        head = lbfgs_probe(x, y, len(class_names(ctx, name)), ctx.seed, len(turns))
+        logits = F.linear(x_test, *head).cpu()
+        right = correct(logits, y_test).view(len(turns), -1).mean(0)
+        baseline = right if baseline is None else baseline
+        gain, half = paired_ci95(right, baseline)
+        more = dict(n_train=len(x), feature="+".join(subset), on=on, gain=gain, gain95=half)
+        yield subset, result(logits, y_test, name, len(turns), **more)
 
 
 def verdict(group, gain, half, margin):
-    says = (
-        "wants"
-        if gain > half
-        else "is better without"
-        if gain < -half
-        else "does not care about"
-        if abs(gain) + half < margin
-        else "cannot tell about"
-    )
+    """What an interval of the gain says about a group, in words."""
+    if gain > half:
+        says = "wants"
+    elif gain < -half:
+        says = "is better without"
+    elif abs(gain) + half < margin:
+        says = "does not care about"
+    else:
+        says = "cannot tell about"
     return f"{says} {group} ({gain:+.1f} +- {half:.1f})"
 
 
 @task
 def retrieve(
-    b,
+    ctx,
     against: str = None,
     label: tuple = (),
     queries: int = 8,
@@ -965,278 +896,315 @@ def retrieve(
     turn: bool = False,
     out: str = None,
 ):
-    """Nearest neighbours among the test pictures, by cosine similarity, as one picture: RUN/retrieve.png (section 4).
+    """Nearest neighbors among the test images by cosine similarity: RUN/retrieve.png (section 4).
 
-    top-1 is the share of neighbours that have the query's label, over all test pictures.
+    top-1 is the share of neighbors that have the query's label, over all test images.
 
     Args:
         against: another run, shown beside this one; its numbers are printed, not kept
         label: labels to count; every label if none is named
-        queries: rows of the picture
+        queries: rows of the image
         neighbours: of each query
-        turn: give every picture a random quarter turn first, and count rotation too: does a neighbour stand as the query does?
-        out: where to write the picture
+        turn: give every image a random quarter turn first, and count rotation too: does a neighbor
+            have the query's orientation?
+        out: where to write the image
     """
     if min(queries, neighbours) < 1:
         raise UserError(f"--queries={queries} --neighbours={neighbours}: expected 1 or more")
-    if neighbours >= len(b.split["test"].images):
-        raise UserError(
-            f"--neighbours={neighbours}: there are {len(b.split['test'].images)} test pictures"
-        )
-    labels, path = (
-        [*select_labels(b, label, least=0), *["rotation"] * turn],
-        Path(out or b.run / "retrieve.png"),
-    )
+    n = len(ctx.split["test"].images)
+    if neighbours >= n:
+        raise UserError(f"--neighbours={neighbours}: there are {n} test images")
+    labels = select_labels(ctx, label, least=0) + ["rotation"] * turn
+    path = Path(out or ctx.run / "retrieve.png")
     if path.is_dir():
         raise UserError(f"--out={out} is a folder; name a .png file")
-    both = [b]
-    if against:
-        other = open_run(
-            against,
-            data=b.data,
-            root=b.root,
-            feature=b.feature,
-            workers=b.workers,
-            device=str(device_of(b.encoder)),
-            seed=b.seed,
-        )
-        if other.config["size"] != b.config["size"]:
-            raise UserError(
-                f"--against={against} sees pictures of {other.config['size']} pixels, {b.run.name} of {b.config['size']}: name runs of one --size"
-            )
-        both.append(
-            other._replace(split=b.split)
-        )  # a folder that splits itself does so by each run's seed
-    near, y = zip(*(neighbours_of(one, neighbours, turn) for one in both))
-    rows = torch.randperm(len(near[0]), generator=loo.generator("queries", b.seed))[:queries]
-    shown = torch.cat(
-        [rows[:, None], *(one[rows] for one in near)], 1
-    )  # (queries 1 + runs * neighbours)
-    pictures = torch.stack(
-        [
-            torch.stack([display_image(b, y[0]["picture"][i], y[0]["rotation"][i]) for i in row])
-            for row in shown
-        ]
-    )
-    titles = [
-        ", ".join(str(class_names(b, name)[y[0][name][i]]) for name in labels[:2]) for i in rows
-    ]
-    heads = [
-        "query",
-        *(
-            head
-            for one in both
-            for head in (f"nearest in {one.run.name}", *[""] * (neighbours - 1))
-        ),
-    ]
+    runs = [ctx, open_other(ctx, against)] if against else [ctx]
+    near, y = zip(*(nearest_images(run, neighbours, turn) for run in runs))
     if loo.rank() == 0:
-        pixels.image_grid(pictures, titles, heads, path, zoom=max(1, 64 // b.config["size"]))
-    for one, found, known_labels in zip(both, near, y):
+        heads = ["query"]
+        for run in runs:
+            heads += [f"nearest in {run.run.name}", *[""] * (neighbours - 1)]
+        save_neighbors(ctx, near, y[0], labels[:2], queries, heads, path)
+    for run, rows, known in zip(runs, near, y):
         for name in labels:
-            same = (known_labels[name][found] == known_labels[name][:, None]).double().mean(
-                1
-            ) * 100  # (m,)
+            same = (known[name][rows] == known[name][:, None]).double().mean(1) * 100  # (m,)
             yield dict(
-                run=one.run.name,
-                method=one.config["method"],
-                groups=one.config["groups"],
+                run=run.run.name,
+                method=run.config["method"],
+                groups=run.config["groups"],
                 label=name,
                 on="turned" if turn else None,
                 protocol="cosine",
                 top1=same.mean().item(),
                 ci95=ci95(same),
                 n_test=len(same),
-                keep=one is b,
-            )  # the other may have been trained on some of these
+                keep=run is ctx,  # the other may have been trained on some of these
+            )
     if loo.rank() == 0:
         print(f"wrote {path}", file=sys.stderr)
 
 
-def neighbours_of(b, k, turn):
-    """Every test picture, in a quarter turn of its own if `turn`, and its k nearest by cosine similarity -> near (m k), labels {name: (m,)}."""
-    v, z, y = cached_features(b, "test", (0, 1, 2, 3) if turn else (0,))
-    m = len(v) // (4 if turn else 1)
-    chosen = torch.randint(
-        4 if turn else 1, (m,), generator=loo.generator("turns", b.seed)
-    ) * m + torch.arange(m)
-    x = F.normalize(select_feature(v, z, b.config, b.feature)[chosen], dim=1)
-    near = [
-        (some @ x.T).scatter(1, rows[:, None], -2).topk(k).indices
-        for some, rows in zip(x.split(1024), torch.arange(m).split(1024))
-    ]
+def open_other(ctx, against):
+    """Another run on the same data."""
+    same = {key: getattr(ctx, key) for key in ("data", "root", "feature", "workers", "seed")}
+    other = open_run(against, device=str(ctx.device), **same)
+    if other.config["size"] != ctx.config["size"]:
+        raise UserError(
+            f"--against={against} sees images of {other.config['size']} pixels, "
+            f"{ctx.run.name} of {ctx.config['size']}: name runs of one --size"
+        )
+    # A folder that splits itself does so by each run's seed.
+    return other._replace(split=ctx.split)
+
+
+def nearest_images(ctx, k, turn):
+    """Every test image and its k nearest by cosine similarity -> near (m k), labels {name: (m,)}.
+
+    turn: every image is in a quarter turn of its own.
+    """
+    turns = (0, 1, 2, 3) if turn else (0,)
+    v, z, y = cached_features(ctx, "test", turns)
+    every = torch.arange(len(v) // len(turns))  # (m,)
+    drawn = torch.randint(len(turns), every.shape, generator=loo.generator("turns", ctx.seed))
+    chosen = drawn * len(every) + every
+    x = F.normalize(select_feature(v, z, ctx.config, ctx.feature)[chosen], dim=1)
+    near = []
+    for some, rows in zip(x.split(1024), every.split(1024)):
+        # An image is not a neighbor of itself.
+        similarity = (some @ x.T).scatter(1, rows[:, None], -2)
+        near.append(similarity.topk(k).indices)
     return torch.cat(near), {name: labels[chosen] for name, labels in y.items()}
 
 
-def display_image(b, i, turns):
-    """Test picture i as the encoder sees it, (3 h w) uint8."""
-    images = b.split["test"].images
-    return (images[i] if torch.is_tensor(images) else images[i][0]).rot90(int(turns), (1, 2))
+def save_neighbors(ctx, near, y, labels, queries, heads, path):
+    """Write a PNG: some test images, and their neighbors (m k) in each run of `near`."""
+    images = ctx.split["test"].images
+
+    def upright_or_turned(i):
+        row = int(y["image"][i])
+        image = images[row] if torch.is_tensor(images) else images[row][0]
+        return image.rot90(int(y["rotation"][i]), (1, 2))
+
+    generator = loo.generator("queries", ctx.seed)
+    rows = torch.randperm(len(near[0]), generator=generator)[:queries]
+    shown = torch.cat([rows[:, None], *(one[rows] for one in near)], 1)  # (queries 1+runs*k)
+    grid = torch.stack([upright_or_turned(i) for i in shown.flatten()])
+    names = [[str(class_names(ctx, name)[c]) for c in y[name][rows]] for name in labels]
+    titles = [", ".join(words) for words in zip(*names)] if names else [""] * len(rows)
+    zoom = max(1, 64 // ctx.config["size"])
+    image_grid(grid.unflatten(0, shown.shape), titles, heads, path, zoom=zoom)
 
 
-NAMED = {
-    "seed",
-    "out",
-    "device",
-    "precision",
-    "workers",
-    "download",
-    "method",
-    "groups",
-    "label",
-    "cache",
-    "compile",
-    "save_every",
-    "textures",
-}  # not told apart by `table`, or named by it otherwise
+# ---------------------------------------------------------------- report and table
+
+# The keys of a line in results.jsonl, in order.
+KEYS = ("run", "task", "data", "root", "label", "on", "feature", "method", "groups", "protocol")
+KEYS += ("shots", "top1", "top5", "ci95", "n_train", "n_test", "seed", "seconds")
+# The columns that are printed; OPTIONAL ones only where the first result has a value.
+PRINTED = ("run", "data", "task", "label", "on", "feature", "protocol", "shots", "top1", "top5")
+PRINTED += ("ci95", "gain", "gain95", "n_train", "n_test", "seconds")
+OPTIONAL = ("on", "shots", "gain", "gain95", "n_train")
+HEADS = dict(top1="top-1", top5="top-5", ci95="+- 95%", gain="over all alone", gain95="+- 95%")
+HEADS |= dict(n_train="train", n_test="test")
+
+
+def report(ctx, task_name, results, json, begun):
+    """Print each result, as a Markdown row or a JSON line, and append it to RUN/results.jsonl.
+
+    results: dicts of KEYS and more. Two keys are no part of the line: `keep`,
+    False for what is printed only, and `note`, a line to print under the table.
+    """
+    columns, notes = [], []
+    common = dict(run=ctx.run.name, task=task_name, data=ctx.data, root=ctx.root, protocol="fast")
+    common |= dict(feature=ctx.feature, seed=ctx.seed)
+    common |= {key: ctx.config[key] for key in ("method", "groups")}
+    for found in results:
+        if loo.rank():
+            continue
+        keep, note = found.pop("keep", True), found.pop("note", None)
+        line = dict.fromkeys(KEYS) | common | found
+        line["seconds"] = round(time.perf_counter() - begun, 1)
+        begun = time.perf_counter()
+        if keep:
+            append_line(ctx.run / "results.jsonl", dumps(line))
+        if json:
+            print(dumps(line), flush=True)
+            continue
+        if not columns:
+            columns = [k for k in PRINTED if k not in OPTIONAL or line.get(k) is not None]
+            print(table_head([HEADS.get(k, k) for k in columns]))
+        print(table_row([format_value(line[k]) for k in columns]), flush=True)
+        if note:
+            notes.append(note)
+    if notes:
+        print("\n" + "\n".join(notes))
+
+
+def append_line(path, text):
+    """Append a line to a file; one that a kill cut short stays alone."""
+    cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    with open(path, "a") as file:
+        file.write("\n" * cut + text + "\n")
+
+
+def format_value(x):
+    if x is None:
+        return "-"
+    return f"{x:.1f}" if isinstance(x, float) else str(x)
+
+
+def table_row(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def table_head(names):
+    return f"{table_row(names)}\n{'|---' * len(names)}|"
+
+
+# Settings that `table` does not tell apart, or names in another column.
+NAMED = {"seed", "method", "groups", "label", "textures", "out", "cache", "download"}
+NAMED |= {"device", "precision", "workers", "compile", "save_every"}
 ALWAYS = inspect.signature(loo.train).parameters["always"].default
 
 
 def table(runs: tuple = ("runs/*",), paper: bool = False):
-    """One Markdown table from the results of many runs: a row for each method, a column for each task and label.
+    """One Markdown table from the results of many runs: a row a method, a column a task and label.
 
-    Runs that differ in nothing but seed share a row: mean +- half of the 95% interval over runs. What else differs is named.
+    Runs that differ in nothing but seed share a row: mean +- half of the 95% interval over runs.
+    What else differs is named.
 
     Args:
         runs: run folders or patterns, with commas between
         paper: the paper's tables instead, what it reports beside what these runs give
     """
-    found = {
-        Path(p).resolve() for pattern in runs for p in glob.glob(f"{pattern}/results.jsonl")
-    }  # runs/latest once
-    if not found:
-        raise UserError(
-            f"--runs={','.join(runs)}: no results there; `python eval.py linear --run=DIR` writes some"
-        )
-    configs = {p: json_.loads((p.parent / "config.json").read_text()) for p in found}
-    lines = [
-        (configs[p], line)
-        for p in sorted(found, key=lambda p: p.stat().st_mtime)
-        for line in loo.read_jsonl(p)
-    ]
-
-    def value(c, k):
-        if k == "root" and c["data"] != "folder":  # a published set is the same wherever it is
-            return None
-        if (
-            k == "always"
-        ):  # a named group leaves this list: only what is beside that tells runs apart
-            changed = sorted({*c["always"], *c["groups"]} ^ {*ALWAYS, *c["groups"]})
-            return "default" + "".join(
-                f" {'+' if name in c['always'] else '-'}{name}" for name in changed
-            )
-        return c.get(k)
-
-    unlike = lambda configs: [
-        k
-        for k in sorted({k for c in configs for k in c} - NAMED)
-        if len({repr(value(c, k)) for c in configs}) > 1
-    ]
+    lines = read_results(runs)
     if paper:
-        lines = [(config, line) for config, line in lines if config["data"] == "imagenet100"]
-        if differs := unlike([config for config, _ in lines]):
-            raise UserError(
-                f"--paper: these runs differ in {', '.join(differs)}: name those that belong together with --runs"
-            )
-        return papers_tables([line | {"seed": config["seed"]} for config, line in lines])
-    cells, differs = defaultdict(dict), unlike(list(configs.values()))
+        return print_papers_tables([pair for pair in lines if pair[0]["data"] == "imagenet100"])
+    differs = differing_settings([config for config, _ in lines])
+    cells = defaultdict(dict)
     for config, line in lines:
-        setting = ", ".join(f"{k} {value(config, k)}" for k in differs)
-        method = (
-            f"{line['method']} ({config['label']})"
-            if line["method"] == "supervised"
-            else line["method"]
-        )
-        row = (method, ", ".join(line["groups"]), line["feature"], setting)
-        elsewhere = line["data"] == "folder" and line.get("root", config["root"]) not in (
-            None,
-            config["root"],
-        )
-        column = (
-            line["data"] + f" {line.get('root')}" * elsewhere,
-            line["task"],
-            line["label"],
-            line["shots"] or 0,
-            line.get("on") or "",
-            line["protocol"],
-        )
-        cells[row, column][config["seed"]] = line["top1"]  # the last one counts
+        row, column = row_key(config, line, differs), column_key(config, line)
+        cells[row, column][config["seed"]] = line["top1"]
     rows, columns = sorted({r for r, _ in cells}), sorted({c for _, c in cells})
-    several = len({c[0] for c in columns}) > 1
-    head = [column_name(*column) + f" on {column[0]}" * several for column in columns]
-    print(
-        "| method | groups | feature | differs in | seeds | "
-        + " | ".join(head)
-        + " |\n"
-        + "|---" * (5 + len(head))
-        + "|"
-    )
+    several = len({data for data, *_ in columns}) > 1
+    heads = ["method", "groups", "feature", "differs in", "seeds"]
+    for data, *column in columns:
+        heads.append(column_name(*column) + (f" on {data}" if several else ""))
+    print(table_head(heads))
     for row in rows:
         values = [list(cells[row, c].values()) for c in columns]
-        print(
-            f"| {' | '.join(row)} | {seeds_in(values)} | "
-            + " | ".join(map(mean_cell, values))
-            + " |"
+        print(table_row([*row, count_seeds(values), *map(mean_cell, values)]))
+
+
+def read_results(runs):
+    """(config, line) for each line of the results, oldest run first, so the last one counts."""
+    files = itertools.chain.from_iterable(glob.glob(f"{run}/results.jsonl") for run in runs)
+    found = {Path(file).resolve() for file in files}  # runs/latest once
+    if not found:
+        raise UserError(
+            f"--runs={','.join(runs)}: no results there; `python eval.py linear` writes some"
         )
+    lines = []
+    for path in sorted(found, key=lambda path: path.stat().st_mtime):
+        config = loads((path.parent / "config.json").read_text())
+        lines += [(config, line) for line in loo.read_jsonl(path)]
+    return lines
 
 
-def column_name(data, task, label, shots, on, protocol):
-    return "".join(
-        [
-            task if task == label else f"{task} {label}",
-            f", {shots} shots" if shots else "",
-            f" {on}" if on else "",
-            f" ({protocol})" if protocol in ("paper", "folder") else "",
-        ]
-    )
+def differing_settings(configs):
+    """The settings in which these configs differ, of those that no other column names."""
+    found = []
+    for key in sorted(set().union(*configs) - NAMED):
+        if len({repr(setting(config, key)) for config in configs}) > 1:
+            found.append(key)
+    return found
 
 
-# Where the paper's columns are found in results.jsonl: task, data, label, shots, on, value.
+def setting(config, key):
+    """A setting as `table` compares it."""
+    # A published set is the same wherever it is.
+    if key == "root" and config["data"] != "folder":
+        return None
+    if key != "always":
+        return config.get(key)
+    # A named group leaves this list: only what is there beside the groups tells runs apart.
+    groups = set(config["groups"])
+    always, default = set(config["always"]) | groups, set(ALWAYS) | groups
+    signs = [
+        f" {'+' if name in config['always'] else '-'}{name}" for name in sorted(always ^ default)
+    ]
+    return "default" + "".join(signs)
+
+
+def row_key(config, line, differs):
+    method = line["method"]
+    if method == "supervised":
+        method += f" ({config['label']})"
+    settings = ", ".join(f"{key} {setting(config, key)}" for key in differs)
+    return method, ", ".join(line["groups"]), line["feature"], settings
+
+
+def column_key(config, line):
+    data, root = line["data"], line.get("root", config["root"])
+    if data == "folder" and root not in (None, config["root"]):
+        data += f" {root}"
+    on = line.get("on") or ""
+    return data, line["task"], line["label"], line["shots"] or 0, on, line["protocol"]
+
+
+def column_name(task, label, shots, on, protocol):
+    name = task if task == label else f"{task} {label}"
+    if shots:
+        name += f", {shots} shots"
+    if on:
+        name += f" {on}"
+    return f"{name} ({protocol})" if protocol in ("paper", "folder") else name
+
+
+def count_seeds(cells):
+    """How many values the filled cells of a row have: "5", or "4 to 5" where they differ."""
+    counts = [len(values) for values in cells if values] or [0]
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
+
+
+def mean_cell(values):
+    if not values:
+        return "-"
+    mean = f"{sum(values) / len(values):.1f}"
+    return f"{mean} +- {t_ci95(values):.1f}" if len(values) > 1 else mean
+
+
+# Where the paper's columns are in results.jsonl: task, data, label, shots, on, value.
 COLUMNS = {
     "rotation": ("rotation", "imagenet100", "rotation", None, None, "top1"),
-    **{
-        f"{short} top-{n}": ("linear", data, "class", None, None, f"top{n}")
-        for short, data in (
-            ("IN-100", "imagenet100"),
-            ("iNat-1k", "inat2019"),
-            ("CUB-200", "cub200"),
-        )
-        for n in (1, 5)
-    },
-    **{f"Flowers {n}-shot": ("fewshot", "flowers102", "class", n, None, "top1") for n in (5, 10)},
-    **{
-        f"ON-13 top-{n}": ("robust", "imagenet100", "class", None, "objectnet13", f"top{n}")
-        for n in (1, 5)
-    },
-    **{
-        f"IN-C {c}{more}": (
-            "robust",
-            "imagenet100",
-            "class",
-            None,
-            c.replace("all", "all corruptions") + more,
-            "top1",
-        )
-        for c in (*pixels.IMAGENETC, "all")
-        for more in ("", ", severity 3+")
-    },
+    "IN-100 top-1": ("linear", "imagenet100", "class", None, None, "top1"),
+    "iNat-1k top-1": ("linear", "inat2019", "class", None, None, "top1"),
+    "CUB-200 top-1": ("linear", "cub200", "class", None, None, "top1"),
+    "Flowers 5-shot": ("fewshot", "flowers102", "class", 5, None, "top1"),
+    "Flowers 10-shot": ("fewshot", "flowers102", "class", 10, None, "top1"),
+    "ON-13 top-1": ("robust", "imagenet100", "class", None, "objectnet13", "top1"),
+    "ON-13 top-5": ("robust", "imagenet100", "class", None, "objectnet13", "top5"),
 }
+CORRUPTED = []
+for category in (*IMAGENETC, "all"):
+    for severity in ("", ", severity 3+"):
+        on = ("all corruptions" if category == "all" else category) + severity
+        CORRUPTED.append(f"IN-C {category}{severity}")
+        COLUMNS[CORRUPTED[-1]] = ("robust", "imagenet100", "class", None, on, "top1")
+
+PAIR = ("color", "rotation")
+RT = ("rotation", "texture")
 ALL3 = ("color", "rotation", "texture")
 
-# Tables 1 to 5 of the paper: title, columns, {row: (method, groups, feature, reported figures)}. The figures are the paper's.
+# Tables 1 to 5 of the paper: title, columns, {row: (method, groups, feature, reported figures)}.
 TABLES = (
     (
         "Table 1: rotation",
         ("rotation", "IN-100 top-1"),
         {
             "MoCo": ("moco", ("color",), "v", 61.1, 81.0),
-            "MoCo + rotation": ("moco", ("color", "rotation"), "v", 43.3, 79.4),
-            "MoCo + rotation, same for q and k": (
-                "moco_same",
-                ("color", "rotation"),
-                "v",
-                45.5,
-                77.5,
-            ),
+            "MoCo + rotation": ("moco", PAIR, "v", 43.3, 79.4),
+            "MoCo + rotation, same for q and k": ("moco_same", PAIR, "v", 45.5, 77.5),
             "LooC + rotation": ("looc", ("rotation",), "v", 65.2, 80.2),
         },
     ),
@@ -1247,38 +1215,20 @@ TABLES = (
             "MoCo (color)": ("moco", ("color",), "v", 36.2, 36.7, 67.9, 77.3, 81.0),
             "LooC (color)": ("looc", ("color",), "v", 41.2, 40.1, 68.2, 77.6, 81.1),
             "LooC (rotation)": ("looc", ("rotation",), "v", 40.0, 38.8, 70.1, 79.3, 80.2),
-            "LooC (color, rotation)": (
-                "looc",
-                ("color", "rotation"),
-                "v",
-                44.0,
-                39.6,
-                70.9,
-                80.8,
-                79.2,
-            ),
-            "LooC++ (color, rotation)": (
-                "looc++",
-                ("color", "rotation"),
-                "v",
-                46.1,
-                39.3,
-                68.1,
-                78.8,
-                81.2,
-            ),
+            "LooC (color, rotation)": ("looc", PAIR, "v", 44.0, 39.6, 70.9, 80.8, 79.2),
+            "LooC++ (color, rotation)": ("looc++", PAIR, "v", 46.1, 39.3, 68.1, 78.8, 81.2),
         },
     ),
     (
         "Table 3: robustness",
-        ("ON-13 top-1", "ON-13 top-5", *(c for c in COLUMNS if c.startswith("IN-C"))),
+        ("ON-13 top-1", "ON-13 top-5", *CORRUPTED),
         {
             "supervised": ("supervised", None, "v"),
             "MoCo": ("moco", ("color",), "v"),
             "LooC (rotation)": ("looc", ("rotation",), "v"),
             "LooC (texture)": ("looc", ("texture",), "v"),
-            "LooC (rotation, texture)": ("looc", ("rotation", "texture"), "v"),
-            "LooC++ (rotation, texture)": ("looc++", ("rotation", "texture"), "v"),
+            "LooC (rotation, texture)": ("looc", RT, "v"),
+            "LooC++ (rotation, texture)": ("looc++", RT, "v"),
         },
     ),
     (
@@ -1286,167 +1236,151 @@ TABLES = (
         ("IN-100 top-1", "iNat-1k top-1", "Flowers 5-shot", "Flowers 10-shot"),
         {
             "MoCo (color)": ("moco", ("color",), "v"),
-            "MoCo (color, rotation)": ("moco", ("color", "rotation"), "v"),
+            "MoCo (color, rotation)": ("moco", PAIR, "v"),
             "MoCo (all)": ("moco", ALL3, "v"),
-            "MoCo++ (color, rotation)": ("moco++", ("color", "rotation"), "v"),
-            "LooC (color, rotation)": ("looc", ("color", "rotation"), "v"),
-            "LooC++ (color, rotation)": ("looc++", ("color", "rotation"), "v"),
+            "MoCo++ (color, rotation)": ("moco++", PAIR, "v"),
+            "LooC (color, rotation)": ("looc", PAIR, "v"),
+            "LooC++ (color, rotation)": ("looc++", PAIR, "v"),
         },
     ),
     (
         "Table 5: spaces of LooC++",
         ("rotation", "IN-100 top-1", "iNat-1k top-1", "CUB-200 top-1"),
         {
-            "+".join(some): ("looc++", ALL3, "+".join(some))
-            for r in range(4)
-            for some in (("all", *rest) for rest in itertools.combinations(ALL3, r))
+            "all": ("looc++", ALL3, "all"),
+            "all+color": ("looc++", ALL3, "all+color"),
+            "all+rotation": ("looc++", ALL3, "all+rotation"),
+            "all+texture": ("looc++", ALL3, "all+texture"),
+            "all+color+rotation": ("looc++", ALL3, "all+color+rotation"),
+            "all+color+texture": ("looc++", ALL3, "all+color+texture"),
+            "all+rotation+texture": ("looc++", ALL3, "all+rotation+texture"),
+            "all+color+rotation+texture": ("looc++", ALL3, "all+color+rotation+texture"),
         },
     ),
 )
 
 
+def print_papers_tables(lines):
+    """TABLES: what the paper reports and what these runs give, each in its own column.
+
+    lines: (config, result).
+    """
+    if differs := differing_settings([config for config, _ in lines]):
+        raise UserError(
+            f"--paper: these runs differ in {', '.join(differs)}: "
+            "name those that belong together with --runs"
+        )
+    results = [line | {"seed": config["seed"]} for config, line in lines]
+    for title, columns, rows in TABLES:
+        heads = ["method"]
+        for column in columns:
+            heads += [f"{column}, reported by the paper", f"{column}, these runs"]
+        print(f"{title}\n\n{table_head(heads)}")
+        for name, row in rows.items():
+            cells = [name]
+            for column, reported in itertools.zip_longest(columns, row[3:]):
+                cells += ["-" if reported is None else str(reported)]
+                cells += [papers_cell(results, row, column)]
+            print(table_row(cells))
+        print()
+
+
+def papers_cell(results, row, column):
+    """What these runs give: by the paper's protocol where there is one, else by another, named."""
+    found = by_protocol(results, row, COLUMNS[column])
+    if not found:
+        return "-"
+    protocol = next(p for p in ("paper", "folder", *found) if p in found)
+    cell = mean_cell(list(found[protocol].values()))
+    named = protocol in ("fast", "generated") and row[2] == "v"
+    return f"{cell} ({protocol})" if named else cell
+
+
 def by_protocol(lines, row, column):
-    """Where the results hold a cell of TABLES, {protocol: {seed: value}}; the last of equal lines counts."""
-    (method, groups, feature, *_), (task, data, label, shots, on, value) = row, column
-    task, found = task if feature == "v" else "spaces", defaultdict(dict)
+    """The results of a cell of TABLES, {protocol: {seed: value}}; the last line counts."""
+    method, groups, feature, *_ = row
+    task, data, label, shots, on, value = column
+    wanted = [method, task if feature == "v" else "spaces", data, label, shots, on]
+    found = defaultdict(dict)
     for line in lines:
-        if (
-            (
-                line["method"],
-                line["task"],
-                line["data"],
-                line["label"],
-                line["shots"],
-                line.get("on"),
-            )
-            == (method, task, data, label, shots, on)
-            and set(line["feature"].split("+")) == set(feature.split("+"))
-            and (groups is None or set(groups) == set(line["groups"]))
-        ):
+        same = [line.get(k) for k in ("method", "task", "data", "label", "shots", "on")] == wanted
+        same_feature = set(line["feature"].split("+")) == set(feature.split("+"))
+        same_groups = groups is None or set(groups) == set(line["groups"])
+        if same and same_feature and same_groups:
             found[line["protocol"]][line["seed"]] = line[value]
     return found
 
 
-def papers_tables(lines):
-    """Prints TABLES: what the paper reports and what these runs give, each in its own column. lines: results, `seed` the training's."""
-
-    def cell_of(row, column):
-        found = by_protocol(lines, row, COLUMNS[column])
-        protocol = next((p for p in ("paper", "folder", *found) if p in found), None)
-        return (
-            mean_cell(list(found[protocol].values()))
-            + f" ({protocol})" * (protocol in ("fast", "generated") and row[2] == "v")
-            if protocol
-            else "-"
-        )
-
-    for title, columns, rows in TABLES:
-        heads = " | ".join(f"{c}, reported by the paper | {c}, these runs" for c in columns)
-        print(f"{title}\n\n| method | {heads} |\n" + "|---" * (1 + 2 * len(columns)) + "|")
-        for name, row in rows.items():
-            values = itertools.zip_longest(columns, row[3:])
-            print(
-                f"| {name} | "
-                + " | ".join(
-                    f"{'-' if told is None else told} | {cell_of(row, c)}" for c, told in values
-                )
-                + " |"
-            )
-        print()
-
-
-def seeds_in(cells):
-    """How many values the cells of a row have, those that have any: "5", or "4 to 5" where they differ."""
-    counts = [len(values) for values in cells if values] or [0]
-    return " to ".join(map(str, sorted({min(counts), max(counts)})))
-
-
-def mean_cell(values):
-    return (
-        "-"
-        if not values
-        else f"{sum(values) / len(values):.1f}"
-        + (f" +- {t_ci95(values):.1f}" if len(values) > 1 else "")
-    )
-
-
-# ---------------------------------------------------------------- claims: does it do what the paper says?
+# ---------------------------------------------------------------- claims
 
 # The columns of TABLES on factors.
 ON_FACTORS = {
-    **{
-        label: ("linear", "factors", label, None, None, "top1")
-        for label in ("object", "hue", "texture", "species")
-    },
+    "object": ("linear", "factors", "object", None, None, "top1"),
+    "hue": ("linear", "factors", "hue", None, None, "top1"),
+    "texture": ("linear", "factors", "texture", None, None, "top1"),
+    "species": ("linear", "factors", "species", None, None, "top1"),
     "rotation": ("rotation", "factors", "rotation", None, None, "top1"),
-    **{f"species {n}-shot": ("fewshot", "factors", "species", n, None, "top1") for n in (5, 10)},
-    **{
-        f"object, {on}": ("robust", "factors", "object", None, on, "top1")
-        for on in ("new viewpoint", *pixels.IMAGENETC, "all corruptions")
-    },
+    "species 5-shot": ("fewshot", "factors", "species", 5, None, "top1"),
+    "species 10-shot": ("fewshot", "factors", "species", 10, None, "top1"),
+    "object, new viewpoint": ("robust", "factors", "object", None, "new viewpoint", "top1"),
+    "object, noise": ("robust", "factors", "object", None, "noise", "top1"),
+    "object, blur": ("robust", "factors", "object", None, "blur", "top1"),
+    "object, weather": ("robust", "factors", "object", None, "weather", "top1"),
+    "object, digital": ("robust", "factors", "object", None, "digital", "top1"),
+    "object, all corruptions": ("robust", "factors", "object", None, "all corruptions", "top1"),
 }
 
-# For each of TABLES: its columns on factors, and what the paper says of it, {claim: [(row, sign, other rows, columns), ...]}. The sign is > for
-# more than, >= for at most MARGIN points less; where several rows or columns are named, with & between, it is said of each.
+# For each of TABLES: its columns on factors, and what the paper says of it,
+# {claim: [(row, sign, other rows, columns), ...]}, said of each of these rows and columns.
+# The sign is > for more than, >= for at most MARGIN points less.
 MARGIN = 1
+LABELS2 = ("hue", "species", "species 5-shot", "species 10-shot", "rotation", "texture", "object")
+OTHERS2 = ("MoCo (color)", "LooC (color)", "LooC (rotation)", "LooC (color, rotation)")
+NEW_VIEW, ALL_CORRUPTIONS = "object, new viewpoint", "object, all corruptions"
+SPACES, CHANGED = list(TABLES[4][2]), ["hue", "species", "rotation"]
 CLAIMS = (
     (
         ("rotation", "object"),
         {
             "adding rotation to MoCo lowers rotation accuracy": [
-                ("MoCo", ">", "MoCo + rotation", "rotation")
+                ("MoCo", ">", ["MoCo + rotation"], ["rotation"])
             ],
             "sharing the rotation between query and key does not bring it back": [
-                ("MoCo", ">", "MoCo + rotation, same for q and k", "rotation")
+                ("MoCo", ">", ["MoCo + rotation, same for q and k"], ["rotation"])
             ],
             "LooC brings it back": [
-                (
-                    "LooC + rotation",
-                    ">",
-                    "MoCo + rotation & MoCo + rotation, same for q and k",
-                    "rotation",
-                ),
-                ("LooC + rotation", ">=", "MoCo", "rotation"),
+                ("LooC + rotation", ">", ["MoCo + rotation"], ["rotation"]),
+                ("LooC + rotation", ">", ["MoCo + rotation, same for q and k"], ["rotation"]),
+                ("LooC + rotation", ">=", ["MoCo"], ["rotation"]),
             ],
         },
     ),
     (
-        ("hue", "species", "species 5-shot", "species 10-shot", "rotation", "texture", "object"),
+        LABELS2,
         {
             "LooC (color) beats MoCo on what color changes, without losing object": [
-                ("LooC (color)", ">", "MoCo (color)", "hue & species"),
-                ("LooC (color)", ">=", "MoCo (color)", "object"),
+                ("LooC (color)", ">", ["MoCo (color)"], ["hue", "species"]),
+                ("LooC (color)", ">=", ["MoCo (color)"], ["object"]),
             ],
-            "LooC (color, rotation) beats MoCo on what color and rotation change, without losing object": [
-                ("LooC (color, rotation)", ">", "MoCo (color)", "hue & species & rotation"),
-                ("LooC (color, rotation)", ">=", "MoCo (color)", "object"),
+            "LooC (color, rotation) beats MoCo on what color and rotation change, "
+            "without losing object": [
+                ("LooC (color, rotation)", ">", ["MoCo (color)"], CHANGED),
+                ("LooC (color, rotation)", ">=", ["MoCo (color)"], ["object"]),
             ],
             "LooC++, all spaces side by side, is best or tied on all labels at once": [
-                (
-                    "LooC++ (color, rotation)",
-                    ">=",
-                    "MoCo (color) & LooC (color) & LooC (rotation) & LooC (color, rotation)",
-                    "hue & species & species 5-shot & species 10-shot & rotation & texture & object",
-                )
+                ("LooC++ (color, rotation)", ">=", OTHERS2, LABELS2)
             ],
         },
     ),
     (
-        ("object", *(c for c in ON_FACTORS if c.startswith("object, "))),
+        ("object", *(column for column in ON_FACTORS if column.startswith("object, "))),
         {
-            "rotation helps under new viewpoints": [
-                ("LooC (rotation)", ">", "MoCo", "object, new viewpoint")
-            ],
+            "rotation helps under new viewpoints": [("LooC (rotation)", ">", ["MoCo"], [NEW_VIEW])],
             "texture helps under corruptions": [
-                ("LooC (texture)", ">", "MoCo", "object, all corruptions")
+                ("LooC (texture)", ">", ["MoCo"], [ALL_CORRUPTIONS])
             ],
             "both together help on both": [
-                (
-                    "LooC (rotation, texture)",
-                    ">",
-                    "MoCo",
-                    "object, new viewpoint & object, all corruptions",
-                )
+                ("LooC (rotation, texture)", ">", ["MoCo"], [NEW_VIEW, ALL_CORRUPTIONS])
             ],
         },
     ),
@@ -1454,51 +1388,33 @@ CLAIMS = (
         ("object", "hue", "species", "texture", "rotation"),
         {
             "LooC beats MoCo with the same groups, without losing object": [
-                (
-                    "LooC (color, rotation)",
-                    ">",
-                    "MoCo (color, rotation)",
-                    "hue & species & rotation",
-                ),
-                ("LooC (color, rotation)", ">=", "MoCo (color, rotation)", "object"),
+                ("LooC (color, rotation)", ">", ["MoCo (color, rotation)"], CHANGED),
+                ("LooC (color, rotation)", ">=", ["MoCo (color, rotation)"], ["object"]),
             ],
             "LooC (color, rotation) beats MoCo with all groups, without losing object": [
-                ("LooC (color, rotation)", ">", "MoCo (all)", "hue & species & rotation"),
-                ("LooC (color, rotation)", ">=", "MoCo (all)", "object"),
+                ("LooC (color, rotation)", ">", ["MoCo (all)"], CHANGED),
+                ("LooC (color, rotation)", ">=", ["MoCo (all)"], ["object"]),
             ],
             "MoCo++, as wide as LooC++, does not close the gap": [
-                (
-                    "LooC++ (color, rotation)",
-                    ">",
-                    "MoCo++ (color, rotation)",
-                    "hue & species & rotation",
-                ),
-                ("LooC++ (color, rotation)", ">=", "MoCo++ (color, rotation)", "object"),
+                ("LooC++ (color, rotation)", ">", ["MoCo++ (color, rotation)"], CHANGED),
+                ("LooC++ (color, rotation)", ">=", ["MoCo++ (color, rotation)"], ["object"]),
             ],
         },
     ),
     (
         ("rotation", "object", "hue", "texture"),
         {
-            **{
-                f"of two spaces, {label} prefers {one} for the second": [
-                    (f"all+{one}", ">", " & ".join(f"all+{g}" for g in ALL3 if g != one), label)
-                ]
-                for label, one in (
-                    ("hue", "color"),
-                    ("rotation", "rotation"),
-                    ("texture", "texture"),
-                )
-            },
+            "of two spaces, hue prefers color for the second": [
+                ("all+color", ">", ["all+rotation", "all+texture"], ["hue"])
+            ],
+            "of two spaces, rotation prefers rotation for the second": [
+                ("all+rotation", ">", ["all+color", "all+texture"], ["rotation"])
+            ],
+            "of two spaces, texture prefers texture for the second": [
+                ("all+texture", ">", ["all+color", "all+rotation"], ["texture"])
+            ],
             "all spaces side by side are best or tied on all labels at once": [
-                (
-                    "all+color+rotation+texture",
-                    ">=",
-                    " & ".join(
-                        name for name in TABLES[4][2] if name != "all+color+rotation+texture"
-                    ),
-                    "rotation & object & hue & texture",
-                )
+                (SPACES[-1], ">=", SPACES[:-1], ["rotation", "object", "hue", "texture"])
             ],
         },
     ),
@@ -1512,270 +1428,259 @@ def claims(
     *,
     seeds: int = 5,
     first: int = 21,
-    jobs: int = None,
+    jobs: int = 1,
     out: str = "runs/claims",
     results: str = None,
 ):
-    """Train and judge the rows of the paper's tables on factors, print the tables, and whether each claim of the paper holds.
+    """Train and judge the rows of the paper's tables on factors; say whether each claim holds.
 
-    It runs the commands that it prints. What is there already is not done again, and a training that was stopped goes on where it was. A cell is the
-    mean +- half of Student's 95% interval over seeds. A claim is decided by differences within a seed: it holds when the intervals of all its
-    comparisons lie above zero (of "without losing" and "tied", above -1 point), it does not hold when one lies below, widened for how many
-    they are (Bonferroni), else one cannot tell.
+    It runs the commands that it prints, one after the other. What is there already is not done
+    again, and a training that was stopped goes on where it was. A cell is the mean +- half of
+    Student's 95% interval over seeds. A claim is decided by differences within a seed. It holds
+    when the intervals of all its comparisons lie above zero (of "without losing" and "tied", above
+    -1 point), it does not hold when one lies below, widened for how many they are (Bonferroni),
+    else one cannot tell.
 
     Args:
-        budget: small (the default recipe, minutes a run on a CPU) or large (ResNet-18, 64 pixels, 100 epochs, for a GPU)
+        budget: small (the default recipe, minutes a run on a CPU) or large (ResNet-18, 64 pixels,
+            100 epochs, for a GPU)
         seeds: how many
         first: the first of them; no setting was ever chosen on 21 and above
-        jobs: commands at a time; by default one for each core and 8 at most, or one on a GPU
+        jobs: 1, commands run one after the other; for more, start one command for each OUT
         out: where the runs are, and the results of all of them in one file, OUT/BUDGET.jsonl
         results: print the tables of such a file, and train nothing
     """
     check_choice("budget", budget, tuple(BUDGETS))
-    if seeds < 1 or (jobs is not None and jobs < 1):
-        raise UserError(f"--seeds={seeds} --jobs={jobs}: expected 1 or more")
+    if seeds < 1:
+        raise UserError(f"--seeds={seeds}: expected 1 or more")
+    if jobs != 1:
+        raise UserError(
+            f"--jobs={jobs}: commands run one after the other, expected 1; "
+            "to use more cores, start `claims` several times, each with other --first and --out"
+        )
     if "WORLD_SIZE" in os.environ:
         raise UserError("claims starts processes of its own: call it with python, not torchrun")
-    if results and not Path(results).is_file():
-        raise UserError(f"--results={results}: no such file; leave the flag out to train")
     chosen = range(first, first + seeds)
     if results:
-        there = loo.read_jsonl(Path(results))
-        if not (
-            lines := [
-                line for line in there if line.get("budget") == budget and line["seed"] in chosen
-            ]
-        ):
-            held = sorted({f"{line.get('budget')} {line['seed']}" for line in there})
-            raise UserError(
-                f"--results={results} has nothing of --budget={budget} and seeds {first} to {chosen[-1]}; it holds {', '.join(held) or 'no results'}"
-            )
-        return claimed_tables(lines)
-    folder, cores = (
-        Path(out) / budget,
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    )
-    chains, jobs = (
-        missing_commands(folder, chosen, BUDGETS[budget]),
-        jobs or (1 if torch.cuda.is_available() else min(cores, 8)),
-    )
+        return print_claims(chosen_results(results, budget, chosen))
+    folder = Path(out) / budget
+    chains = missing_commands(folder, chosen, BUDGETS[budget])
     try:
-        run_all(list(filter(None, chains)), jobs, max(1, cores // jobs))
+        run_all(chains)
     finally:  # the tables so far, whatever ended it
-        runs = [
-            run for run in sorted(folder.glob("*/")) if not run.suffix
-        ]  # --fresh moves a run aside to NAME.1
-        lines = [line | {"budget": budget} for run in runs for line in results_of(run)]
-        pixels.write_atomic(
-            Path(f"{out}/{budget}.jsonl"),
-            "".join(json_.dumps(line) + "\n" for line in lines).encode(),
-        )
+        lines = []
+        for run in sorted(folder.glob("*/")):
+            if not run.suffix:  # --fresh moves a run aside to NAME.1
+                lines += [line | {"budget": budget} for line in results_of(run)]
+        text = "".join(dumps(line) + "\n" for line in lines)
+        write_atomic(Path(out) / f"{budget}.jsonl", text.encode())
         if lines := [line for line in lines if line["seed"] in chosen]:
-            claimed_tables(lines)
+            print_claims(lines)
+
+
+def chosen_results(path, budget, seeds):
+    """The lines of one budget and these seeds; UserError where there are none."""
+    if not Path(path).is_file():
+        raise UserError(f"--results={path}: no such file; leave the flag out to train")
+    there = loo.read_jsonl(Path(path))
+    lines = [line for line in there if line.get("budget") == budget and line["seed"] in seeds]
+    if not lines:
+        held = sorted({f"{line.get('budget')} {line['seed']}" for line in there})
+        raise UserError(
+            f"--results={path} has nothing of --budget={budget} "
+            f"and seeds {seeds[0]} to {seeds[-1]}; it holds {', '.join(held) or 'no results'}"
+        )
+    return lines
 
 
 def results_of(run):
     """The results in a run folder, `seed` the training's."""
     if not (run / "results.jsonl").exists():
         return []
-    seed = json_.loads((run / "config.json").read_text())["seed"]
+    seed = loads((run / "config.json").read_text())["seed"]
     return [line | {"seed": seed} for line in loo.read_jsonl(run / "results.jsonl")]
 
 
 def missing_commands(out, seeds, flags):
-    """What the rows of TABLES need on factors -> for each run a list of the commands that are not done yet, seed by seed. UserError where
-    a run was trained with other settings."""
-    wanted = defaultdict(
-        lambda: defaultdict(list)
-    )  # {(method, groups): {task: [(row, column), ...]}}
-    for (_, _, rows), (columns, _) in zip(TABLES, CLAIMS):
-        for row, column in itertools.product(rows.values(), columns):
-            method, groups, feature, *_ = row
-            wanted[method, groups or ("color",)][
-                ON_FACTORS[column][0] if feature == "v" else "spaces"
-            ].append((row, ON_FACTORS[column]))
+    """For each run that TABLES need on factors, a list of the commands that are not done yet.
 
-    def work(kind):
-        name, groups = kind
-        method = loo.methods(groups)[name]
-        return method.heads == "conv5", len(method.share)
-
-    chains, longest = (
-        [],
-        sorted(wanted, key=work, reverse=True),
-    )  # first, so that no core waits for it at the end
-    for seed, (method, groups) in itertools.product(seeds, longest):
+    UserError where a run was trained with other settings.
+    """
+    wanted = wanted_cells()
+    chains = []
+    for seed, (method, groups) in itertools.product(seeds, sorted(wanted, key=work, reverse=True)):
         run = out / f"{method}-{'+'.join(groups)}-{seed}"
-        given = dict(
-            method=method,
-            groups=groups,
-            seed=seed,
-            out=str(run),
-            **{"label": "object"} if method == "supervised" else {},
-            **flags,
-        )
+        given = dict(method=method, groups=groups, seed=seed, out=str(run))
+        if method == "supervised":
+            given["label"] = "object"
+        given |= flags
         if (run / "config.json").exists():
-            loo.check_same_config(
-                loo.default_config(**given), json_.loads((run / "config.json").read_text()), run
-            )
+            saved = loads((run / "config.json").read_text())
+            loo.check_same_config(loo.default_config(**given), saved, run)
         chain = [] if (run / "heads.pt").exists() else [command_of("loo.py", "train", **given)]
         lines = results_of(run)
         for task, cells in wanted[method, groups].items():
-            label = (
-                {}
-                if task == "rotation"
-                else {"label": tuple(dict.fromkeys(label for _, (_, _, label, *_) in cells))}
-            )
-            if not all(seed in factors_cell(lines, *cell) for cell in cells):
-                chain.append(
-                    command_of(
-                        "eval.py",
-                        task,
-                        run=run,
-                        seed=seed,
-                        **label,
-                        **{"pictures": 1024} if task == "robust" else {},
-                    )
-                )
+            if all(seed in factors_cell(lines, row, column) for row, column in cells):
+                continue
+            options = dict(run=run, seed=seed)
+            if task != "rotation":
+                options["label"] = tuple(dict.fromkeys(column[2] for _, column in cells))
+            if task == "robust":
+                options["pictures"] = 1024
+            chain.append(command_of("eval.py", task, **options))
         chains.append(chain)
     return chains
 
 
-def command_of(*words, **flags):
-    """As it is typed after `python`, in a list."""
-    return [
-        *words,
-        *(f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in flags.items()),
-    ]
+def wanted_cells():
+    """The cells of TABLES on factors, {(method, groups): {task: [(row, column), ...]}}."""
+    wanted = defaultdict(lambda: defaultdict(list))
+    for (_, _, rows), (columns, _) in zip(TABLES, CLAIMS):
+        for row, name in itertools.product(rows.values(), columns):
+            method, groups, feature, *_ = row
+            column = ON_FACTORS[name]
+            task = column[0] if feature == "v" else "spaces"
+            wanted[method, groups or ("color",)][task].append((row, column))
+    return wanted
+
+
+def work(kind):
+    """What sorts (method, groups) by the work of its training."""
+    name, groups = kind
+    method = loo.methods(groups)[name]
+    return method.heads == "conv5", len(method.share)
+
+
+def command_of(script, name, **flags):
+    """A command as it is typed after `python`, in a list."""
+    values = {k: ",".join(v) if isinstance(v, tuple) else v for k, v in flags.items()}
+    return [script, name, *(f"--{k}={v}" for k, v in values.items())]
 
 
 def factors_cell(lines, row, column):
-    """A cell of TABLES on factors, {seed: value}, by the protocol that its task has when none is named."""
-    return by_protocol(lines, row, column)[
-        {"fewshot": "adam", "robust": "generated"}.get(column[0], "fast")
-    ]
+    """A cell of TABLES on factors, {seed: value}, by the default protocol of its task."""
+    protocol = {"fewshot": "adam", "robust": "generated"}.get(column[0], "fast")
+    return by_protocol(lines, row, column)[protocol]
 
 
-def run_all(chains, jobs, threads):
-    """Run lists of commands, each list in order, `jobs` commands at a time of `threads` threads each. UserError at the end where some failed;
-    a signal stops all, and what trains saves itself."""
-    chains, running, failed, started, begun = list(chains), {}, [], 0, time.perf_counter()
-    total = sum(map(len, chains))
+def run_all(chains):
+    """Run lists of commands one after the other. UserError at the end where some failed.
+
+    A command that fails ends its own list, the others go on. A signal stops all.
+    """
+    total, started, failed, begun = sum(map(len, chains)), 0, [], time.perf_counter()
     with loo.catch_signals() as asked:
-        try:
-            while (chains or running) and not asked:
-                while chains and len(running) < jobs:
-                    command, *rest = chains.pop(0)
-                    started += 1
-                    print(
-                        f"[{started}/{total}, {time.perf_counter() - begun:.0f} s] python {shlex.join(command)}",
-                        flush=True,
-                    )
-                    said = tempfile.TemporaryFile("w+")
-                    process = subprocess.Popen(
-                        [sys.executable, Path(__file__).with_name(command[0]), *command[1:]],
-                        stdout=said,
-                        stderr=said,
-                        env={"OMP_NUM_THREADS": str(threads)} | os.environ,
-                        start_new_session=True,
-                    )
-                    running[process] = command, rest, said
-                time.sleep(0.1)
-                for process in [p for p in running if p.poll() is not None]:
-                    command, rest, said = running.pop(process)
-                    if process.returncode:  # its own chain ends, the others go on
-                        said.seek(0)
-                        text, total = said.read(), total - len(rest)
-                        failed.append(
-                            f"python {shlex.join(command)} ended with {process.returncode}: {(text.splitlines() or ['-'])[-1]}"
-                        )
-                        print(text, file=sys.stderr)
-                    elif rest:
-                        chains.insert(0, rest)
-        finally:
-            for process in running:  # a trainer saves its last step first
-                process.terminate()
-            for process in running:
-                process.wait()
-    if asked:
-        print("stopped; all that was done is kept, and the same command goes on", file=sys.stderr)
-        raise SystemExit(128 + asked[0])
+        for chain in chains:
+            for command in chain:
+                started += 1
+                words = f"python {shlex.join(command)}"
+                print(
+                    f"[{started}/{total}, {time.perf_counter() - begun:.0f} s] {words}", flush=True
+                )
+                code, output = run_command(command, asked)
+                if asked:
+                    message = "stopped; all that was done is kept, and the same command goes on"
+                    print(message, file=sys.stderr)
+                    raise SystemExit(128 + asked[0])
+                if code:
+                    last = (output.splitlines() or ["-"])[-1]
+                    failed.append(f"{words} ended with {code}: {last}")
+                    print(output, file=sys.stderr)
+                    break
     if failed:
         raise UserError(
-            f"{len(failed)} of {total} commands failed; the same command goes on with what is left; the first: {failed[0]}"
+            f"{len(failed)} of {started} commands failed; "
+            f"the same command goes on with what is left; the first: {failed[0]}"
         )
 
 
-def claimed_tables(lines):
-    """Prints TABLES on factors, and under each what becomes of the paper's claims. lines: results, `seed` the training's."""
+def run_command(command, asked):
+    """Run one command until it ends, or until a signal is in the list `asked` -> code, output."""
+    script = Path(__file__).with_name(command[0])
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, script, *command[1:]],
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        while process.poll() is None and not asked:
+            time.sleep(0.1)
+        if asked:
+            process.terminate()  # a trainer saves its last step first
+        process.wait()
+        output.seek(0)
+        return process.returncode, output.read()
+
+
+def print_claims(lines):
+    """TABLES on factors, and under each what becomes of the paper's claims.
+
+    lines: results, `seed` the training's.
+    """
     verdicts = []
     for (title, _, rows), (columns, said) in zip(TABLES, CLAIMS):
-        cells = {
-            (name, c): factors_cell(lines, row, ON_FACTORS[c])
-            for (name, row), c in itertools.product(rows.items(), columns)
-        }
-        print(
-            f"{title}, on factors\n\n| method | seeds | {' | '.join(columns)} |\n"
-            + "|---" * (2 + len(columns))
-            + "|"
-        )
+        cells = {}
+        for (name, row), column in itertools.product(rows.items(), columns):
+            cells[name, column] = factors_cell(lines, row, ON_FACTORS[column])
+        print(f"{title}, on factors\n\n{table_head(['method', 'seeds', *columns])}")
         for name in rows:
-            values = [list(cells[name, c].values()) for c in columns]
-            print(f"| {name} | {seeds_in(values)} | " + " | ".join(map(mean_cell, values)) + " |")
+            values = [list(cells[name, column].values()) for column in columns]
+            print(table_row([name, count_seeds(values), *map(mean_cell, values)]))
         print()
         for claim, comparisons in said.items():
-            verdict, evidence = judge_claim(cells, comparisons)
-            print(f"- {claim}: **{verdict}**. {evidence}")
-            verdicts.append(verdict)
+            decision, evidence = judge_claim(cells, comparisons)
+            print(f"- {claim}: **{decision}**. {evidence}")
+            verdicts.append(decision)
         print()
-    print(
-        f"{len(verdicts)} claims: "
-        + ", ".join(f"{v} {verdicts.count(v)}" for v in ("holds", "does not hold", "cannot tell"))
-    )
+    counts = [f"{v} {verdicts.count(v)}" for v in ("holds", "does not hold", "cannot tell")]
+    print(f"{len(verdicts)} claims: {', '.join(counts)}")
 
 
 def judge_claim(cells, comparisons):
-    """cells {(row, column): {seed: value}}, comparisons as in CLAIMS -> "holds", "does not hold" or "cannot tell", and the (three weakest of
-    the) comparisons that decided it: differences within a seed, their mean and half of its 95% interval, and with how many seeds it is so."""
+    """Decide a claim -> "holds", "does not hold" or "cannot tell", and the evidence.
+
+    cells {(row, column): {seed: value}}, comparisons as in CLAIMS. The evidence is the three
+    weakest of the comparisons that decided it.
+    """
+    pairs = []
+    for row, sign, others, columns in comparisons:
+        least = -MARGIN if sign == ">=" else 0
+        pairs += [(row, *pair, least) for pair in itertools.product(others, columns)]
     found = defaultdict(list)
-    pairs = [
-        (row, other, column, -MARGIN * (sign == ">="))
-        for row, sign, others, columns in comparisons
-        for other, column in itertools.product(others.split(" & "), columns.split(" & "))
-    ]
     for row, other, column, least in pairs:
         ours, theirs = cells[row, column], cells[other, column]
         gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-        mean = sum(gains) / max(1, len(gains))
-        half, wide = t_ci95(gains), t_ci95(gains, len(pairs))
-        # All must be above, so each is asked at 95%; one below is enough, which among many happens by chance
-        verdict = (
-            "holds"
-            if mean - half > least
-            else "does not hold"
-            if mean + wide < least
-            else "cannot tell"
-        )
-        bound = mean + wide if verdict == "does not hold" else mean - half
-        number = (
-            f"{mean:+.1f} +- {half:.1f}" if len(gains) > 1 else f"{mean:+.1f}" if gains else "-"
-        )
-        above = f" above {least}" if least else ""
-        found[verdict].append(
-            (
-                bound - least,
-                f"{column} {number} ({sum(g > least for g in gains)} of {len(gains)} seeds{above}), {row} over {other}",
-            )
-        )
-    verdict = next(v for v in ("does not hold", "cannot tell", "holds") if v in found)
-    shown = [text for _, text in sorted(found[verdict])]
-    return verdict, "; ".join(shown[:3]) + f"; and {len(shown) - 3} more" * (len(shown) > 3)
+        decision, distance, text = compare(gains, least, len(pairs))
+        found[decision].append((distance, f"{column} {text}, {row} over {other}"))
+    decision = next(d for d in ("does not hold", "cannot tell", "holds") if d in found)
+    shown = [text for _, text in sorted(found[decision])]
+    more = f"; and {len(shown) - 3} more" if len(shown) > 3 else ""
+    return decision, "; ".join(shown[:3]) + more
+
+
+def compare(gains, least, of):
+    """Decide one of `of` comparisons -> the decision, how far its bound is above `least`, the text.
+
+    gains: differences within a seed. The text has their mean, half of its 95% interval, and with
+    how many seeds the gain is above `least`.
+    """
+    mean = sum(gains) / max(1, len(gains))
+    # All must be above, so each is asked at 95%. One below is enough, which is likelier among many.
+    half, wide = t_ci95(gains), t_ci95(gains, of)
+    decision, bound = "cannot tell", mean - half
+    if mean - half > least:
+        decision = "holds"
+    elif mean + wide < least:
+        decision, bound = "does not hold", mean + wide
+    number = f"{mean:+.1f}" if gains else "-"
+    if len(gains) > 1:
+        number += f" +- {half:.1f}"
+    above = f" above {least}" if least else ""
+    seeds = f"{sum(gain > least for gain in gains)} of {len(gains)} seeds{above}"
+    return decision, bound - least, f"{number} ({seeds})"
 
 
 if __name__ == "__main__":
-    pixels.command_line(
-        {
-            f.__name__: f
-            for f in (linear, rotation, fewshot, knn, robust, spaces, retrieve, table, claims)
-        }
-    )
+    tasks = (linear, rotation, fewshot, knn, robust, spaces, retrieve, table, claims)
+    command_line({f.__name__: f for f in tasks})

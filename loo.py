@@ -1,10 +1,20 @@
-"""Leave-one-out contrastive learning (LooC): "What Should Not Be Contrastive in Contrastive Learning", ICLR 2021.
+"""Leave-one-out contrastive learning (LooC), the method of Xiao, Wang, Efros and Darrell:
+"What Should Not Be Contrastive in Contrastive Learning", ICLR 2021.
 
-    python loo.py train                                  # LooC (color, rotation) on pictures drawn by code
-    python loo.py train --data=folder --root=DIR         # on your own pictures
-    python loo.py methods --groups=color,rotation        # every method of the paper as a small table
+One training step:
 
-Axes, one legend for the whole project: b image, v key view, g group, s space, d feature, c embedding (or colour channel),
+    query, keys, _ = augment_groups(images, method.groups, method.share, generator)
+    q = encode(encoder_q, query)[1]                           # (s b c)
+    k = encode(encoder_k, keys.flatten(0, 1))[1]              # (s (v b) c), no gradient
+    k = rearrange(k, "s (v b) c -> s v b c", v=len(keys))
+    loss = multi_space_loss(q, k, queue, method.role, tau)    # (s,), minimize the mean
+    queue, queue_ptr = queue_update(queue, queue_ptr, positive_keys(k, method.role))
+
+    python loo.py train                               # LooC (color, rotation) on generated images
+    python loo.py train --data=folder --root=DIR      # on your own images
+    python loo.py methods --groups=color,rotation     # every method of the paper as a small table
+
+Axes in every shape: b image, v key view, g group, s space, d feature, c embedding or color channel,
 n queue slot or sample, t trial, h w pixel.
 """
 
@@ -39,56 +49,46 @@ from torch import nn
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock on a run folder
+except ImportError:  # Windows has no lock on a run folder
     fcntl = None
 
 
-class UserError(ValueError):
-    """Bad input: the command line prints it as one line and exits with this code."""
-
-    code = 2
-
-
-def generator(*key):
-    """A CPU generator that depends on nothing but `key`, e.g. ("views", seed, step): so any step can be drawn again."""
-    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
-
-
-# ---------------------------------------------------------------- methods: a method of the paper is a small table
+# ---------------------------------------- methods: each is a small table
 
 
 class Method(NamedTuple):
-    groups: tuple  # the augmentation groups, one space each beside Z_0
-    share: torch.Tensor  # (v g) bool: key view v copies the query's draw of group g
-    role: (
-        torch.Tensor
-    )  # (s v) int: key view v is to space s 1 positive, -1 negative of the same image, 0 unused
-    heads: str  # "mlp": spaces share the whole backbone; "conv5": each has its own layer4 (the "++" methods)
-    spaces: tuple  # (s,) names: "all" is Z_0, the others are what they depend on
+    """A method of the paper as data (section 3)."""
+
+    # The augmentation groups. Each has a space of its own beside Z_0.
+    groups: tuple
+    # (v g) bool: key view v copies the query's parameters of group g.
+    share: torch.Tensor
+    # (s v) int: to space s, key view v is 1 positive, -1 a negative of the same image, 0 unused.
+    role: torch.Tensor
+    # "mlp": the spaces share the whole backbone; "conv5": each has its own layer4 (LooC++).
+    heads: str
+    # (s,) names: "all" is Z_0, which is invariant to all groups; the others keep their group.
+    spaces: tuple
 
 
 def methods(groups, same=()):
-    """The paper's methods (its section 3 and tables 1 and 4) for these groups -> {name: Method}."""
+    """The paper's methods (section 3, tables 1 and 4) -> {name: Method}. same: for moco_same."""
     n = len(groups)
-    none, eye = torch.zeros(1, n, dtype=torch.bool), torch.eye(n, dtype=torch.bool)
-    share = torch.cat([none, eye])
+    share_none = torch.zeros(1, n, dtype=torch.bool)
+    share_same = torch.tensor([[group in same for group in groups]], dtype=torch.bool)
+    share_one_each = torch.cat([share_none, torch.eye(n, dtype=torch.bool)])
+    positive = torch.ones(1, 1, dtype=torch.long)
     role = 2 * torch.eye(n + 1, dtype=torch.long) - 1
-    role[0, 1:] = 0  # Z_0 is invariant to everything: it sees k_0 alone
-    one, every = torch.ones(1, 1, dtype=torch.long), torch.ones(n + 1, 1, dtype=torch.long)
-    names = ("all", *groups)
+    role[0, 1:] = 0  # Z_0 is invariant to all groups: it sees k_0 alone
+    spaces = ("all", *groups)
+    copies = tuple(f"all{i}" for i in range(n + 1))
     return {
-        "moco": Method(groups, none, one, "mlp", names[:1]),
-        "moco_same": Method(
-            groups,
-            torch.tensor([[g in same for g in groups]], dtype=torch.bool),
-            one,
-            "mlp",
-            names[:1],
-        ),
-        "looc": Method(groups, share, role, "mlp", names),
-        "looc++": Method(groups, share, role, "conv5", names),
-        "moco++": Method(groups, none, every, "conv5", tuple(f"all{i}" for i in range(n + 1))),
-        "supervised": Method(groups, none[:0], one[:0, :0], "mlp", ()),
+        "moco": Method(groups, share_none, positive, "mlp", ("all",)),
+        "moco_same": Method(groups, share_same, positive, "mlp", ("all",)),
+        "looc": Method(groups, share_one_each, role, "mlp", spaces),
+        "looc++": Method(groups, share_one_each, role, "conv5", spaces),
+        "moco++": Method(groups, share_none, positive.repeat(n + 1, 1), "conv5", copies),
+        "supervised": Method(groups, share_none[:0], positive[:0, :0], "mlp", ()),
     }
 
 
@@ -97,257 +97,160 @@ def get_method(config):
     return methods(config["groups"], config["same"])[config["method"]]
 
 
-# ---------------------------------------------------------------- augmentations: draw first, apply later
-# draw_x(b, generator) -> {parameter: (b ...)}, on the CPU; x(images (b 3 h w) anywhere, draw on the CPU) -> (b 3 h w), nothing random
+# ---------------------------------------- loss and queue
 
 
-def uniform(low, high, *shape, generator):
-    return torch.rand(*shape, generator=generator) * (high - low) + low
+def multi_space_loss(q, k, queue, role, tau):
+    """L_q of section 3 for each space, averaged over images; its mean over spaces is the paper's.
 
-
-def sample_texture(b, generator):
-    """A stylised copy with probability 0.5, and which of them as a share of their number."""
-    stylised = torch.rand(b, generator=generator) < 0.5
-    return {
-        "stylised": stylised,
-        "copy": torch.where(stylised, torch.rand(b, generator=generator), 0.0),
-    }
-
-
-def sample_crop(b, generator):
-    """Random-resized-crop's ten attempts: area and shape of the box, and where it goes in the room that is left."""
-    return {
-        "area": uniform(0.2, 1, b, 10, generator=generator),
-        "ratio": uniform(math.log(3 / 4), math.log(4 / 3), b, 10, generator=generator).exp(),
-        "place": torch.rand(b, 2, generator=generator),
-    }
-
-
-def sample_flip(b, generator):
-    return {"flip": torch.rand(b, generator=generator) < 0.5}
-
-
-def sample_rotation(b, generator):
-    """Counter-clockwise quarter turns: none with probability 0.5, else 1, 2 or 3."""
-    turns = torch.randint(1, 4, (b,), generator=generator)
-    return {"turns": torch.where(torch.rand(b, generator=generator) < 0.5, turns, 0)}
-
-
-def sample_color(b, generator):
-    """Colour jitter with probability 0.8 (else the order of its four ops is -1), then grayscale with probability 0.2, as MoCo v2."""
-    jitter = torch.rand(b, generator=generator) < 0.8
-    around = lambda middle, reach: torch.where(
-        jitter, uniform(middle - reach, middle + reach, b, generator=generator), middle
-    )
-    return {
-        "brightness": around(1, 0.4),
-        "contrast": around(1, 0.4),
-        "saturation": around(1, 0.4),
-        "hue": around(0, 0.1),
-        "order": torch.where(
-            jitter[:, None], torch.rand(b, len(JITTER), generator=generator).argsort(1), -1
-        ),
-        "gray": torch.rand(b, generator=generator) < 0.2,
-    }
-
-
-def sample_blur(b, generator):
-    return {
-        "blur": torch.rand(b, generator=generator) < 0.5,
-        "sigma": uniform(0.1, 2.0, b, generator=generator),
-    }
-
-
-def move_like(images, parameter):
-    """A drawn parameter, or rows, where the images are and in their precision."""
-    return parameter.to(
-        images.device,
-        images.dtype if parameter.is_floating_point() else parameter.dtype,
-        non_blocking=True,
-    )
-
-
-def resample(images, draw, size=None, aspect=None):
-    """Crop, flip and rotate in one go: two small matrix products a picture.
-
-    images (b c h w); draw: any of area, ratio, place; flip; turns; aspect (b,) width / height of the pictures behind the
-    canvases -> (b c size size), antialiased as torchvision's resize.
+    q (s b c), k (s v b c), queue (s n c), all of unit norm; role (s v), or (s v b) where it differs
+    by image -> (s,). The loss is float32 at least, also under autocast.
     """
-    b, c, h, w = images.shape
-    size = size or h
-    odd = (
-        move_like(images, (draw["turns"] % 2 == 1).nonzero().squeeze(1)) if "turns" in draw else ()
-    )  # found on the CPU: no GPU is waited for
-    draw = {k: move_like(images, p) for k, p in draw.items()}
-    zeros, ones = images.new_zeros(b), images.new_ones(b)
-    top, left, height, width = zeros, zeros, ones, ones  # all of the canvas
-    if "area" in draw:
-        top, left, height, width = crop_box(draw, ones if aspect is None else aspect)
-    turns, flip = draw.get("turns", zeros), draw.get("flip", zeros.bool())
-    rows = resize_matrix(top, height, (turns == 2) | (turns == 3), h, size)
-    cols = resize_matrix(left, width, flip ^ ((turns == 1) | (turns == 2)), w, size)
-    out = separable_matmul(images, rows, cols)
-    if len(odd):
-        out[odd] = out[odd].mT
-    return out
+    own, queued, positive = space_logits(q, k, queue, role, tau)
+    partition = torch.logaddexp(own.logsumexp(2), queued.logsumexp(2))  # (s b)
+    return (partition - own.gather(2, positive).squeeze(2)).mean(1)
 
 
-def separable_matmul(images, rows, cols):
-    """rows @ images @ cols^T of each picture and channel: images (b c h w), rows (b k h), cols (b l w) -> (b c k l), contiguous."""
-    wide = rearrange(images, "b c h w -> b (c h) w") @ cols.mT
-    return rows[:, None] @ rearrange(wide, "b (c h) l -> b c h l", c=images.shape[1])
+def space_logits(q, k, queue, role, tau):
+    """Logits of each query in each space, arguments as in multi_space_loss.
 
-
-def crop_box(draw, aspect):
-    """The first attempt that fits, else the largest box in the middle -> top, left, height, width (b,) as shares of the canvas."""
-    aspect = aspect[:, None]
-    width, height = (
-        (draw["area"] * draw["ratio"] / aspect).sqrt(),
-        (draw["area"] / draw["ratio"] * aspect).sqrt(),
-    )
-    fallback = torch.cat([(4 / 3 / aspect).clamp(max=1), (aspect * 4 / 3).clamp(max=1)], 1)
-    fits = (width <= 1) & (height <= 1)
-    first, none = fits.int().argmax(1, keepdim=True), ~fits.any(1, keepdim=True)
-    box = torch.cat([width.gather(1, first), height.gather(1, first)], 1)
-    width, height = torch.where(none, fallback, box).unbind(1)
-    top, left = torch.where(none, 0.5, draw["place"]).unbind(1)
-    return top * (1 - height), left * (1 - width), height, width
-
-
-def resize_matrix(start, extent, mirror, n, size):
-    """(b size n): row i weighs the n pixels behind output pixel i of the box [start, start + extent] (shares of n)."""
-    start, extent = start[:, None, None] * n, extent[:, None, None] * n
-    step = extent / size
-    at = torch.arange(size, device=start.device)[:, None] + 0.5
-    at = start + step * torch.where(
-        mirror[:, None, None], size - at, at
-    )  # (b size 1) centres, in pixels
-    pixel = torch.arange(n, device=start.device) + 0.5
-    # As of a picture that was cropped first: what lies outside the box has no weight. 1e-4 forgives rounding.
-    inside = (pixel > start - 1e-4) & (pixel < start + extent + 1e-4)
-    weight = (pixel - at).abs_().div_(-step.clamp(min=1)).add_(1).clamp_(min=0).mul_(inside)
-    return weight.div_(weight.sum(-1, keepdim=True))
-
-
-def texture(images, draw, textures, at):
-    """Style transfer (section 3), made beforehand: textures (b copy c h w) are the stylised copies; images (n c h w), image i is of picture
-    at[i] of the b -> (n c h w). ValueError without textures."""
-    if textures is None:
-        raise ValueError("the group texture needs `textures`, the stylised copies (b copy c h w)")
-    rows = draw["stylised"].nonzero().squeeze(1)
-    copy = (draw["copy"][rows] * textures.shape[1]).long()
-    out, rows = images.clone(), move_like(images, rows)
-    out[rows] = textures[at[rows], move_like(images, copy)]
-    return out
-
-
-def grayscale(images):
-    """(b 3 h w) -> (b 1 h w), ITU-R 601."""
-    r, g, b = images.unbind(1)
-    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)[:, None]
-
-
-def blend(images, other, factor):
-    """images (b 3 h w), other (b 1 h w) or (b 1 1 1), factor (b,): 0 is other, 1 is images, beyond is more than images -> (b 3 h w) in [0, 1]."""
-    factor = factor[:, None, None, None]
-    return (
-        (images * factor).add_(other * (1 - factor)).clamp_(0, 1)
-    )  # addcmul would take longer than both
-
-
-def adjust_brightness(images, factor):
-    """(b 3 h w), factor (b,) -> (b 3 h w); as contrast and saturation, torchvision's adjust_*."""
-    return (images * factor[:, None, None, None]).clamp_(0, 1)
-
-
-def adjust_contrast(images, factor):
-    return blend(
-        images, grayscale(images.mean((2, 3), keepdim=True)), factor
-    )  # the mean of the gray is the gray of the mean
-
-
-def adjust_saturation(images, factor):
-    return blend(images, grayscale(images), factor)
-
-
-def adjust_hue(images, shift):
-    """(b 3 h w), shift (b,) as a share of the colour circle -> (b 3 h w): to HSV, turn, and back."""
-    r, g, b = images.unbind(1)
-    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
-    chroma = high - low
-    from_red = (
-        (g + b).sub_(r).sub_(low).div_(chroma.clamp(min=1e-8)).add_(1)
-    )  # sixths of the circle, 0 to 3: no branch on which is highest
-    at = torch.copysign(from_red, g - b).add_(6 * shift[:, None, None])
-    at.sub_((at / 6).round_(), alpha=6)  # in [-3, 3]; `%` would be twice as slow
-    out = torch.empty_like(images)
-    for channel, offset in zip(out.unbind(1), (0, 2, -2)):
-        torch.sub(at, offset, out=channel)
-    return (
-        out.abs_().sub_(3).abs_().clamp_(1, 2).mul_(chroma[:, None]).add_(low.sub_(chroma)[:, None])
-    )
-
-
-JITTER = (
-    adjust_brightness,
-    adjust_contrast,
-    adjust_saturation,
-    adjust_hue,
-)  # torchvision's ColorJitter draws their order for each picture
-
-
-def color(images, draw):
-    """Colour jitter in each picture's own order, then grayscale; (b 3 h w) -> (b 3 h w).
-
-    The pictures whose turn it is for an op go together; the draw says on the CPU which, so no GPU is waited for.
+    -> own (s b v), against the keys of the same image, -inf where a view is unused; queued (s b n),
+    against the queue; positive (s b 1), the index of the positive among own.
     """
-    factors, out = (
-        {op: move_like(images, draw[op.__name__.removeprefix("adjust_")]) for op in JITTER},
-        images.clone(),
+    # Divide q and not the logits, which are many more.
+    q = at_least_float32(q) / tau
+    k, queue, role = k.to(q.dtype), queue.to(q.dtype), role.to(q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        own = einsum(q, k, "s b c, s v b c -> s b v")
+        queued = einsum(q, queue, "s b c, s n c -> s b n")
+    unused = rearrange(role == 0, "s v ... -> s (...) v")  # (s 1 v) or (s b v)
+    positive = positive_view(role)[:, None, None].expand(-1, q.shape[1], 1)
+    return own.masked_fill(unused, -math.inf), queued, positive
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def positive_view(role):
+    """role (s v) or (s v b) -> (s,) the key view that is each space's positive, for every image."""
+    view = (role == 1).int().argmax(1)
+    return view if role.ndim == 2 else view[:, 0]
+
+
+def positive_keys(k, role):
+    """k (s v b c), role (s v) or (s v b) -> (s b c) each space's positive, which its queue gets."""
+    return k[torch.arange(len(k), device=k.device), positive_view(role).to(k.device)]
+
+
+def queue_update(queue, pointer, keys):
+    """Replace the oldest slots of each space's queue (section 3).
+
+    queue (s n c), pointer to the oldest slot, keys (s b c) -> queue, pointer. b may exceed n.
+    """
+    n, b = queue.shape[1], keys.shape[1]
+    slots = (pointer + torch.arange(b, device=queue.device))[-n:] % n
+    return queue.index_copy(1, slots, keys[:, -n:].to(queue.dtype)), (pointer + b) % n
+
+
+# ---------------------------------------- the training step
+
+
+class State(NamedTuple):
+    """All that decides the next step, beside the configuration.
+
+    The supervised baseline leaves the key encoder idle, the others the classifier.
+    """
+
+    encoder_q: nn.Module
+    encoder_k: nn.Module
+    classifier: nn.Module
+    optimizer: torch.optim.Optimizer
+    queue: torch.Tensor  # (s n c) unit norm
+    queue_ptr: int  # the queue's oldest slot
+    step: int
+    total: torch.Tensor  # (s,) the loss summed since the last line of the log
+
+
+def train_step(state, images, aspect, config, textures=None):
+    """One step of LooC or a contrastive baseline -> State, (loss (s,), q, k, queue, role).
+
+    images (m c h w) in [0, 1], aspect (m,) and textures (m copy c h w) are the rows of the global
+    batch that rank_rows names; a process alone has all of them, m = b. config is a plain dict, see
+    make_config; init_state(config) is the first state.
+    """
+    ema(state.encoder_k, state.encoder_q, config["momentum"])
+    q, k, positives, role = contrastive_forward(state, images, aspect, config, textures)
+    loss = multi_space_loss(q, k, state.queue, role, config["tau"])
+    optimizer_step(state.optimizer, loss.mean())
+    queue, queue_ptr = queue_update(state.queue, state.queue_ptr, positives)
+    compared = (loss.detach(), q.detach(), k, state.queue, role)
+    return state._replace(queue=queue, queue_ptr=queue_ptr, step=state.step + 1), compared
+
+
+def contrastive_forward(state, images, aspect, config, textures=None):
+    """The forward pass of section 3, arguments as in train_step.
+
+    -> q (s b c), k (s v b c) without gradient, the positive keys of the whole global batch (s B c),
+    role (s v), or (s v b) with --drop_equal. The parameters depend on (seed, step) alone.
+    """
+    method, step = get_method(config), state.step
+    # inference_mode is no_grad with less bookkeeping: a tenth of the augmentation's time on a CPU.
+    with torch.inference_mode():
+        rows = rank_rows(config, step)
+        query, keys, params = training_views(images, aspect, config, step, textures, rows)
+        with autocast(config):
+            k = encode(state.encoder_k, rearrange(keys, "v b c h w -> (v b) c h w"))[1]
+    with autocast(config):
+        q = encode(state.encoder_q, query)[1]
+    k = all_gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)))
+    k = k[:, :, move_like(images, key_permutation(config, step).argsort())]  # (s v B c), unshuffled
+    role = method.role
+    if config["drop_equal"] and (role < 0).any():
+        role = drop_equal(role, params, method.groups)
+    role = role.to(q.device)
+    return q, k[:, :, move_like(images, rows.query)], positive_keys(k, role), role
+
+
+def training_views(images, aspect, config, step, textures=None, rows=None):
+    """augment_groups as a configuration says, arguments as there."""
+    method = get_method(config)
+    return augment_groups(
+        images,
+        method.groups,
+        method.share,
+        generator("views", config["seed"], step),
+        always=config["always"],
+        size=config["size"],
+        aspect=aspect,
+        textures=textures,
+        rows=rows,
     )
-    for turn in draw["order"].unbind(1):  # (b,) the op whose turn it is, -1 none
-        for i, op in enumerate(JITTER):
-            rows = move_like(images, (turn == i).nonzero().squeeze(1))
-            out.index_copy_(
-                0, rows, op(out.index_select(0, rows), factors[op].index_select(0, rows))
-            )
-    gray = move_like(images, draw["gray"].nonzero().squeeze(1))
-    return out.index_copy_(0, gray, grayscale(out.index_select(0, gray)).expand(-1, 3, -1, -1))
 
 
-def blur(images, draw):
-    """Gaussian blur, edges reflected. sigma is in pixels of a 224-pixel picture and shrinks with it: below 34 pixels nothing is blurred."""
-    b, c, h, w = images.shape
-    if 2.0 * w / 224 < 0.3:  # no neighbour would weigh 1/255
-        return images
-    some = draw["blur"].nonzero().squeeze(1)
-    rows, cols = (
-        gaussian_matrix(move_like(images, draw["sigma"][some]) * w / 224, n) for n in (h, w)
-    )
-    out, some = images.clone(), move_like(images, some)
-    out[some] = separable_matmul(images[some], rows, cols)
-    return out
+@torch.no_grad()
+def ema(encoder_k, encoder_q, momentum):
+    """The key encoder follows the query encoder, as in MoCo: parameters only, no buffers."""
+    parameters_k, parameters_q = list(encoder_k.parameters()), list(encoder_q.parameters())
+    torch._foreach_lerp_(parameters_k, parameters_q, 1 - momentum)
 
 
-def gaussian_matrix(sigma, n):
-    """(b n n): row i weighs the n pixels around pixel i; what falls over an edge is reflected."""
-    at = torch.arange(n, device=sigma.device)
-    bell = lambda distance: (-0.5 * (distance / sigma[:, None, None]) ** 2).exp()
-    mirror = bell(at[:, None] + at) * (at > 0) + bell(2 * (n - 1) - at[:, None] - at) * (at < n - 1)
-    weight = bell(at[:, None] - at) + mirror
-    return weight / weight.sum(-1, keepdim=True)
+def optimizer_step(optimizer, loss):
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
 
 
-# name: (draw, apply), in the order of application. An augmentation of your own is one more row: with --groups=NAME it gets a
-# view, a space and a queue. Neighbours with the same `apply` are applied together.
-GROUPS = {
-    "texture": (sample_texture, texture),
-    "crop": (sample_crop, resample),
-    "flip": (sample_flip, resample),
-    "rotation": (sample_rotation, resample),
-    "color": (sample_color, color),
-    "blur": (sample_blur, blur),
-}
+# ---------------------------------------- views: sample parameters, then apply them
+
+
+class Rows(NamedTuple):
+    """Which part of a global batch of `total` images one process works on."""
+
+    total: int
+    images: torch.Tensor  # (m,) ascending: the rows that it has read
+    query: torch.Tensor  # (b,) the rows of its query views
+    key: torch.Tensor  # (b,) the rows of its key views
 
 
 def augment_groups(
@@ -364,141 +267,149 @@ def augment_groups(
 ):
     """The query view and the key views of section 3.
 
-    images (b c h w) float in [0, 1]; groups: names in GROUPS; share (v g) bool, True where key view v copies the query's draw
-    of group g; `always` are drawn independently for every view: put color there if it is no group, as `train` does, or pictures
-    can be matched by their colours; size: of the views, by default h; aspect (b,) width / height before the picture was squashed
-    into its canvas; textures (b copy c h w) stylised copies, for the group of that name; rows (first, total): images are rows
-    first.. of a global batch of `total`, and get its draws.
-    -> query (b c size size), keys (v b c size size), draws {group: {parameter: (1+v b ...)}}, row 0 the query's.
-    Raises ValueError for an unknown name, and for the group texture without textures.
+    images (b c h w) float in [0, 1]
+    groups: names in GROUPS
+    share (v g) bool: key view v copies the query's parameters of group g
+    generator: a CPU generator, so that the views are the same on every device
+    always: names in GROUPS, drawn independently for every view. Add "color" if it is no group, as
+        `train` does, or images can be matched by their colors
+    size: height and width of the views, by default h
+    aspect (b,): width / height of each image before it was squashed into a square, by default 1
+    textures (b copy c h w): stylized copies of the images, for the group "texture"
+    rows: a Rows, when `images` are a part (m c h w) of a global batch
+    -> query (b c size size), keys (v b c size size) and params {group: {parameter: (1+v b ...)}},
+    row 0 the query's. ValueError for an unknown name, and for texture without textures.
     """
-    first, total = rows or (0, len(images))
-    draws = map_params(
-        sample_groups(total, groups, share, generator, always),
-        lambda x: x[:, first : first + len(images)],
-    )
-    at = torch.arange(len(images)).repeat(1 + len(share))
-    views = apply_groups(
-        images,
-        at,
-        map_params(draws, lambda x: rearrange(x, "v b ... -> (v b) ...")),
-        size,
-        aspect,
-        textures,
-    )
-    views = rearrange(views, "(v b) c h w -> v b c h w", b=len(images))
-    return views[0], views[1:], draws
+    if rows is None:
+        every = torch.arange(len(images))
+        rows = Rows(len(images), every, every, every)
+    v, b = len(share), len(rows.query)
+    params = sample_groups(rows.total, groups, share, generator, always)
+    # All views go through the operations as one batch of n = b + v b: the query's, then the keys'.
+    row = torch.cat([rows.query, rows.key.repeat(v)])  # (n,) in the global batch
+    view = torch.arange(1 + v).repeat_interleave(b)  # (n,)
+    index = torch.searchsorted(rows.images, row)  # (n,) in `images`
+    chosen = map_params(params, lambda x: x[view, row])
+    views = apply_groups(images, index, chosen, size, aspect, textures)
+    query, keys = views[:b], views[b:].unflatten(0, (v, b))
+    return query, keys, map_params(params, lambda x: x[:, rows.query])
 
 
 def sample_groups(b, groups, share, generator, always):
-    """The first half of augment_groups: numbers, no pixels -> {group: {parameter: (1+v b ...)}}, in the order of GROUPS."""
-    if unknown := {*groups, *always} - GROUPS.keys():
-        raise ValueError(
-            f"no such augmentation: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}"
-        )
-    draws = {}
-    for name in sorted({*groups, *always}, key=list(GROUPS).index):
-        flat = GROUPS[name][0]((1 + len(share)) * b, generator)
-        draws[name] = {k: rearrange(x, "(v b) ... -> v b ...", b=b) for k, x in flat.items()}
+    """The first half of augment_groups: numbers, no pixels.
+
+    -> {group: {parameter: (1+v b ...)}} in the order of GROUPS, row 0 the query's.
+    """
+    names = {*groups, *always}
+    if unknown := names - GROUPS.keys():
+        unknown = ", ".join(sorted(unknown))
+        raise ValueError(f"no such augmentation: {unknown}; there are {', '.join(GROUPS)}")
+    params = {}
+    for name in [name for name in GROUPS if name in names]:
+        sample, _ = GROUPS[name]
+        flat = sample((1 + len(share)) * b, generator)
+        params[name] = {key: rearrange(x, "(v b) ... -> v b ...", b=b) for key, x in flat.items()}
         if name in groups:
-            copies = share[:, groups.index(name)].cpu()
-            for x in draws[name].values():
+            copies = share[:, groups.index(name)].cpu()  # (v,)
+            for x in params[name].values():
                 x[1:][copies] = x[0]
-    return draws
+    return params
 
 
-def map_params(draws, change):
-    """`change` of each drawn parameter: {group: {parameter: (v b ...)}} -> the same with change's shapes."""
-    return {name: {k: change(x) for k, x in draw.items()} for name, draw in draws.items()}
+def apply_groups(images, index, params, size=None, aspect=None, textures=None):
+    """The second half of augment_groups: view i is of image index[i], by row i of the parameters.
 
-
-def apply_groups(images, at, draws, size=None, aspect=None, textures=None):
-    """The second half of augment_groups: view i is of picture at[i], by row i of the draws. images (b c h w), at (n,), draws {group: {parameter:
-    (n ...)}} -> views (n c size size)."""
-    at = move_like(images, at)
-    x = images.index_select(0, at)
-    more = {
-        resample: (size, None if aspect is None else aspect[at]),
-        texture: (textures, at),
-    }  # what is not drawn
-    for apply, names in itertools.groupby(draws, key=lambda name: GROUPS[name][1]):
-        x = apply(x, {k: p for name in names for k, p in draws[name].items()}, *more.get(apply, ()))
-    if size and x.shape[-2:] != (size, size):  # nothing that resamples was asked for
+    images (b c h w), index (n,), params {group: {parameter: (n ...)}} -> (n c size size).
+    """
+    index = move_like(images, index)
+    x = images.index_select(0, index)
+    aspect = None if aspect is None else aspect[index]
+    # What these two need beside their parameters.
+    extra = {resample: (size, aspect), texture: (textures, index)}
+    for apply, names in itertools.groupby(params, key=lambda name: GROUPS[name][1]):
+        merged = {}
+        for name in names:
+            merged |= params[name]
+        x = apply(x, merged, *extra.get(apply, ()))
+    if size and x.shape[-2:] != (size, size):  # no group resampled
         x = resample(x, {}, size)
     return x
 
 
-# ---------------------------------------------------------------- encoder: one trunk, a head for each space
+def map_params(params, change):
+    """`change` each parameter of {group: {parameter: tensor}}."""
+    return {name: dict(zip(group, map(change, group.values()))) for name, group in params.items()}
 
 
-class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose training statistics are those of `splits` equal parts of the batch, each on its own.
+def rank_rows(config, step):
+    """The rows of the global batch that this process works on, its keys shuffled -> Rows.
 
-    With MoCo's shuffled keys this keeps the batch statistics from telling which key belongs to a query, on one device too.
-    Running statistics move once a pass, towards the mean over the splits.
+    A process makes the key views that its part of the shuffled order asks for, so that no images
+    travel between processes.
     """
-
-    def __init__(self, features, splits=1):
-        super().__init__(features)
-        self.splits = splits
-
-    def forward(self, x):  # (splits b) f h w
-        if not self.training or self.splits == 1:
-            return super().forward(x)
-        if len(x) % self.splits:
-            raise ValueError(
-                f"a batch of {len(x)} does not divide into {self.splits} BatchNorm splits"
-            )
-        mean, var = (
-            s.repeat(self.splits, 1) for s in (self.running_mean, self.running_var)
-        )  # (splits f)
-        parts = [
-            F.batch_norm(
-                part, mean[i], var[i], self.weight, self.bias, True, self.momentum, self.eps
-            )  # moves mean[i], var[i] in place
-            for i, part in enumerate(x.chunk(self.splits))
-        ]
-        self.running_mean.copy_(mean.mean(0))
-        self.running_var.copy_(var.mean(0))
-        self.num_batches_tracked += 1
-        return torch.cat(parts)
+    query = rank_slice(config["batch"])
+    key = key_permutation(config, step)[query]
+    return Rows(config["batch"], torch.cat([query, key]).unique(), query, key)
 
 
-def resnet(arch, stem, norm):
-    """A torchvision ResNet by name, or `small`: a quarter of ResNet-18's width, one block a stage, for 32x32 on a CPU."""
-    if arch == "small":
-        block = torchvision.models.resnet.BasicBlock
-        net = torchvision.models.ResNet(block, [1, 1, 1, 1], norm_layer=norm)
-        net.inplanes = 16
-        net.conv1, net.bn1, net.maxpool = (
-            nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False),
-            norm(16),
-            nn.Identity(),
-        )
-        for i in range(4):
-            setattr(
-                net,
-                f"layer{i + 1}",
-                net._make_layer(block, 16 << i, 1, stride=2 if i in (1, 2) else 1),
-            )
-        net.fc = nn.Linear(128, 1)
-    else:
-        net = torchvision.models.get_model(arch, norm_layer=norm)
-    if stem == "cifar":  # SimCLR's stem for small pictures: no striding before layer2
-        net.conv1, net.maxpool = (
-            nn.Conv2d(3, net.bn1.num_features, 3, padding=1, bias=False),
-            nn.Identity(),
-        )
-    return net
+def key_permutation(config, step):
+    """(B,) the order in which the key encoder sees the global batch (MoCo's shuffled BatchNorm).
+
+    So the BatchNorm splits do not hold the same images for query and key.
+    """
+    return torch.randperm(config["batch"], generator=generator("shuffle", config["seed"], step))
 
 
-def mlp(v, w1, b1, w2, b2):
-    """One space's head, v (b d) -> (b c): 2 layers with ReLU (section 3), or w2 alone if w1 is empty. vmap runs it for all spaces at once."""
-    return F.linear(F.relu(F.linear(v, w1, b1)) if len(w1) else v, w2, b2)
+def drop_equal(role, params, groups):
+    """role (s v) -> (s v b): a negative that drew the query's parameters by chance is not used.
+
+    Rotations often do; the paper does not speak of it. params as augment_groups returns them.
+    Of texture, only two plain images count as equal.
+    """
+    b = next(iter(params[groups[0]].values())).shape[1]
+    role = repeat(role, "s v -> s v b", b=b).clone()
+    for space, group in enumerate(groups, 1):
+        equal = torch.ones(role.shape[1:], dtype=torch.bool)  # (v b)
+        for x in params[group].values():
+            equal &= (x[1:] == x[0]).flatten(2).all(2) if x.ndim > 2 else x[1:] == x[0]
+        role[space].masked_fill_(equal & (role[space] < 0), 0)
+    return role
+
+
+def supervised_step(state, images, aspect, labels, config, textures=None):
+    """One step of the supervised baseline -> State, (loss (1,),); its views are the query's.
+
+    Arguments as in train_step; labels (b,), or None to learn the rotation that was drawn.
+    """
+    mine = rank_slice(config["batch"])
+    rows = Rows(config["batch"], mine, mine, mine)
+    query, _, params = training_views(images, aspect, config, state.step, textures, rows)
+    if labels is None:
+        labels = params["rotation"]["turns"][0].to(images.device)
+    with autocast(config):
+        logits = state.classifier(encode(state.encoder_q, query)[0])
+    loss = F.cross_entropy(at_least_float32(logits), labels)
+    optimizer_step(state.optimizer, loss)
+    return state._replace(step=state.step + 1), (loss.detach()[None],)
+
+
+# ---------------------------------------- encoder: a backbone, and a head for each space
+
+
+def encode(encoder, images):
+    """images (b c h w) in [0, 1] -> feature v (b d), embeddings z (s b c) of unit norm.
+
+    Normalizes by ImageNet's mean and deviation. LooC++'s v is its spaces' Conv5 outputs, (b (s d)).
+    """
+    mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+    return encoder((images - mean) / std)
 
 
 class Encoder(nn.Module):
-    """Backbone and heads. `tops` are layer4: one that all spaces share ("mlp") or one a space ("conv5", LooC++)."""
+    """Backbone and heads (section 3). The spaces share layer4 ("mlp"), or each has one ("conv5").
+
+    arch, stem: see resnet; hidden: width of a head's hidden layer, 0 for linear heads; dim: c.
+    """
 
     def __init__(
         self,
@@ -512,14 +423,12 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         norm = partial(SplitBatchNorm2d, splits=splits)
+        # Build each layer4 separately: copies would start identical.
         nets = [resnet(arch, stem, norm) for _ in range(spaces if heads == "conv5" else 1)]
         names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
-        self.trunk = nn.Sequential(
-            collections.OrderedDict((name, getattr(nets[0], name)) for name in names)
-        )
-        self.tops = nn.ModuleList(
-            net.layer4 for net in nets
-        )  # separately built, or they would start identical
+        layers = {name: getattr(nets[0], name) for name in names}
+        self.trunk = nn.Sequential(collections.OrderedDict(layers))
+        self.tops = nn.ModuleList(net.layer4 for net in nets)
         d = nets[0].fc.in_features
         self.features = d * len(nets)
         self.w1, self.b1 = init_linear(spaces, d, hidden)
@@ -528,350 +437,476 @@ class Encoder(nn.Module):
     def forward(self, images):
         x = self.trunk(images)
         v = torch.stack([top(x).mean((2, 3)) for top in self.tops])  # (1 b d), or (s b d)
-        z = v.new_zeros(0, len(x), self.w2.shape[1])
-        if spaces := len(self.w1):
-            z = torch.vmap(mlp)(
-                v.expand(spaces, -1, -1), self.w1, self.b1, self.w2, self.b2
-            )  # (s b c)
+        spaces, dim = self.w2.shape[:2]
+        z = v.new_zeros(0, len(x), dim)
+        if spaces:
+            heads = torch.vmap(mlp)
+            z = heads(v.expand(spaces, -1, -1), self.w1, self.b1, self.w2, self.b2)  # (s b c)
         return rearrange(v, "s b d -> b (s d)"), F.normalize(at_least_float32(z), dim=-1)
 
 
+def mlp(v, w1, b1, w2, b2):
+    """One space's head, v (b d) -> (b c): two layers, or one where w1 is empty."""
+    if len(w1):
+        v = F.relu(F.linear(v, w1, b1))
+    return F.linear(v, w2, b2)
+
+
 def init_linear(spaces, d, out):
-    """nn.Linear's own start, once for each space -> weight (s out d), bias (s out). Empty ones take no gradient: ranks would wait for it."""
+    """nn.Linear's initialization for each space -> weight (s out d), bias (s out)."""
     bound = d**-0.5
-    return [
-        nn.Parameter(
-            torch.empty(spaces, *shape).uniform_(-bound, bound), requires_grad=spaces * out > 0
-        )
-        for shape in ((out, d), (out,))
-    ]
+    weight = torch.empty(spaces, out, d).uniform_(-bound, bound)
+    bias = torch.empty(spaces, out).uniform_(-bound, bound)
+    # An empty parameter gets no gradient, and DistributedDataParallel would wait for it.
+    used = spaces * out > 0
+    return nn.Parameter(weight, requires_grad=used), nn.Parameter(bias, requires_grad=used)
 
 
-def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm with separate training statistics for each of `splits` equal parts of the batch.
 
-
-def encode(encoder, images):
-    """images (b c h w) in [0, 1] -> v (b d) backbone feature, z (s b c) unit norm.
-
-    Normalises by ImageNet's mean and deviation itself. LooC++'s v is the concatenation of its spaces' Conv5, (b (s d)).
+    It is shuffled BatchNorm on one device: batch statistics cannot tell which key is the positive.
+    Running statistics move once a pass, towards the mean over the splits.
     """
-    mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
-    return encoder((images - mean) / std)
+
+    def __init__(self, features, splits=1):
+        super().__init__(features)
+        self.splits = splits
+
+    def forward(self, x):  # ((splits b) f h w)
+        if not self.training or self.splits == 1:
+            return super().forward(x)
+        splits = self.splits
+        if len(x) % splits:
+            raise ValueError(f"a batch of {len(x)} does not divide into {splits} BatchNorm splits")
+        mean = self.running_mean.repeat(splits, 1)  # (splits f)
+        var = self.running_var.repeat(splits, 1)
+        affine = (self.weight, self.bias, True, self.momentum, self.eps)
+        # batch_norm updates its mean and var in place.
+        parts = [
+            F.batch_norm(part, mean[i], var[i], *affine) for i, part in enumerate(x.chunk(splits))
+        ]
+        self.running_mean.copy_(mean.mean(0))
+        self.running_var.copy_(var.mean(0))
+        self.num_batches_tracked += 1
+        return torch.cat(parts)
 
 
-# ---------------------------------------------------------------- loss and queue
+def resnet(arch, stem, norm):
+    """A torchvision ResNet, or "small": a quarter of ResNet-18's width, one block a stage."""
+    if arch == "small":
+        block = torchvision.models.resnet.BasicBlock
+        net = torchvision.models.ResNet(block, [1, 1, 1, 1], norm_layer=norm)
+        net.inplanes = 16
+        net.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
+        net.bn1, net.maxpool = norm(16), nn.Identity()
+        for i, stride in enumerate((1, 2, 2, 1)):
+            setattr(net, f"layer{i + 1}", net._make_layer(block, 16 << i, 1, stride=stride))
+        net.fc = nn.Linear(128, 1)
+    else:
+        net = torchvision.models.get_model(arch, norm_layer=norm)
+    if stem == "cifar":  # SimCLR's stem for small images: no stride before layer2
+        net.conv1 = nn.Conv2d(3, net.bn1.num_features, 3, padding=1, bias=False)
+        net.maxpool = nn.Identity()
+    return net
 
 
-def space_logits(q, k, queue, role, tau):
-    """near (s b v): the query against the same image's keys, unused ones -inf; far (s b n): against the queue; positive (s b 1): which key
-    view is the positive."""
-    q, role = (
-        at_least_float32(q) / tau,
-        role.to(q.device),
-    )  # here, and not on the logits: they are large
-    k, queue = k.to(q.dtype), queue.to(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
-        near = einsum(q, k, "s b c, s v b c -> s b v")
-        far = einsum(q, queue, "s b c, s n c -> s b n")
-    near = near.masked_fill(rearrange(role == 0, "s v ... -> s (...) v"), -math.inf)
-    return near, far, positive_view(role)[:, None, None].expand(-1, near.shape[1], 1)
+# ---------------------------------------- augmentation operations
+# sample_x(b, generator) -> params {parameter: (b ...)}, on the CPU.
+# x(images (b 3 h w) on any device, params) -> (b 3 h w), nothing random.
 
 
-def multi_space_loss(q, k, queue, role, tau):
-    """L_q of section 3 for each space, the mean over images; their mean over spaces is the paper's loss.
+def generator(*key):
+    """A CPU generator seeded by `key` alone, such as ("views", seed, step)."""
+    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
 
-    q (s b c), k (s v b c), queue (s n c), all unit norm; role (s v), or (s v b) where it differs by image -> (s,).
-    Float32 at least, whatever the autocast.
+
+def uniform(low, high, *shape, generator):
+    return torch.rand(*shape, generator=generator) * (high - low) + low
+
+
+def move_like(images, x):
+    """x on the images' device, and in their precision if it is floating point."""
+    dtype = images.dtype if x.is_floating_point() else x.dtype
+    return x.to(images.device, dtype, non_blocking=True)
+
+
+def sample_texture(b, generator):
+    """A stylized copy with probability 0.5, and which one as a share of their number."""
+    stylised = torch.rand(b, generator=generator) < 0.5
+    copy = torch.where(stylised, torch.rand(b, generator=generator), 0.0)
+    return {"stylised": stylised, "copy": copy}
+
+
+def texture(images, params, textures, index):
+    """Style transfer, made beforehand: some images become a stylized copy (section 3).
+
+    images (n c h w), image i of row index[i] of textures (b copy c h w) -> (n c h w).
+    ValueError without textures.
     """
-    near, far, positive = space_logits(q, k, queue, role, tau)
-    return (
-        torch.logaddexp(near.logsumexp(2), far.logsumexp(2)) - near.gather(2, positive).squeeze(2)
-    ).mean(1)
+    if textures is None:
+        raise ValueError("the group texture needs `textures`, the stylised copies (b copy c h w)")
+    rows = params["stylised"].nonzero().squeeze(1)
+    copy = (params["copy"][rows] * textures.shape[1]).long()
+    out, rows = images.clone(), move_like(images, rows)
+    out[rows] = textures[index[rows], move_like(images, copy)]
+    return out
 
 
-def positive_view(role):
-    """role (s v) or (s v b) -> (s,) the one key view that is each space's positive, for every image, and fills its queue."""
-    view = (role == 1).int().argmax(1)
-    return view if role.ndim == 2 else view[:, 0]
+def sample_crop(b, generator):
+    """Random resized crop: ten attempts at area and ratio, and the place in the room left."""
+    area = uniform(0.2, 1, b, 10, generator=generator)
+    log_ratio = uniform(math.log(3 / 4), math.log(4 / 3), b, 10, generator=generator)
+    place = torch.rand(b, 2, generator=generator)
+    return {"area": area, "ratio": log_ratio.exp(), "place": place}
 
 
-def queue_update(queue, pointer, keys):
-    """queue (s n c), pointer to its oldest slot, keys (s b c) -> queue with the keys in it, pointer; b may exceed n."""
-    n, b = queue.shape[1], keys.shape[1]
-    slots = (pointer + torch.arange(b, device=queue.device))[-n:] % n
-    return queue.index_copy(1, slots, keys[:, -n:].to(queue.dtype)), (pointer + b) % n
+def sample_flip(b, generator):
+    return {"flip": torch.rand(b, generator=generator) < 0.5}
 
 
-@torch.no_grad()
-def contrast_metrics(q, k, queue, role, tau):
-    """How a space is doing, each (s,): how often the positive beats every near and every far negative, and the softmax's
-    mass on the near and on the far negatives. Near mass is what pushes a space to keep its group."""
-    near, far, positive = space_logits(q, k, queue, role, tau)
-    best, near = (
-        near.gather(2, positive),
-        near.scatter(2, positive, -math.inf),
-    )  # (s b 1), and its rivals (s b v)
-    near_wins, far_wins = (best > near).all(2), (best > far).all(2)
-    _, mass_near, mass_far = (
-        torch.cat([best, near, far], 2).softmax(2).split([1, near.shape[2], far.shape[2]], 2)
-    )
-    return {
-        "win": (near_wins & far_wins).float().mean(1),
-        "win_near": near_wins.float().mean(1),
-        "win_far": far_wins.float().mean(1),
-        "mass_near": mass_near.sum(2).mean(1),
-        "mass_far": mass_far.sum(2).mean(1),
-    }
+def sample_rotation(b, generator):
+    """Counter-clockwise quarter turns: 0 with probability 0.5, else 1, 2 or 3."""
+    turns = torch.randint(1, 4, (b,), generator=generator)
+    return {"turns": torch.where(torch.rand(b, generator=generator) < 0.5, turns, 0)}
 
 
-@torch.no_grad()
-def ema(key, query, momentum):
-    """The key encoder follows the query encoder: parameters only, as MoCo."""
-    torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
+def resample(images, params, size=None, aspect=None):
+    """Crop, flip and rotate at once, as two small matrix products an image.
 
-
-# ---------------------------------------------------------------- ranks: one process a device, as torchrun starts them
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank_slice(b):
-    """This rank's rows of a global batch."""
-    return torch.arange(b).chunk(world_size())[rank()]
-
-
-def all_gather(x):
-    """(s v b c) of each rank -> (s v B c), in the order of ranks. No gradient flows back: for keys only."""
-    if not dist.is_initialized():
-        return x
-    parts = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())
-    ]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts, 2)
-
-
-@torch.no_grad()
-def all_reduce_mean(tensors):
-    """In place, over ranks; all on one device. -> tensors"""
-    if dist.is_initialized():
-        flat = all_reduce_sum(torch.cat([x.flatten() for x in tensors])) / world_size()
-        for x, mean in zip(tensors, flat.split([x.numel() for x in tensors])):
-            x.copy_(mean.view_as(x))
-    return tensors
-
-
-def all_reduce_sum(x):
-    """x summed over ranks, in place; on the CPU or each on its own GPU."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def all_reduce_max(number):
-    """The largest of the ranks' numbers, so that all do the same."""
-    if dist.is_initialized():
-        dist.all_reduce(
-            number := torch.tensor(number), dist.ReduceOp.MAX
-        )  # on the CPU, by Gloo: the GPU does not wait for it
-    return int(number)
-
-
-def unwrap_model(module):
-    """The module inside DistributedDataParallel."""
-    return getattr(module, "module", module)
-
-
-def wrap_ddp(module):
-    """Gradients become their mean over ranks. BatchNorm's running statistics stay apart until they are saved: see `save`."""
-    if not dist.is_initialized() or not any(p.requires_grad for p in module.parameters()):
-        return module
-    wrap = nn.parallel.DistributedDataParallel
-    buffers = (
-        "forward_sync_buffers"
-        if "forward_sync_buffers" in inspect.signature(wrap).parameters
-        else "broadcast_buffers"
-    )  # its newer name
-    return wrap(module, **{buffers: False})
-
-
-class PeerLost(UserError):
-    code = 1
-
-
-@contextlib.contextmanager
-def init_distributed(device, patience=60):
-    """Join the other processes that torchrun started, over NCCL between GPUs, Gloo between CPUs; nothing happens without it.
-
-    -> a context in which rank 0 goes first, however long it takes. UserError when one is not there after `patience` seconds, or is lost.
+    images (b c h w); params: any of area, ratio, place; flip; turns; aspect (b,) width / height of
+    the image before it was squashed into a square -> (b c size size), antialiased as torchvision's.
     """
-    import data as pixels
-
-    if "WORLD_SIZE" not in os.environ:
-        yield contextlib.nullcontext
-        return
-    try:
-        store, me, size = next(
-            dist.rendezvous("env://", timeout=datetime.timedelta(seconds=patience))
-        )
-        store.set(f"rank {me}", "here")
-        store.wait([f"rank {i}" for i in range(size)], datetime.timedelta(seconds=patience))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were announced, and not all came within {patience} s "
-            f"({pixels.first_line(error)}): start as torchrun does, all of them, with the same MASTER_ADDR and MASTER_PORT"
-        ) from None
-    gpu = torch.device(device)
-    if gpu.type == "cuda":
-        torch.cuda.set_device(gpu.index or 0)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpu.type == "cuda" else "gloo",
-        store=store,
-        rank=me,
-        world_size=size,
-    )
-    turns = itertools.count()
-
-    @contextlib.contextmanager
-    def leader_first():
-        turn = f"turn {next(turns)}"
-        if me:
-            store.wait([turn], datetime.timedelta(days=7))
-        yield
-        if not me:
-            store.set(turn, "done")
-
-    try:
-        yield leader_first
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not re.search(
-            "gloo|nccl|connection|peer", str(error), re.IGNORECASE
-        ):
-            raise
-        raise PeerLost(
-            f"another process was lost: its own last words say why ({pixels.first_line(error)})"
-        ) from None
-    dist.destroy_process_group()
+    b, c, h, w = images.shape
+    size = size or h
+    # Found on the CPU, so that no GPU is waited for.
+    odd = (params["turns"] % 2 == 1).nonzero().squeeze(1) if "turns" in params else ()
+    params = {key: move_like(images, x) for key, x in params.items()}
+    zeros, ones = images.new_zeros(b), images.new_ones(b)
+    top, left, height, width = zeros, zeros, ones, ones  # the whole image
+    if "area" in params:
+        top, left, height, width = crop_box(params, ones if aspect is None else aspect)
+    turns, flip = params.get("turns", zeros), params.get("flip", zeros.bool())
+    # Half a turn mirrors both axes; an odd turn is a mirror and a transpose.
+    mirror_rows = (turns == 2) | (turns == 3)
+    mirror_cols = flip ^ ((turns == 1) | (turns == 2))
+    rows = resize_matrix(top, height, mirror_rows, h, size)
+    cols = resize_matrix(left, width, mirror_cols, w, size)
+    out = separable_matmul(images, rows, cols)
+    if len(odd):
+        odd = move_like(images, odd)
+        out[odd] = out[odd].mT
+    return out
 
 
-# ---------------------------------------------------------------- training
+def crop_box(params, aspect):
+    """The first attempt that fits, else the largest box in the middle, as torchvision does.
 
-# Defaults of a data set; any of them is also a flag. `factors` also serves folders and small sets: minutes on a CPU.
-# `imagenet100` is the paper's section 4; factors departs from it so that near negatives weigh among few far ones (a short queue, a low tau) and
-# the key encoder keeps up within 1,152 steps (momentum).
-RECIPES = {
-    "factors": dict(
-        arch="small",
-        stem="imagenet",
-        size=32,
-        epochs=18,
-        batch=128,
-        lr=0.1,
-        schedule="cosine",
-        queue=128,
-        tau=0.1,
-        momentum=0.99,
-        weight_decay=5e-4,
-        hidden=512,
-        dim=64,
-        splits=8,
-    ),
-    "imagenet100": dict(
-        arch="resnet50",
-        stem="imagenet",
-        size=224,
-        epochs=500,
-        batch=256,
-        lr=0.03,
-        schedule="300,400",
-        queue=16384,
-        tau=0.2,
-        momentum=0.999,
-        weight_decay=1e-4,
-        hidden=2048,
-        dim=128,
-        splits=8,
-    ),
+    params area, ratio (b 10), place (b 2); aspect (b,)
+    -> top, left, height, width (b,) as shares of the image.
+    """
+    aspect = aspect[:, None]
+    width = (params["area"] * params["ratio"] / aspect).sqrt()
+    height = (params["area"] / params["ratio"] * aspect).sqrt()
+    fits = (width <= 1) & (height <= 1)
+    first = fits.int().argmax(1, keepdim=True)
+    none = ~fits.any(1, keepdim=True)
+    box = torch.cat([width.gather(1, first), height.gather(1, first)], 1)
+    largest = torch.cat([(4 / 3 / aspect).clamp(max=1), (aspect * 4 / 3).clamp(max=1)], 1)
+    width, height = torch.where(none, largest, box).unbind(1)
+    top, left = torch.where(none, 0.5, params["place"]).unbind(1)
+    return top * (1 - height), left * (1 - width), height, width
+
+
+def resize_matrix(start, extent, mirror, n, size):
+    """Antialiased linear interpolation along one axis of n pixels, as a matrix.
+
+    start, extent (b,): the box as shares of n; mirror (b,) bool -> (b size n), row i weighs the
+    pixels behind output pixel i.
+    """
+    start, extent = start[:, None, None] * n, extent[:, None, None] * n
+    step = extent / size
+    center = torch.arange(size, device=start.device)[:, None] + 0.5
+    center = torch.where(mirror[:, None, None], size - center, center)
+    center = start + step * center  # (b size 1), in pixels
+    pixel = torch.arange(n, device=start.device) + 0.5
+    # Pixels outside the box have no weight, as if it was cropped first. 1e-4 forgives rounding.
+    inside = (pixel > start - 1e-4) & (pixel < start + extent + 1e-4)
+    distance = (pixel - center).abs_()
+    weight = distance.div_(-step.clamp(min=1)).add_(1).clamp_(min=0).mul_(inside)
+    return weight.div_(weight.sum(-1, keepdim=True))
+
+
+def separable_matmul(images, rows, cols):
+    """rows @ images @ cols^T of each image and channel.
+
+    images (b c h w), rows (b k h), cols (b l w) -> (b c k l), contiguous.
+    """
+    wide = rearrange(images, "b c h w -> b (c h) w") @ cols.mT
+    return rows[:, None] @ rearrange(wide, "b (c h) l -> b c h l", c=images.shape[1])
+
+
+def sample_color(b, generator):
+    """Color jitter with probability 0.8, then grayscale with probability 0.2, as in MoCo v2.
+
+    order (b 4): which adjustment comes when, as an index into JITTER; -1 without jitter.
+    """
+    jitter = torch.rand(b, generator=generator) < 0.8
+
+    def around(center, reach):
+        drawn = uniform(center - reach, center + reach, b, generator=generator)
+        return torch.where(jitter, drawn, center)
+
+    params = {"brightness": around(1, 0.4), "contrast": around(1, 0.4)}
+    params |= {"saturation": around(1, 0.4), "hue": around(0, 0.1)}
+    order = torch.rand(b, len(JITTER), generator=generator).argsort(1)
+    params["order"] = torch.where(jitter[:, None], order, -1)
+    params["gray"] = torch.rand(b, generator=generator) < 0.2
+    return params
+
+
+def color(images, params):
+    """Color jitter in each image's own order, then grayscale; (b 3 h w) -> (b 3 h w).
+
+    Images with the same adjustment at the same position go together. The CPU knows which they are,
+    so no GPU is waited for.
+    """
+    out = images.clone()
+    factors = {name: move_like(images, params[name]) for name in JITTER}
+    for position in params["order"].unbind(1):  # (b,)
+        for i, (name, adjust) in enumerate(JITTER.items()):
+            rows = move_like(images, (position == i).nonzero().squeeze(1))
+            adjusted = adjust(out.index_select(0, rows), factors[name].index_select(0, rows))
+            out.index_copy_(0, rows, adjusted)
+    rows = move_like(images, params["gray"].nonzero().squeeze(1))
+    gray = grayscale(out.index_select(0, rows)).expand(-1, 3, -1, -1)
+    return out.index_copy_(0, rows, gray)
+
+
+def grayscale(images):
+    """(b 3 h w) -> (b 1 h w), ITU-R 601."""
+    r, g, b = images.unbind(1)
+    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)[:, None]
+
+
+def blend(images, other, factor):
+    """images (b 3 h w), other (b 1 h w) or (b 1 1 1), factor (b,) -> (b 3 h w) in [0, 1].
+
+    Factor 0 is other, 1 is images, above 1 is more than images.
+    """
+    factor = factor[:, None, None, None]
+    return (images * factor).add_(other * (1 - factor)).clamp_(0, 1)
+
+
+def adjust_brightness(images, factor):
+    """(b 3 h w), factor (b,) -> (b 3 h w); this and the next two are torchvision's adjust_*."""
+    return (images * factor[:, None, None, None]).clamp_(0, 1)
+
+
+def adjust_contrast(images, factor):
+    # The mean of the gray image is the gray of the mean.
+    return blend(images, grayscale(images.mean((2, 3), keepdim=True)), factor)
+
+
+def adjust_saturation(images, factor):
+    return blend(images, grayscale(images), factor)
+
+
+def adjust_hue(images, shift):
+    """(b 3 h w), shift (b,) as a share of the color circle -> (b 3 h w): to HSV and back."""
+    r, g, b = images.unbind(1)
+    high = torch.maximum(torch.maximum(r, g), b)
+    low = torch.minimum(torch.minimum(r, g), b)
+    chroma = high - low
+    # In sixths of the circle, 0 to 3: the distance from red, whichever channel is the highest.
+    from_red = (g + b).sub_(r).sub_(low).div_(chroma.clamp(min=1e-8)).add_(1)
+    hue = torch.copysign(from_red, g - b).add_(6 * shift[:, None, None])
+    # Wrap into [-3, 3]; `%` takes twice as long.
+    hue.sub_((hue / 6).round_(), alpha=6)
+    out = torch.empty_like(images)
+    for channel, offset in zip(out.unbind(1), (0, 2, -2)):
+        torch.sub(hue, offset, out=channel)
+    out.abs_().sub_(3).abs_().clamp_(1, 2)
+    return out.mul_(chroma[:, None]).add_(low.sub_(chroma)[:, None])
+
+
+# Each image has them in an order of its own, as in torchvision's ColorJitter.
+JITTER = {
+    "brightness": adjust_brightness,
+    "contrast": adjust_contrast,
+    "saturation": adjust_saturation,
+    "hue": adjust_hue,
 }
 
 
-class State(NamedTuple):
-    """All that decides what comes next, beside the configuration. "supervised" leaves the key encoder idle, the others the classifier."""
-
-    query: Encoder
-    key: Encoder
-    classifier: nn.Linear
-    optimizer: torch.optim.Optimizer
-    queue: torch.Tensor  # (s n c) unit norm
-    pointer: int  # the queue's oldest slot
-    step: int
-    total: torch.Tensor  # (s,) loss summed since the last line of the log
+def sample_blur(b, generator):
+    """Gaussian blur with probability 0.5; sigma in pixels of a 224-pixel image."""
+    blurred = torch.rand(b, generator=generator) < 0.5
+    return {"blur": blurred, "sigma": uniform(0.1, 2.0, b, generator=generator)}
 
 
-def build_encoder(config, splits=1):
-    """The encoder a configuration names, as it starts."""
-    method = get_method(config)
-    return Encoder(
-        config["arch"],
-        config["stem"],
-        len(method.spaces),
-        method.heads,
-        config["hidden"],
-        config["dim"],
-        splits,
-    )
+def blur(images, params):
+    """Gaussian blur, edges reflected; (b c h w) -> (b c h w); sigma shrinks with the image.
+
+    Below 34 pixels no neighbor would weigh 1/255, and nothing is done.
+    """
+    h, w = images.shape[2:]
+    if 2.0 * w / 224 < 0.3:
+        return images
+    rows = params["blur"].nonzero().squeeze(1)
+    sigma = move_like(images, params["sigma"][rows]) * w / 224
+    out, rows = images.clone(), move_like(images, rows)
+    out[rows] = separable_matmul(images[rows], gaussian_matrix(sigma, h), gaussian_matrix(sigma, w))
+    return out
 
 
-def init_state(config, classes=0):
-    """State before the first step: the key encoder is a copy of the query's, the queue holds random directions."""
-    method = get_method(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config["seed"])
-        query = build_encoder(config, config["splits"] // world_size())
-        classifier = nn.Linear(query.features, classes) if classes else nn.Identity()
-        key = build_encoder(
-            config, config["splits"] // world_size() * max(len(method.share), 1)
-        ).requires_grad_(False)  # statistics per (view, split)
-    key.load_state_dict(query.state_dict())
-    place = partial(
-        nn.Module.to,
-        device=config["device"],
-        dtype=dtype_of(config),
-        memory_format=torch.channels_last,
-    )
-    query, key, classifier = map(place, (query, key, classifier))
-    if config["compile"]:
-        query.compile(), key.compile()
-    queue = torch.randn(
-        len(method.spaces),
-        config["queue"],
-        config["dim"],
-        generator=generator("queue", config["seed"]),
-    )
-    optimizer = torch.optim.SGD(
-        [*query.parameters(), *classifier.parameters()],
-        config["lr"],
-        0.9,
-        weight_decay=config["weight_decay"],
-        fused=True,
-    )
-    return State(
-        wrap_ddp(query),
-        key,
-        wrap_ddp(classifier),
-        optimizer,
-        F.normalize(queue, dim=-1).to(config["device"], dtype_of(config)),
-        0,
-        0,
-        torch.zeros(max(len(method.spaces), 1), device=config["device"], dtype=dtype_of(config)),
-    )
+def gaussian_matrix(sigma, n):
+    """sigma (b,) -> (b n n): row i weighs the n pixels around pixel i, with reflected edges."""
+    at = torch.arange(n, device=sigma.device)
+
+    def bell(distance):
+        return (-0.5 * (distance / sigma[:, None, None]) ** 2).exp()
+
+    row = at[:, None]
+    reflected = bell(row + at) * (at > 0) + bell(2 * (n - 1) - row - at) * (at < n - 1)
+    weight = bell(row - at) + reflected
+    return weight / weight.sum(-1, keepdim=True)
+
+
+# name: (sample, apply), in the order of application. An augmentation of your own is one more row:
+# with --groups=NAME it gets a view, a space and a queue. Neighbors with the same `apply` are
+# applied together.
+GROUPS = {
+    "texture": (sample_texture, texture),
+    "crop": (sample_crop, resample),
+    "flip": (sample_flip, resample),
+    "rotation": (sample_rotation, resample),
+    "color": (sample_color, color),
+    "blur": (sample_blur, blur),
+}
+
+
+# ---------------------------------------- recipes and configuration
+
+# Defaults of a data set; each of them is also a flag. `factors` also serves folders and small sets
+# and takes minutes on a CPU. It departs from the paper: a short queue and a low tau give the own
+# negatives weight among few queued ones, and with the lower momentum the key encoder keeps up
+# within 1,152 steps. `imagenet100` is the paper's (section 4).
+RECIPES = {
+    "factors": dict(arch="small", stem="imagenet", size=32, hidden=512, dim=64, splits=8)
+    | dict(epochs=18, batch=128, lr=0.1, schedule="cosine", weight_decay=5e-4)
+    | dict(queue=128, tau=0.1, momentum=0.99),
+    "imagenet100": dict(arch="resnet50", stem="imagenet", size=224, hidden=2048, dim=128, splits=8)
+    | dict(epochs=500, batch=256, lr=0.03, schedule="300,400", weight_decay=1e-4)
+    | dict(queue=16384, tau=0.2, momentum=0.999),
+}
+
+RESNETS = [name for name in torchvision.models.list_models(torchvision.models) if "resne" in name]
+CHOICES = {
+    "recipe": tuple(RECIPES),
+    "method": tuple(methods(())),
+    "arch": ("small", *RESNETS),
+    "stem": ("imagenet", "cifar"),
+    "precision": ("auto", "float32", "bfloat16", "float64"),
+    "cache": ("auto", "device", "host", "none"),
+}
+
+# flag: lowest, highest, and both in words
+POSITIVE = (math.nextafter(0.0, 1.0), math.inf, "more than 0")
+NOT_NEGATIVE = (0, math.inf, "0 or more")
+RANGES = {
+    **dict.fromkeys(("size", "canvas", "epochs", "batch", "lr", "queue", "tau"), POSITIVE),
+    **dict.fromkeys(("dim", "splits", "save_every"), POSITIVE),
+    **dict.fromkeys(("weight_decay", "hidden", "workers"), NOT_NEGATIVE),
+    "momentum": (0, 1, "0 to 1; it is the key encoder's, not SGD's"),
+}
+
+
+class UserError(ValueError):
+    """Bad input: the command line prints it as one line and exits with this code."""
+
+    code = 2
+
+
+def make_config(*, packed, fresh, **flags):
+    """The flags of `train`, completed by the recipe -> config, plain data. UserError if wrong."""
+    from data import NAMES, check_choice, forbid_inside, resolve_device
+
+    method, data, groups = flags["method"], flags["data"], flags["groups"]
+    flags["recipe"] = flags["recipe"] or (data if data in RECIPES else "factors")
+    for flag, words in (CHOICES | {"data": NAMES}).items():
+        if flags[flag] is not None:
+            check_choice(flag, flags[flag], words)
+    check_groups(groups=groups, always=flags["always"], same=flags["same"])
+    recipe = RECIPES[flags["recipe"]]
+    config = {name: recipe.get(name) if value is None else value for name, value in flags.items()}
+    config["out"] = flags["out"] or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
+    config["groups"], config["same"] = list(groups), list(flags["same"])
+    config["always"] = [name for name in flags["always"] if name not in groups]
+    config["device"] = resolve_device(flags["device"])
+    if config["precision"] == "auto":
+        config["precision"] = "bfloat16" if fast_bfloat16(config["device"]) else "float32"
+    for flag, (low, high, expected) in RANGES.items():
+        if config[flag] is not None and not low <= config[flag] <= high:
+            raise UserError(f"--{flag}={config[flag]}: expected {expected}")
+    check_config(config, packed)
+    if data == "folder" and flags["root"]:
+        forbid_inside("out", config["out"], flags["root"])
+    for folder in ("root", "textures"):
+        config[folder] = config[folder] and str(Path(config[folder]).resolve())
+    return config
+
+
+def check_groups(**flags):
+    """UserError where a flag, such as groups=("color",), names no augmentation."""
+    from data import check_choice
+
+    for flag, names in flags.items():
+        for name in names:
+            check_choice(flag, name, tuple(GROUPS))
+
+
+def check_config(config, packed):
+    """UserError where flags that are right one by one do not fit together."""
+    method, data, groups, same = (config[name] for name in ("method", "data", "groups", "same"))
+    textures, batch, splits = config["textures"], config["batch"], config["splits"]
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    named = ",".join(groups)
+    if len(set(groups)) < len(groups):
+        raise UserError(f"--groups={named} names a group twice")
+    if method == "moco_same" and not set(same) & set(groups):
+        raise UserError(f"--same={','.join(same)} shares none of --groups={named}")
+    if not groups and method in ("looc", "looc++"):
+        raise UserError(f"--method={method} needs at least one group, as in --groups=color")
+    if packed and not Path(packed).is_dir():
+        raise UserError(f"--packed={packed}: no such folder; `python data.py pack` writes it")
+    if data == "factors" and config["canvas"]:
+        raise UserError(f"--canvas={config['canvas']}: factors is drawn at --size, use that")
+    if textures and (data == "factors" or "texture" not in groups + config["always"]):
+        raise UserError(
+            f"--textures={textures}: expected a group that reads it, as in "
+            "--groups=color,texture; factors makes its own copies"
+        )
+    if Path(config["out"]).is_file():
+        raise UserError(f"--out={config['out']} is a file; name a folder")
+    if batch % splits or batch == splits:
+        raise UserError(f"--batch={batch} is not --splits={splits} parts of two images or more")
+    if splits % processes:
+        raise UserError(
+            f"--splits={splits} does not divide among {processes} processes: start a number that "
+            "divides, or change --splits, and with it the training"
+        )
+    try:
+        learning_rate(config, 0.0)
+    except ValueError:
+        message = "expected cosine, or epochs with commas between, as 300,400"
+        raise UserError(f"--schedule={config['schedule']}: {message}") from None
+
+
+def default_config(**flags):
+    """The configuration that `train` makes of these flags."""
+    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
+    return make_config(**defaults | flags)
 
 
 def on_gpu(config):
@@ -879,158 +914,80 @@ def on_gpu(config):
 
 
 def dtype_of(config):
-    """Of weights and pictures; bfloat16 is autocast's."""
+    """The precision of weights and images. (bfloat16 is autocast's: the weights are float32.)"""
     return torch.float64 if config["precision"] == "float64" else torch.float32
 
 
-def key_permutation(config, step):
-    """(B,) the order in which the key encoder sees the global batch, so that a BatchNorm split does not hold the same images for query and key."""
-    return torch.randperm(config["batch"], generator=generator("shuffle", config["seed"], step))
-
-
-def rank_rows(config, step):
-    """What this rank reads of the global batch of B -> its rows (m,), and where among them its queries (b,) and keys (b,) are, b = B / ranks. A
-    rank draws the keys that its part of the shuffled order asks for, so no images travel between ranks."""
-    queries = rank_slice(config["batch"])
-    keys = key_permutation(config, step)[queries]
-    rows, where = torch.cat([queries, keys]).unique(return_inverse=True)
-    return rows, *where.chunk(2)
-
-
-def contrastive(query, key, images, aspect, config, step, textures=None):
-    """The forward pass of section 3. images (m c h w) in [0, 1], aspect (m,), textures: the rows of the global batch that `needed` names, which
-    alone is all of it -> q (s b c), k (s v b c) without gradient, the keys that enter the queue (s B c), role (s v [b]).
-
-    Draws and shuffle are those of the global batch and depend on (seed, step) alone.
-    """
-    B, method = config["batch"], get_method(config)
-    rows, q_at, k_at = rank_rows(config, step)
-    at, view = (
-        torch.cat([q_at, k_at.repeat(len(method.share))]),
-        torch.arange(1 + len(method.share)).repeat_interleave(len(q_at)),
-    )
-    with (
-        torch.inference_mode()
-    ):  # no_grad without its bookkeeping: a tenth of the augmenting on a CPU
-        draws = sample_groups(
-            B,
-            method.groups,
-            method.share,
-            generator("views", config["seed"], step),
-            config["always"],
-        )
-        flat = view * B + rows[at]  # (n,): which of the (v B) draws
-        views = apply_groups(
-            images,
-            at,
-            map_params(draws, lambda x: x.flatten(0, 1).index_select(0, flat)),
-            config["size"],
-            aspect,
-            textures,
-        )
-        q_images, k_images = views[: len(q_at)], views[len(q_at) :]  # (b c h w), ((v b) c h w)
-        with autocast(config):
-            k = encode(key, k_images)[1]
-    with autocast(config):
-        q = encode(query, q_images)[1]
-    k = all_gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)))[
-        :, :, move_like(images, key_permutation(config, step).argsort())
-    ]
-    role = method.role
-    if config["drop_equal"] and (role < 0).any():
-        role = drop_equal(role, map_params(draws, lambda x: x[:, rank_slice(B)]), method)
-    role = role.to(q.device)
-    return (
-        q,
-        k[:, :, move_like(images, rank_slice(B))],
-        k[torch.arange(len(k), device=k.device), positive_view(role)],
-        role,
-    )
-
-
-def drop_equal(role, draws, method):
-    """role (s v) -> (s v b): a near negative that drew the query's own parameters by chance (rotation: often) is not used.
-    Our option; the paper does not speak of it. (Of texture: plain pictures only. That two draws mean the same copy is not known here.)"""
-    role = repeat(
-        role, "s v -> s v b", b=next(iter(draws[method.groups[0]].values())).shape[1]
-    ).clone()
-    for space, name in enumerate(method.groups, 1):
-        same = torch.stack(
-            [rearrange(x[1:] == x[0], "v b ... -> v b (...)").all(2) for x in draws[name].values()]
-        ).all(0)
-        role[space].masked_fill_(same & (role[space] < 0), 0)
-    return role
-
-
-def train_step(state, images, aspect, config, textures=None):
-    """One step of LooC or a contrastive baseline: images, aspect, textures as `contrastive` -> State, (loss (s,), q, k, queue, role)."""
-    ema(state.key, state.query, config["momentum"])
-    q, k, positives, role = contrastive(
-        state.query, state.key, images, aspect, config, state.step, textures
-    )
-    loss = multi_space_loss(q, k, state.queue, role, config["tau"])
-    optimizer_step(state.optimizer, loss.mean())
-    queue, pointer = queue_update(state.queue, state.pointer, positives)
-    return state._replace(queue=queue, pointer=pointer, step=state.step + 1), (
-        loss.detach(),
-        q.detach(),
-        k,
-        state.queue,
-        role,
-    )
-
-
-def supervised_step(state, images, aspect, labels, config, textures=None):
-    """The supervised baseline: the query's augmentations, cross-entropy on labels (b,), or on the rotation drawn if None."""
-    method = get_method(config)
-    images, _, draws = augment_groups(
-        images,
-        method.groups,
-        method.share,
-        generator("views", config["seed"], state.step),
-        always=config["always"],
-        size=config["size"],
-        aspect=aspect,
-        textures=textures,
-        rows=(rank() * len(images), config["batch"]),
-    )
-    labels = draws["rotation"]["turns"][0].to(images.device) if labels is None else labels
-    with autocast(config):
-        logits = state.classifier(encode(state.query, images)[0])
-    loss = F.cross_entropy(at_least_float32(logits), labels)
-    optimizer_step(state.optimizer, loss)
-    return state._replace(step=state.step + 1), (loss.detach()[None],)
-
-
-def optimizer_step(optimizer, loss):
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-
-
-def tune_malloc():
-    """glibc gives a large block back to the system when it is freed, and the next one is faulted in page by page: small operations on a
-    CPU can take five times as long as they must. Keep up to 1 GiB instead."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-            libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at most 32 MiB
-
-
 def autocast(config):
-    return torch.autocast(
-        torch.device(config["device"]).type,
-        torch.bfloat16,
-        enabled=config["precision"] == "bfloat16",
-    )
+    device = torch.device(config["device"]).type
+    return torch.autocast(device, torch.bfloat16, enabled=config["precision"] == "bfloat16")
+
+
+def fast_bfloat16(device):
+    """Whether the device has bfloat16: GPUs of Ampere or later, CPUs with AVX-512 bf16."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 def learning_rate(config, epoch):
-    """At a fractional epoch: "cosine", or x0.1 at each epoch listed ("300,400")."""
+    """At a fractional epoch: "cosine", or a tenth after each epoch listed ("300,400")."""
     if config["schedule"] == "cosine":
         return config["lr"] * (1 + math.cos(math.pi * epoch / config["epochs"])) / 2
     return config["lr"] * 0.1 ** sum(epoch >= float(at) for at in config["schedule"].split(","))
+
+
+def build_encoder(config, splits=1):
+    """The encoder that a configuration names, before any training."""
+    method = get_method(config)
+    arch, stem, hidden, dim = (config[name] for name in ("arch", "stem", "hidden", "dim"))
+    return Encoder(arch, stem, len(method.spaces), method.heads, hidden, dim, splits)
+
+
+def init_state(config, classes=0):
+    """The state before the first step. The queue holds random directions."""
+    device, dtype = config["device"], dtype_of(config)
+    method = get_method(config)
+    splits = config["splits"] // world_size()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config["seed"])
+        encoder_q = build_encoder(config, splits)
+        classifier = nn.Linear(encoder_q.features, classes) if classes else nn.Identity()
+        # All key views pass together, and each has its own BatchNorm splits.
+        encoder_k = build_encoder(config, splits * max(len(method.share), 1)).requires_grad_(False)
+    encoder_k.load_state_dict(encoder_q.state_dict())
+    for module in (encoder_q, encoder_k, classifier):
+        module.to(device, dtype, memory_format=torch.channels_last)
+    if config["compile"]:
+        encoder_q.compile()
+        encoder_k.compile()
+    weights = [*encoder_q.parameters(), *classifier.parameters()]
+    sgd = partial(torch.optim.SGD, momentum=0.9, fused=True)
+    optimizer = sgd(weights, config["lr"], weight_decay=config["weight_decay"])
+    shape = len(method.spaces), config["queue"], config["dim"]
+    queue = torch.randn(shape, generator=generator("queue", config["seed"]))
+    queue = F.normalize(queue, dim=-1).to(device, dtype)
+    total = torch.zeros(max(len(method.spaces), 1), device=device, dtype=dtype)
+    encoder_q, classifier = wrap_ddp(encoder_q), wrap_ddp(classifier)
+    return State(encoder_q, encoder_k, classifier, optimizer, queue, 0, 0, total)
+
+
+def training_labels(dataset, config):
+    """What "supervised" learns -> labels (n,), None of "rotation"; number of classes; name."""
+    from data import check_choice, label_names
+
+    if config["method"] != "supervised":
+        return None, 0, config["label"]
+    known = (*label_names(dataset.classes), "rotation")
+    label = check_choice("label", config["label"] or known[0], known)
+    if label != "rotation":
+        return dataset.labels[label], len(dataset.classes[label]), label
+    if "rotation" not in config["groups"]:
+        raise UserError("--label=rotation: name rotation in --groups, so that it is drawn")
+    return None, 4, label
+
+
+# ---------------------------------------- the loop and its log
 
 
 def train(
@@ -1072,28 +1029,29 @@ def train(
     textures: str = None,
     fresh: bool = False,
 ):
-    """Train an encoder: LooC, LooC++, or one of the paper's baselines (its section 3 and 4).
+    """Train an encoder: LooC, LooC++, or one of the paper's baselines (its sections 3 and 4).
 
-    What is left out comes from the data set's row of RECIPES. The run folder holds config.json, log.jsonl, views.png,
-    checkpoint.pt, backbone.pt (torchvision's names) and heads.pt; a run that was stopped goes on from its checkpoint.
+    What is left out comes from the data set's row of RECIPES. The run folder holds config.json,
+    log.jsonl, views.png, checkpoint.pt, backbone.pt (torchvision's names) and heads.pt. A run that
+    was stopped goes on from its checkpoint.
 
     Args:
         method: looc, looc++, moco, moco_same, moco++ or supervised; see `python loo.py methods`
-        groups: augmentation groups, one space each; with moco, what it is made invariant to
-        data: factors (drawn by code), folder, imagenet100 or another of the paper's sets (python data.py check), or torchvision's, such as cifar10
-        root: where the data is
+        groups: augmentation groups, one space each; with moco, what it becomes invariant to
+        data: factors, folder, a set of the paper (see `python data.py check`) or torchvision's
+        root: the folder of the data
         out: run folder, by default runs/METHOD-GROUPS-DATA
         recipe: whose defaults to take, by default the data set's own, else those of factors
-        always: augmentations drawn independently for every view, without a space; a named group leaves this list
-        same: moco_same only: groups of which query and key share the draw
+        always: augmentations drawn anew for every view, without a space; groups leave this list
+        same: moco_same only: the groups whose draw query and key share
         label: supervised only: the label to learn, or rotation
         download: let torchvision fetch the data
         arch: small, or a torchvision ResNet such as resnet18
-        stem: imagenet, or cifar for small pictures
+        stem: imagenet, or cifar for small images
         size: side of a view in pixels
-        canvas: side of the stored pictures
+        canvas: side of the stored images
         epochs: passes over the data
-        batch: pictures a step
+        batch: images a step
         lr: learning rate at the start
         schedule: cosine, or the epochs at which lr falls to a tenth, as 300,400
         queue: keys kept in each space
@@ -1106,322 +1064,548 @@ def train(
         drop_equal: do not use as negative a view that drew the query's parameters by chance
         save_every: steps between checkpoints, by default a tenth of the training
         seed: of everything random
-        workers: processes that decode pictures
+        workers: processes that decode images
         device: auto, cpu or cuda
         precision: auto, float32, bfloat16, or float64 (to check that two runs are the same)
-        compile: torch.compile the encoders: minutes before the first step, then faster on some devices; see `bench --compile`
-        cache: where the decoded pictures are: device, host (memory), none (a memory map on disk), or auto
-        packed: the folder that `python data.py pack` wrote, by default the one that the run folder lies in
-        textures: the folder that `python data.py stylize` wrote, for the group texture; factors makes its own
+        compile: torch.compile the encoders: slow to start, then often faster; see `bench --compile`
+        cache: where decoded images are: device, host (memory), none (a memory map on disk), or auto
+        packed: the folder that `python data.py pack` wrote, by default the run folder's parent
+        textures: the folder that `python data.py stylize` wrote, for the group texture
         fresh: start over; a run already in the folder is moved aside
     """
     config = make_config(**locals())
-    import data as pixels
+    from data import label_names, load_dataset
 
     tune_malloc()
     out = Path(config["out"])
-    with init_distributed(config["device"]) as leader_first, contextlib.ExitStack() as held:
+    where = dict(root=root, textures=textures, cache=packed or out.parent)
+    where |= {k: config[k] for k in ("size", "canvas", "seed", "download", "workers", "device")}
+    where["texture"] = "texture" in config["groups"] + config["always"]
+    split = "train" if method == "supervised" else "pretrain"
+    with init_distributed(config["device"]) as leader_first, contextlib.ExitStack() as stack:
         with leader_first():
-            found = pixels.load_dataset(
-                data,
-                "train" if method == "supervised" else "pretrain",
-                root=root,
-                size=config["size"],
-                canvas=canvas,
-                seed=seed,
-                download=download,
-                workers=workers,
-                cache=packed or out.parent,
-                shared=world_size() > 1 or cache == "none" or bool(packed),
-                texture="texture" in config["groups"] + config["always"],
-                textures=textures,
-                device=config["device"],
-            )
-            found, kept = place_dataset(found, config)
-            labels, classes, config["label"] = training_labels(found, config)
-            n, batch = len(found.images), config["batch"]
-            if n < batch:
-                raise UserError(
-                    f"--batch={batch} is more than the {n} training pictures of {root or data}: take a smaller multiple of "
-                    f"--splits={config['splits']}, two times that at least"
-                )
+            shared = world_size() > 1 or cache == "none" or bool(packed)
+            dataset = load_dataset(data, split, shared=shared, **where)
+            dataset, place = place_dataset(dataset, config)
+            labels, classes, config["label"] = training_labels(dataset, config)
+            if (n := len(dataset.images)) < (b := config["batch"]):
+                smaller = f"take a smaller multiple of --splits={config['splits']}"
+                raise UserError(f"--batch={b} is more than the {n} training images: {smaller}")
             if rank() == 0:
                 if fresh and out.exists():
                     with lock_folder(out):
                         print(f"moved the run that was there to {move_aside(out)}")
-                held.enter_context(lock_folder(out))
-        asked = held.enter_context(catch_signals())
+                stack.enter_context(lock_folder(out))
+        asked = stack.enter_context(catch_signals())
         state = load_checkpoint(init_state(config, classes), config, out)
-        all_reduce_max(0)  # all have read what was there
+        all_reduce_max(0)  # wait until every rank has read what was there
         if rank() == 0:
-            if state.step == 0:
-                pixels.write_atomic(out / "config.json", dumps(config, indent=1).encode())
-                save_views(found, config, out / "views.png")
-            link_latest(out)
-            log = [line for line in read_jsonl(out / "log.jsonl") if line["step"] <= state.step]
-            pixels.write_atomic(
-                out / "log.jsonl", "".join(dumps(line) + "\n" for line in log).encode()
-            )
-            print_header(state, config, found, kept)
+            prepare_folder(state, dataset, config, out)
+            print_header(state, dataset, place, config)
         begun = time.perf_counter()
-        query = train_loop(state, found, labels, config, out, asked).query
+        state = train_loop(state, dataset, labels, config, out, asked)
         if rank() == 0:
-            export(query, out)
-            print(
-                f"trained in {time.perf_counter() - begun:.0f} s; wrote {out}: backbone.pt, heads.pt, checkpoint.pt, log.jsonl, config.json, views.png\n"
-                f"next: python eval.py {'fewshot' if pixels.label_names(found.classes) else 'rotation'}"
-                + ("" if out.resolve() == Path("runs/latest").resolve() else f" --run={out}")
-            )
+            export(state.encoder_q, out)
+            files = "backbone.pt, heads.pt, checkpoint.pt, log.jsonl, config.json, views.png"
+            print(f"trained in {time.perf_counter() - begun:.0f} s; wrote {out}: {files}")
+            task = "fewshot" if label_names(dataset.classes) else "rotation"
+            latest = out.resolve() == Path("runs/latest").resolve()
+            print(f"next: python eval.py {task}" + ("" if latest else f" --run={out}"))
 
 
-def print_header(state, config, found, kept):
-    """The first lines of a run."""
-    import data as pixels
+def prepare_folder(state, dataset, config, out):
+    """Write what a run folder holds from the start, and cut its log to the step of `state`."""
+    from data import write_atomic
 
-    n, batch, out, spaces = (
-        len(found.images),
-        config["batch"],
-        config["out"],
-        get_method(config).spaces,
-    )
-    steps, among = (
-        config["epochs"] * (n // batch),
-        f" on {world_size()} processes" if world_size() > 1 else "",
-    )
-    if state.step:
-        print(
-            f"{out} is trained already; --fresh starts over"
-            if state.step == steps
-            else f"resuming {out} at step {state.step}{among}",
-            flush=True,
-        )
+    if state.step == 0:
+        write_atomic(out / "config.json", dumps(config, indent=1).encode())
+        save_views(dataset, config, out / "views.png")
+    link_latest(out)
+    kept = [record for record in read_jsonl(out / "log.jsonl") if record["step"] <= state.step]
+    write_atomic(out / "log.jsonl", "".join(dumps(record) + "\n" for record in kept).encode())
+
+
+def print_header(state, dataset, place, config):
+    """Print the first lines of a run. place: where the images are, see `place_dataset`."""
+    from data import label_names
+
+    batch, queue, out = config["batch"], config["queue"], config["out"]
+    spaces = get_method(config).spaces
+    n = len(dataset.images)
+    steps = config["epochs"] * (n // batch)
+    among = f" on {world_size()} processes" if world_size() > 1 else ""
+    if state.step == steps:
+        print(f"{out} is trained already; --fresh starts over")
+    elif state.step:
+        print(f"resuming {out} at step {state.step}{among}")
     else:
-        place = {"device": "on the device", "host": "in memory", "none": "on disk"}[kept]
-        known = pixels.label_names(found.classes)
-        labels = (
-            f", {len(found.classes['class'])} classes"
-            if "class" in known
-            else ""
-            if known
-            else ", no labels"
-        )
+        where = {"device": "on the device", "host": "in memory", "none": "on disk"}[place]
+        known = label_names(dataset.classes)
+        labels = "" if known else ", no labels"
+        if "class" in known:
+            labels = f", {len(dataset.classes['class'])} classes"
         print(
-            f"{config['method']} on {config['data']}: {n} training pictures {place}{labels}; {config['arch']} on views of {config['size']} pixels, {steps} steps "
-            f"of {batch}{among}, spaces {', '.join(spaces) or config['label']}; {config['device']}, {config['precision']}; see {out}/views.png",
-            flush=True,
+            f"{config['method']} on {config['data']}: {n} training images {where}{labels}; "
+            f"{config['arch']} on views of {config['size']} pixels, "
+            f"{steps} steps of {batch}{among}, spaces {', '.join(spaces) or config['label']}; "
+            f"{config['device']}, {config['precision']}; see {out}/views.png"
         )
-    if spaces and not state.step:
-        print(
-            f"the queue holds random directions until step {-(-config['queue'] // batch)}, then {config['queue']} keys a space",
-            flush=True,
-        )
-    if spaces and config["queue"] > n:
-        print(
-            f"warning: --queue={config['queue']} is more than the {n} pictures: it holds keys of the query's own picture as negatives; take a smaller one",
-            file=sys.stderr,
-        )
+        if spaces:
+            full = math.ceil(queue / batch)
+            print(f"the queue holds random directions until step {full}, then {queue} keys a space")
+    if spaces and queue > n:
+        what = f"--queue={queue} is more than the {n} images, take a smaller one"
+        why = "it holds keys of the query's own image as negatives"
+        print(f"warning: {what}: {why}", file=sys.stderr)
+    sys.stdout.flush()
+
+
+def save_views(dataset, config, path):
+    """Draw the views of a few images, each key with its space and what it shares."""
+    from data import image_grid
+
+    n, method = len(dataset.images), get_method(config)
+    some = torch.linspace(0, n - 1, min(12, n)).long()  # of all classes, which lie in order
+    on_cpu = config | {"device": "cpu", "precision": "float32"}
+    _, images, aspect, textures = get_batch(dataset, on_cpu, some)
+    rest = dict(always=config["always"], size=config["size"], aspect=aspect, textures=textures)
+    draws = generator("views", config["seed"], 0)
+    query, keys, _ = augment_groups(images, method.groups, method.share, draws, **rest)
+    names = ["query"]
+    for shared, role in zip(method.share, method.role.T):
+        groups = " + ".join(itertools.compress(method.groups, shared)) or "nothing"
+        spaces = ", ".join(itertools.compress(method.spaces, role == 1))
+        names.append(f"key of space {spaces}: shares {groups}")
+    zoom = max(1, 64 // config["size"])
+    image_grid(torch.cat([query[None], keys]), names, [""] * len(some), path, zoom)
 
 
 def batch_rows(config, n, first, steps):
-    """The rows of the data that this rank reads, step by step."""
-    import data as pixels
+    """The rows of the data set that this rank reads, step by step from step `first`."""
+    from data import epoch_batches
 
-    for at in range(first, steps):
-        epoch, i = divmod(at, n // config["batch"])
-        if i == 0 or at == first:
-            order = pixels.epoch_batches(n, config["batch"], config["seed"], epoch)
-        yield order[i][
-            rank_slice(config["batch"])
-            if config["method"] == "supervised"
-            else rank_rows(config, at)[0]
-        ]
+    for step in range(first, steps):
+        epoch, i = divmod(step, n // config["batch"])
+        if i == 0 or step == first:
+            order = epoch_batches(n, config["batch"], config["seed"], epoch)
+        if config["method"] == "supervised":
+            yield order[i][rank_slice(config["batch"])]
+        else:
+            yield order[i][rank_rows(config, step).images]
 
 
-def get_batch(found, config, rows):
-    """-> rows, and on the training device images (m 3 h w) in [0, 1], aspect (m,), textures (m copy 3 h w) or None; bytes travel, not floats."""
+def get_batch(dataset, config, rows):
+    """-> rows (m,), images (m 3 h w) in [0, 1], aspect (m,), textures (m copy 3 h w) or None."""
 
-    def place(some):
-        some = some.index_select(0, rows.to(some.device))
-        pinned = some.pin_memory() if on_gpu(config) and not some.is_cuda else some
-        return pinned.to(config["device"], non_blocking=True).to(dtype_of(config))
+    # Bytes travel to the training device, not floats.
+    def place(x):
+        x = x.index_select(0, rows.to(x.device))
+        if on_gpu(config) and not x.is_cuda:
+            x = x.pin_memory()
+        return x.to(config["device"], non_blocking=True).to(dtype_of(config))
 
-    return (
-        rows,
-        place(found.images) / 255,
-        place(found.aspect),
-        None if found.textures is None else place(found.textures) / 255,
-    )
+    textures = None if dataset.textures is None else place(dataset.textures) / 255
+    return rows, place(dataset.images) / 255, place(dataset.aspect), textures
 
 
 def prefetch(function, items):
-    """map, but a thread computes the next one while this one is used."""
+    """map, but a thread computes the next result while this one is used."""
     with ThreadPoolExecutor(1) as pool:
         waiting = collections.deque()
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) == 2:
                 yield waiting.popleft().result()
-        yield from (one.result() for one in waiting)
+        yield from (future.result() for future in waiting)
 
 
-def place_dataset(found, config):
-    """The pictures where --cache says: on the "device", by default if they take less than half of its free memory; in the "host"'s memory, by
-    default below 4 GiB and on one process; or "none", a memory map on disk -> Data, and which it is."""
-    cache, mapped = config["cache"], found.images.is_shared()
-    if cache == "auto":
-        size = sum(x.numel() for x in (found.images, found.textures) if x is not None)
-        fits = on_gpu(config) and size < torch.cuda.mem_get_info(config["device"])[0] / 2
-        cache = "device" if fits else "none" if mapped else "host"
-    if cache == "none" and not mapped:  # factors: drawn, never on disk
-        cache = "host"
+def place_dataset(dataset, config):
+    """Move the images to where --cache says -> ImageSet, and where that is.
+
+    "device": by default where it has twice the room; "host", the memory; "none": a map on disk.
+    """
+    place, on_disk = config["cache"], dataset.images.is_shared()
+    if place == "auto":
+        size = sum(x.numel() for x in (dataset.images, dataset.textures) if x is not None)
+        place = "none"
+        if on_gpu(config) and size < torch.cuda.mem_get_info(config["device"])[0] / 2:
+            place = "device"
+    if place == "none" and not on_disk:  # factors never is
+        place = "host"
 
     def move(x):
-        if x is None or cache == "none":
+        if x is None or place == "none":
             return x
-        return x.to(config["device"]) if cache == "device" else x.clone() if x.is_shared() else x
+        if place == "device":
+            return x.to(config["device"])
+        return x.clone() if x.is_shared() else x
 
-    return found._replace(images=move(found.images), textures=move(found.textures)), cache
+    return dataset._replace(images=move(dataset.images), textures=move(dataset.textures)), place
+
+
+def train_loop(state, dataset, labels, config, out, asked):
+    """Do the steps that are left -> State. Logs to out/log.jsonl, saves to out/checkpoint.pt.
+
+    labels (n,) for "supervised", or None. A signal in `asked` ends it after a last checkpoint.
+    Raises NonFiniteError, before anything is saved, when the loss or a weight is not finite.
+    """
+    n = len(dataset.images)
+    per_epoch = n // config["batch"]
+    steps = config["epochs"] * per_epoch
+    log_every = max(1, steps // 200)
+    save_every = config["save_every"] or 20 * log_every
+    marks = [(time.perf_counter(), state.step)]
+    # On a CPU a second thread would only be in the way.
+    map_ahead = prefetch if on_gpu(config) else map
+    batches = batch_rows(config, n, state.step, steps)
+    for rows, images, aspect, textures in map_ahead(partial(get_batch, dataset, config), batches):
+        state.optimizer.param_groups[0]["lr"] = learning_rate(config, state.step / per_epoch)
+        if config["method"] == "supervised":
+            y = None if labels is None else labels[rows].to(config["device"])
+            state, (loss, *compared) = supervised_step(state, images, aspect, y, config, textures)
+        else:
+            state, (loss, *compared) = train_step(state, images, aspect, config, textures)
+        state = state._replace(total=state.total + loss)
+        number = all_reduce_max(asked[0] if asked else 0)
+        logging = state.step % log_every == 0 or state.step == steps
+        saving = state.step % save_every == 0 or state.step == steps or number
+        if saving or logging:
+            all_reduce_mean([state.total])
+            check_finite(state, out)
+        if logging:
+            record = make_record(state, compared, config, marks, steps, log_every)
+            record |= {"unreadable": len(dataset.missing)} if dataset.missing else {}
+            state = state._replace(total=torch.zeros_like(state.total))
+            if rank() == 0:
+                with open(out / "log.jsonl", "a") as file:
+                    file.write(dumps(record) + "\n")
+                print_record(record, config, steps, state.step % (20 * log_every) == 0)
+        if saving:
+            save_checkpoint(state, config, out)
+        if number and state.step < steps:
+            exit_for_signal(number, state.step)
+    return state
+
+
+@torch.no_grad()
+def contrast_metrics(q, k, queue, role, tau):
+    """How each space is doing, arguments as in multi_space_loss -> {name: (s,)}.
+
+    win: how often the positive is the top-1 of all keys; win_near: of the own keys; win_far: of the
+    queue. mass_near, mass_far: the softmax mass of the own and of the queued negatives.
+    The mass on own negatives is what makes a space keep its group.
+    """
+    own, queued, index = space_logits(q, k, queue, role, tau)
+    positive = own.gather(2, index)  # (s b 1)
+    own = own.scatter(2, index, -math.inf)  # (s b v), the negatives alone
+    top1_own = (positive > own).all(2)
+    top1_queued = (positive > queued).all(2)
+    softmax = torch.cat([positive, own, queued], 2).softmax(2)
+    _, mass_own, mass_queued = softmax.split([1, own.shape[2], queued.shape[2]], 2)
+    return {
+        "win": (top1_own & top1_queued).float().mean(1),
+        "win_near": top1_own.float().mean(1),
+        "win_far": top1_queued.float().mean(1),
+        "mass_near": mass_own.sum(2).mean(1),
+        "mass_far": mass_queued.sum(2).mean(1),
+    }
+
+
+def make_record(state, compared, config, marks, steps, every):
+    """A line of log.jsonl. marks: (seconds, step) at the start and at each record before."""
+    # A resume does not reset state.total, so its steps are counted from the last record.
+    count = (state.step - 1) % every + 1
+    record = {"step": state.step, "loss": (state.total / count).tolist()}
+    if compared:
+        metrics = contrast_metrics(*compared, config["tau"])
+        all_reduce_mean([*metrics.values()])
+        record |= {name: x.tolist() for name, x in metrics.items()}
+    marks.append((time.perf_counter(), state.step))
+    (begun, first), (before, previous), (now, step) = marks[0], marks[-2], marks[-1]
+    return record | {
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "images_per_s": config["batch"] * (step - previous) / (now - before),
+        "seconds_left": (now - begun) / (step - first) * (steps - step),
+    }
+
+
+def print_record(record, config, steps, seldom):
+    """Print a line of progress: on a terminal over the last one, elsewhere only if `seldom`."""
+    spaces = get_method(config).spaces or (config["label"],)
+
+    def by_space(key, form):
+        return " ".join(f"{name} {x:{form}}" for name, x in zip(spaces, record[key]))
+
+    left = record["seconds_left"]
+    clock = time.strftime("%H:%M:%S" if left >= 3600 else "%M:%S", time.gmtime(left))
+    text = f"step {record['step']}/{steps}  loss {by_space('loss', '.2f')}"
+    text += f"  wins {by_space('win', '.0%')}" if "win" in record else ""
+    text += f"  lr {record['lr']:.3g}  {record['images_per_s']:.0f} images/s  {clock} left"
+    last = record["step"] == steps
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
+    elif seldom or last:
+        print(text, flush=True)
 
 
 class NonFiniteError(UserError):
     code = 3
 
 
-def train_loop(state, found, labels, config, out, asked):
-    """The steps that are left -> State; labels (n,) of "supervised", else None. Logs to out/log.jsonl and saves to out/checkpoint.pt.
-
-    A signal in `asked` ends it with a last checkpoint. NotFinite, before anything is saved, when loss or weights are not.
-    """
-    n, batch = len(found.images), config["batch"]
-    per_epoch = n // batch
-    steps, first, begun = config["epochs"] * per_epoch, state.step, time.perf_counter()
-    every = max(1, steps // 200)
-    save_every, spaces = config["save_every"] or 20 * every, get_method(config).spaces
-    logged_at, logged_step = begun, first
-    one_ahead = (
-        prefetch if on_gpu(config) else map
-    )  # on a CPU a second thread would only be in the way
-    for rows, images, aspect, textures in one_ahead(
-        partial(get_batch, found, config), batch_rows(config, n, first, steps)
-    ):
-        lr_now = state.optimizer.param_groups[0]["lr"] = learning_rate(
-            config, state.step / per_epoch
-        )
-        if config["method"] == "supervised":
-            state, (loss,) = supervised_step(
-                state,
-                images,
-                aspect,
-                None if labels is None else labels[rows].to(config["device"]),
-                config,
-                textures,
-            )
-        else:
-            state, (loss, *compared) = train_step(state, images, aspect, config, textures)
-        state = state._replace(total=state.total + loss)
-        number = all_reduce_max(asked[0] if asked else 0)
-        saving = state.step % save_every == 0 or state.step == steps or number
-        logging = state.step % every == 0 or state.step == steps
-        if saving or logging:
-            all_reduce_mean([state.total])
-            check_finite(state, out)
-        if logging:
-            line = {
-                "step": state.step,
-                "loss": (state.total / ((state.step - 1) % every + 1)).tolist(),
-            }  # the sum may begin before a resume
-            line |= {"unreadable": len(found.missing)} if found.missing else {}
-            if spaces:
-                watched = contrast_metrics(*compared, config["tau"])
-                line |= {
-                    k: x.tolist() for k, x in zip(watched, all_reduce_mean([*watched.values()]))
-                }
-            now = time.perf_counter()
-            line |= {
-                "lr": lr_now,
-                "images_per_s": batch * (state.step - logged_step) / (now - logged_at),
-                "seconds_left": (now - begun) / (state.step - first) * (steps - state.step),
-            }
-            logged_at, logged_step, state = (
-                now,
-                state.step,
-                state._replace(total=torch.zeros_like(state.total)),
-            )
-            if rank() == 0:
-                with open(out / "log.jsonl", "a") as file:
-                    file.write(dumps(line) + "\n")
-                log_line(
-                    line,
-                    spaces or (config["label"],),
-                    steps,
-                    last=state.step == steps,
-                    plain=state.step % (20 * every) == 0,
-                )
-        if saving:
-            save_checkpoint(state, config, out)
-        if number and state.step < steps:
-            if rank() == 0:
-                launch = (
-                    ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
-                    if world_size() > 1
-                    else ["python"]
-                )
-                print(
-                    f"stopped by {signal.Signals(number).name} at step {state.step}, all is saved\nresume with: "
-                    + shlex.join(
-                        [*launch, *(word for word in sys.argv if not word.startswith("--fresh"))]
-                    ),
-                    flush=True,
-                )
-            raise SystemExit(128 + number)
-    return state
-
-
 @torch.no_grad()
 def check_finite(state, out):
-    """NotFinite if a loss or a weight is not finite."""
-    weights = (
-        torch.stack(torch._foreach_norm(list(state.query.parameters()))).sum() + state.total.sum()
+    """NonFiniteError if a loss or a weight is not finite."""
+    norms = torch._foreach_norm(list(state.encoder_q.parameters()))
+    if math.isfinite(torch.stack(norms).sum() + state.total.sum()):
+        return
+    path = out / "checkpoint.pt"
+    kept = f"{path} holds the last good step" if path.exists() else "no checkpoint was written yet"
+    raise NonFiniteError(
+        f"the loss or a weight is not finite at step {state.step}: lower --lr, raise --tau, "
+        f"or take --precision=float32; {kept}"
     )
-    if not math.isfinite(weights):
-        kept = out / "checkpoint.pt"
-        raise NonFiniteError(
-            f"the loss or a weight is not finite at step {state.step}: lower --lr, raise --tau, or take --precision=float32; "
-            + (
-                f"{kept} holds the last good step"
-                if kept.exists()
-                else "no checkpoint was written yet"
-            )
-        )
 
 
 @contextlib.contextmanager
 def catch_signals():
-    """A list that SIGTERM, SIGINT, SIGHUP and SLURM's SIGUSR1 append themselves to, instead of ending the program in the middle of a step."""
-    asked, old = [], {}
+    """A list that gets the signals to stop, so that no step is cut short. SLURM sends SIGUSR1."""
+    asked, handlers = [], {}
+
+    def remember(number, frame):
+        asked.append(number)
+
     if threading.current_thread() is threading.main_thread():
-        numbers = [
-            getattr(signal, name)
-            for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-            if hasattr(signal, name)
-        ]
-        old = {
-            number: signal.signal(number, lambda number, _: asked.append(number))
-            for number in numbers
-            if signal.getsignal(number) != signal.SIG_IGN
-        }  # as nohup ignores SIGHUP
+        for number in signal.Signals:
+            caught = number.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+            # nohup ignores SIGHUP, and so do we then.
+            if caught and signal.getsignal(number) != signal.SIG_IGN:
+                handlers[number] = signal.signal(number, remember)
     try:
         yield asked
     finally:
-        for number, handler in old.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def exit_for_signal(number, step):
+    """Say how to resume, and exit as a signal does."""
+    if rank() == 0:
+        launch = ["python"]
+        if world_size() > 1:
+            launch = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
+        words = [word for word in sys.argv if not word.startswith("--fresh")]
+        print(f"stopped by {signal.Signals(number).name} at step {step}, all is saved")
+        print(f"resume with: {shlex.join(launch + words)}", flush=True)
+    raise SystemExit(128 + number)
+
+
+def tune_malloc():
+    """Let glibc keep up to 1 GiB of freed memory, for it is slow to ask the system for it again."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+            libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at most 32 MiB
+
+
+# ---------------------------------------- distributed: one process a device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank_slice(b):
+    """This rank's rows of a global batch of b."""
+    return torch.arange(b).chunk(world_size())[rank()]
+
+
+def all_gather(x):
+    """(s v b c) of each rank -> (s v B c), in the order of ranks. For keys: no gradient flows."""
+    if not dist.is_initialized():
+        return x
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts, 2)
+
+
+@torch.no_grad()
+def all_reduce_mean(tensors):
+    """The mean of each tensor over ranks, in place."""
+    if dist.is_initialized():
+        for x in tensors:
+            all_reduce_sum(x).div_(world_size())
+    return tensors
+
+
+def all_reduce_sum(x):
+    """x summed over ranks, in place; x is on the CPU, or on each rank's own GPU."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def all_reduce_max(number):
+    """The largest of the ranks' numbers, so that all of them do the same."""
+    if dist.is_initialized():
+        # On the CPU, by Gloo: nothing waits for the GPU.
+        number = torch.tensor(number)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def unwrap_model(module):
+    """The module inside DistributedDataParallel."""
+    return getattr(module, "module", module)
+
+
+def wrap_ddp(module):
+    """Let gradients become their mean over ranks; BatchNorm's statistics do so when saved."""
+    if not dist.is_initialized() or not any(p.requires_grad for p in module.parameters()):
+        return module
+    ddp = nn.parallel.DistributedDataParallel
+    newer = "forward_sync_buffers" in inspect.signature(ddp).parameters
+    return ddp(module, **{"forward_sync_buffers" if newer else "broadcast_buffers": False})
+
+
+class PeerLost(UserError):
+    code = 1
+
+
+@contextlib.contextmanager
+def init_distributed(device, patience=60):
+    """Join the processes that torchrun started, or do nothing. PeerLost when one is lost later.
+
+    -> leader_first: a context that rank 0 enters first, however long it takes.
+    """
+    from data import first_line
+
+    if "WORLD_SIZE" not in os.environ:
+        yield contextlib.nullcontext
+        return
+    store, me, size = meet_processes(patience)
+    gpu, backend = torch.device(device), "gloo"
+    if gpu.type == "cuda":
+        torch.cuda.set_device(gpu.index or 0)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=me, world_size=size)
+    try:
+        yield partial(take_turns, store, me, itertools.count())
+    except RuntimeError as error:
+        of_peers = re.search("gloo|nccl|connection|peer", str(error), re.IGNORECASE)
+        if not isinstance(error, dist.DistError) and not of_peers:
+            raise
+        message = f"another process was lost; its own last words say why ({first_line(error)})"
+        raise PeerLost(message) from None
+    dist.destroy_process_group()
+
+
+def meet_processes(patience):
+    """Wait for all processes -> store, rank, world size. UserError after `patience` seconds."""
+    from data import first_line
+
+    limit = datetime.timedelta(seconds=patience)
+    try:
+        store, me, size = next(dist.rendezvous("env://", timeout=limit))
+        store.set(f"rank {me}", "here")
+        store.wait([f"rank {i}" for i in range(size)], limit)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"not all WORLD_SIZE={os.environ['WORLD_SIZE']} processes came within {patience} s "
+            f"({first_line(error)}): start all of them, as torchrun does, with the same "
+            "MASTER_ADDR and MASTER_PORT"
+        ) from None
+    return store, me, size
+
+
+@contextlib.contextmanager
+def take_turns(store, me, turns):
+    """A context that the other ranks enter when rank 0 has left it."""
+    turn = f"turn {next(turns)}"
+    if me:
+        store.wait([turn], datetime.timedelta(days=7))
+    yield
+    if not me:
+        store.set(turn, "done")
+
+
+# ---------------------------------------- checkpoints and the run folder
+
+VERSION = 2  # of checkpoints
+
+
+def save_checkpoint(state, config, out):
+    """Write checkpoint.pt whole or not at all; the one before becomes checkpoint.old.pt."""
+    from data import write_atomic
+
+    # Running statistics are linear in the batches', so their mean over ranks could wait until now.
+    buffers = [*state.encoder_q.buffers(), *state.encoder_k.buffers()]
+    all_reduce_mean([x for x in buffers if x.is_floating_point()])
+    if rank():
+        return
+    content = dict(config=config, version=VERSION, torch=str(torch.__version__))
+    content["threads"] = torch.get_num_threads()
+    for name, part in state._asdict().items():
+        stateful = hasattr(part, "state_dict")
+        content[name] = unwrap_model(part).state_dict() if stateful else part
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(out / "checkpoint.pt", buffer.getvalue(), keep=out / "checkpoint.old.pt")
+
+
+def load_checkpoint(state, config, out):
+    """The state saved in the run folder, or `state` where there is none; UserError if neither."""
+    paths = [out / name for name in ("checkpoint.pt", "checkpoint.old.pt") if (out / name).exists()]
+    if not paths and any(out.iterdir()) and not (out / "config.json").exists():
+        raise UserError(f"--out={out} is not empty and holds no run: name another folder")
+    saved = next(filter(None, (read_checkpoint(path, config["device"]) for path in paths)), None)
+    if paths and not saved:
+        raise UserError(f"{paths[0]} cannot be read: --fresh moves it aside and starts over")
+    if not saved:
+        return state
+    check_same_config(config, saved["config"], out)
+    for part in ("encoder_q", "encoder_k", "classifier", "optimizer"):
+        unwrap_model(getattr(state, part)).load_state_dict(saved[part])
+    return state._replace(**{k: saved[k] for k in ("queue", "queue_ptr", "step", "total")})
+
+
+def read_checkpoint(path, device):
+    """A checkpoint of this version, or None and a warning that says why not."""
+    from data import read_tensors
+
+    try:
+        saved = read_tensors(path, device)
+        if isinstance(saved, dict) and saved.get("version") == VERSION:
+            return saved
+        reason = f"{path} is no checkpoint of version {VERSION}, which this program reads"
+    except UserError as error:
+        reason = error
+    print(f"warning: {reason}", file=sys.stderr)
+
+
+# Flags that may differ between the parts of a run.
+FREE_FLAGS = {"device", "precision", "compile", "workers", "download", "cache", "out", "save_every"}
+
+
+def check_same_config(config, saved, out):
+    """UserError where `saved`, the config of the run in folder `out`, has other settings."""
+    other = {k: v for k, v in config.items() if k not in FREE_FLAGS and saved.get(k) != v}
+    if other:
+        flags = ", ".join(f"--{k}={v} (the run has {saved.get(k)})" for k, v in other.items())
+        advice = "name another --out, or start over with --fresh"
+        raise UserError(f"{out} holds a run with other settings: {flags}; {advice}")
 
 
 @contextlib.contextmanager
 def lock_folder(out):
-    """One trainer a run folder: a lock on it that dies with its process."""
+    """Let one trainer use a run folder: a lock that dies with its process."""
     out.mkdir(parents=True, exist_ok=True)
-    if not fcntl:
+    if fcntl is None:
         yield
         return
     folder = os.open(out, os.O_RDONLY)
@@ -1429,238 +1613,28 @@ def lock_folder(out):
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"another process is training in {out}: wait for it, or name another --out"
-            ) from None
+            message = f"another process is training in {out}: wait for it, or name another --out"
+            raise UserError(message) from None
         yield
     finally:
         os.close(folder)
 
 
-def make_config(
-    *,
-    method,
-    groups,
-    data,
-    recipe,
-    out,
-    always,
-    same,
-    label,
-    device,
-    precision,
-    cache,
-    packed,
-    fresh,
-    **flags,
-):
-    """The flags of `train` checked, and what they leave out filled in from the recipe -> config, plain data. (packed and fresh are not of it.)"""
-    import data as pixels
-
-    pixels.check_choice("method", method, tuple(methods(())))
-    pixels.check_choice("data", data, pixels.NAMES)
-    for name in (*groups, *always, *same):
-        pixels.check_choice(
-            "groups" if name in groups else "always" if name in always else "same",
-            name,
-            tuple(GROUPS),
-        )
-    if len(set(groups)) < len(groups):
-        raise UserError(f"--groups={','.join(groups)} names a group twice")
-    if method == "moco_same" and not set(same) & set(groups):
-        raise UserError(
-            f"--same={','.join(same)}: none of --groups={','.join(groups)}, so there is nothing for query and key to share"
-        )
-    if not groups and method in ("looc", "looc++"):
-        raise UserError(
-            f"--method={method} leaves one group out: name at least one, as in --groups=color,rotation"
-        )
-    recipe = pixels.check_choice(
-        "recipe", recipe or (data if data in RECIPES else "factors"), tuple(RECIPES)
-    )
-    config = dict(
-        method=method,
-        groups=list(groups),
-        data=data,
-        recipe=recipe,
-        always=[a for a in always if a not in groups],
-        same=list(same),
-        label=label,
-        **{k: RECIPES[recipe].get(k) if v is None else v for k, v in flags.items()},
-    )
-    config["device"] = pixels.resolve_device(device)
-    pixels.check_choice("precision", precision, ("auto", "float32", "bfloat16", "float64"))
-    config["precision"] = (
-        precision
-        if precision != "auto"
-        else "bfloat16"
-        if fast_bfloat16(config["device"])
-        else "float32"
-    )
-    config["cache"] = pixels.check_choice("cache", cache, ("auto", "device", "host", "none"))
-    if packed and not Path(packed).is_dir():
-        raise UserError(
-            f"--packed={packed}: no such folder; `python data.py pack --data={data} --root=DIR --out={packed}` writes it"
-        )
-    config["root"], config["textures"] = (
-        flags[name] and str(Path(flags[name]).resolve()) for name in ("root", "textures")
-    )
-    config["out"] = out or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
-    pixels.check_choice(
-        "arch",
-        config["arch"],
-        (
-            "small",
-            *(a for a in torchvision.models.list_models(module=torchvision.models) if "resne" in a),
-        ),
-    )
-    pixels.check_choice("stem", config["stem"], ("imagenet", "cifar"))
-    if data == "factors" and flags["canvas"]:
-        raise UserError(
-            f"--canvas={flags['canvas']}: factors is drawn as large as it is seen, at --size"
-        )
-    for flag in (
-        "size",
-        "epochs",
-        "batch",
-        "lr",
-        "queue",
-        "tau",
-        "dim",
-        "splits",
-        "canvas",
-        "save_every",
-    ):
-        if config[flag] is not None and not config[flag] > 0:
-            raise UserError(f"--{flag}={config[flag]}: expected more than 0")
-    for flag in ("weight_decay", "hidden", "workers"):
-        if config[flag] < 0:
-            raise UserError(f"--{flag}={config[flag]}: expected 0 or more")
-    if config["textures"] and (
-        data == "factors" or "texture" not in config["groups"] + config["always"]
-    ):
-        raise UserError(
-            f"--textures={flags['textures']}: name the group that reads it, as in --groups=color,texture; factors makes its own copies"
-        )
-    if data == "folder" and config["root"]:
-        pixels.forbid_inside("out", config["out"], config["root"])
-    if Path(config["out"]).is_file():
-        raise UserError(f"--out={config['out']} is a file; name a folder")
-    if not 0 <= config["momentum"] <= 1:
-        raise UserError(
-            f"--momentum={config['momentum']}: expected 0 to 1; it is the key encoder's, not SGD's"
-        )
-    if config["batch"] % config["splits"] or config["batch"] == config["splits"]:
-        raise UserError(
-            f"--batch={config['batch']} does not divide into --splits={config['splits']} parts of two pictures or more"
-        )
-    if config["splits"] % (world := int(os.environ.get("WORLD_SIZE", 1))):
-        raise UserError(
-            f"--splits={config['splits']} does not divide among {world} processes: the parts of a batch with BatchNorm statistics of their "
-            f"own belong to the recipe, not to the machine; start a number that divides, or change --splits"
-        )
-    try:
-        learning_rate(config, 0.0)
-    except ValueError:
-        raise UserError(
-            f"--schedule={config['schedule']}: expected cosine, or epochs with commas between, as 300,400"
-        ) from None
-    return config
+def move_aside(out):
+    """Rename a run folder to the first free name.1, name.2, ... -> its new path."""
+    paths = (out.with_name(f"{out.name}.{i}") for i in itertools.count(1))
+    return out.rename(next(path for path in paths if not path.exists()))
 
 
-def default_config(**flags):
-    """The configuration that `train` makes of these flags."""
-    return make_config(
-        **{name: p.default for name, p in inspect.signature(train).parameters.items()} | flags
-    )
-
-
-def training_labels(found, config):
-    """-> labels (n,) or None, how many classes, and the label's name: of "supervised" alone. label "rotation" is drawn with the query."""
-    import data as pixels
-
-    if config["method"] != "supervised":
-        return None, 0, config["label"]
-    known = (*pixels.label_names(found.classes), "rotation")
-    label = pixels.check_choice("label", config["label"] or known[0], known)
-    if label == "rotation" and "rotation" not in config["groups"]:
-        raise UserError("--label=rotation: name rotation in --groups, so that it is drawn")
-    return (
-        (None, 4, label)
-        if label == "rotation"
-        else (found.labels[label], len(found.classes[label]), label)
-    )
-
-
-def fast_bfloat16(device):
-    """Whether bfloat16 is faster than float32 on this device: GPUs of Ampere or later, CPUs with AVX-512 bf16."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-
-
-def save_views(found, config, path):
-    """Rows of the query and key views of a few pictures, each named by its space and what it shares with the query."""
-    import data as pixels
-
-    n, method = len(found.images), get_method(config)
-    some = torch.linspace(0, n - 1, min(12, n)).long()  # of all classes, where they lie in order
-    images, aspect, textures = (
-        None if x is None else x[some.to(x.device)].cpu()
-        for x in (found.images, found.aspect, found.textures)
-    )
-    images, textures = images.float() / 255, None if textures is None else textures.float() / 255
-    query, keys, _ = augment_groups(
-        images,
-        method.groups,
-        method.share,
-        generator("views", config["seed"], 0),
-        always=config["always"],
-        size=config["size"],
-        aspect=aspect,
-        textures=textures,
-    )
-    shared = [
-        " + ".join(g for g, same in zip(method.groups, row) if same) or "nothing"
-        for row in method.share.tolist()
-    ]
-    spaces = [
-        ", ".join(name for name, row in zip(method.spaces, method.role.tolist()) if row[v] == 1)
-        for v in range(len(shared))
-    ]
-    rows = [
-        "query",
-        *(f"key of space {names}: shares {groups}" for names, groups in zip(spaces, shared)),
-    ]
-    pixels.image_grid(
-        torch.cat([query[None], keys]),
-        rows,
-        [""] * len(some),
-        path,
-        zoom=max(1, 64 // config["size"]),
-    )
-
-
-def log_line(line, spaces, steps, last, plain):
-    """One progress line: rewritten in place on a terminal, now and then elsewhere."""
-    each = lambda key, form: " ".join(
-        f"{name} {value:{form}}" for name, value in zip(spaces, line[key])
-    )
-    left = time.strftime(
-        "%H:%M:%S" if line["seconds_left"] >= 3600 else "%M:%S", time.gmtime(line["seconds_left"])
-    )
-    text = (
-        f"step {line['step']}/{steps}  loss {each('loss', '.2f')}"
-        + (f"  wins {each('win', '.0%')}" if "win" in line else "")
-        + f"  lr {line['lr']:.3g}  {line['images_per_s']:.0f} images/s  {left} left"
-    )
-    if sys.stdout.isatty():
-        print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
-    elif plain or last:
-        print(text, flush=True)
-
-
-# ---------------------------------------------------------------- the run folder
+def link_latest(out):
+    """Let runs/latest point at this run."""
+    link = Path("runs/latest")
+    link.parent.mkdir(exist_ok=True)
+    if link.is_symlink() or not link.exists():
+        # Another run may start at the same moment, so the link is replaced in one go.
+        own_link = link.with_name(f"latest.{os.getpid()}")
+        own_link.symlink_to(os.path.relpath(out, link.parent), target_is_directory=True)
+        os.replace(own_link, link)
 
 
 def read_jsonl(path):
@@ -1674,266 +1648,59 @@ def read_jsonl(path):
     return lines
 
 
-VERSION = 1  # of checkpoints
-
-
-def save_checkpoint(state, config, out):
-    """checkpoint.pt, whole or not at all; the one before becomes checkpoint.old.pt. Rank 0 writes.
-
-    Running statistics are linear in the batches', so their mean over ranks could wait until now.
-    """
-    import data as pixels
-
-    all_reduce_mean(
-        [x for part in (state.query, state.key) for x in part.buffers() if x.is_floating_point()]
-    )
-    if rank():
-        return
-    parts = {
-        k: unwrap_model(v).state_dict() if hasattr(v, "state_dict") else v
-        for k, v in state._asdict().items()
-    }
-    buffer = io.BytesIO()
-    torch.save(
-        {
-            **parts,
-            "config": config,
-            "version": VERSION,
-            "torch": str(torch.__version__),
-            "threads": torch.get_num_threads(),
-        },
-        buffer,
-    )
-    pixels.write_atomic(out / "checkpoint.pt", buffer.getvalue(), keep=out / "checkpoint.old.pt")
-
-
-def load_checkpoint(state, config, out):
-    """The state saved in the run folder, or the one given where there is none. A run with other settings is a UserError."""
-    there = [path for path in (out / "checkpoint.pt", out / "checkpoint.old.pt") if path.exists()]
-    if not there:
-        if (out / "config.json").exists() or not any(out.iterdir()):
-            return state
-        raise UserError(f"--out={out} is not empty and holds no run: name another folder")
-    saved = next(filter(None, (read_checkpoint(path, config["device"]) for path in there)), None)
-    if not saved:
-        raise UserError(
-            f"{there[0]} cannot be read: start over with --fresh, which keeps the folder under another name"
-        )
-    check_same_config(config, saved["config"], out)
-    for part in ("query", "key", "classifier", "optimizer"):
-        unwrap_model(getattr(state, part)).load_state_dict(saved[part])
-    return state._replace(**{k: saved[k] for k in ("queue", "pointer", "step", "total")})
-
-
-def check_same_config(config, saved, out):
-    """UserError where what is saved in the run folder `out` was trained with other settings."""
-    free = {
-        "device",
-        "precision",
-        "workers",
-        "download",
-        "out",
-        "save_every",
-        "cache",
-        "compile",
-    }  # may change without changing what is trained
-    other = [
-        f"--{k}={v} (the run has {saved.get(k)})"
-        for k, v in config.items()
-        if k not in free and saved.get(k) != v
-    ]
-    if other:
-        raise UserError(
-            f"{out} holds a run with other settings: {', '.join(other)}; name another --out, or start over with --fresh"
-        )
-
-
-def read_checkpoint(path, device):
-    """A checkpoint of this version, or None and a warning that says why not."""
-    import data as pixels
-
-    try:
-        saved = pixels.read_tensors(path, device)
-        if not isinstance(saved, dict) or saved.get("version") != VERSION:
-            raise UserError(
-                f"{path} is no checkpoint that this program can read: it writes version {VERSION}"
-            )
-        return saved
-    except UserError as error:
-        print(f"warning: {error}", file=sys.stderr)
-
-
-def move_aside(out):
-    """Rename a run folder to the first free name.1, name.2, ... -> its new path."""
-    aside = next(
-        p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.{i}")).exists()
-    )
-    return out.rename(aside)
-
-
-def link_latest(out):
-    """runs/latest points at the last run."""
-    link = Path("runs/latest")
-    link.parent.mkdir(exist_ok=True)
-    if link.is_symlink() or not link.exists():
-        own_link = link.with_name(f"latest.{os.getpid()}")
-        own_link.symlink_to(os.path.relpath(out, link.parent), target_is_directory=True)
-        os.replace(own_link, link)  # at once: another run may start at the same moment
-
-
 def export(encoder, out):
-    """backbone.pt: a plain state dict in torchvision's names (for conv5 heads with Z_0's layer4); heads.pt: every layer4 and the heads."""
-    import data as pixels
+    """Write backbone.pt, in torchvision's names with Z_0's layer4, and heads.pt, the rest."""
+    from data import write_tensors
 
-    state = {k: v.cpu() for k, v in unwrap_model(encoder).state_dict().items()}
-    backbone = {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
-    backbone |= {
-        k.replace("tops.0.", "layer4."): v for k, v in state.items() if k.startswith("tops.0.")
+    state = {name: x.cpu() for name, x in unwrap_model(encoder).state_dict().items()}
+    heads = {name: x for name, x in state.items() if not name.startswith("trunk.")}
+    backbone = {
+        name.removeprefix("trunk.").replace("tops.0.", "layer4."): x
+        for name, x in state.items()
+        if name.startswith(("trunk.", "tops.0."))
     }
-    pixels.write_tensors(out / "backbone.pt", backbone)
-    pixels.write_tensors(
-        out / "heads.pt", {k: v for k, v in state.items() if not k.startswith("trunk.")}
-    )
+    write_tensors(out / "backbone.pt", backbone)
+    write_tensors(out / "heads.pt", heads)
 
 
 def load_encoder(run, device="cpu"):
     """The trained encoder of a run folder, in eval mode, and its config."""
-    import data as pixels
+    from data import first_line, read_tensors
 
     run = Path(run)
-    for name in ("config.json", "backbone.pt", "heads.pt"):
-        if not (run / name).exists():
-            if (run / "checkpoint.pt").exists():
-                raise UserError(
-                    f"{run} has not finished training: give its command again, it goes on where it was"
-                )
-            raise UserError(
-                f"{run / name}: no such file; name a folder that `python loo.py train` has finished, with --run=DIR"
-            )
+    for path in (run / "config.json", run / "backbone.pt", run / "heads.pt"):
+        if not path.exists() and (run / "checkpoint.pt").exists():
+            raise UserError(f"{run} has not finished training: give its command again to go on")
+        if not path.exists():
+            raise UserError(f"{path}: no such file; --run=DIR names a folder that loo.py trained")
     try:
         config = loads((run / "config.json").read_text())
-        state = pixels.read_tensors(run / "heads.pt")
-        state |= {
-            f"trunk.{k}": v
-            for k, v in pixels.read_tensors(run / "backbone.pt").items()
-            if not k.startswith("layer4.")
-        }
+        backbone = read_tensors(run / "backbone.pt")
+        state = read_tensors(run / "heads.pt")
+        state |= {f"trunk.{k}": x for k, x in backbone.items() if not k.startswith("layer4.")}
         encoder = build_encoder(config)
         encoder.load_state_dict(state)
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # UserError is a ValueError
+    # UserError is a ValueError.
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"{run} holds no run of ours, or a file that is not whole ({pixels.first_line(error)}); the command it was trained with mends it "
-            "from its checkpoint"
+            f"{run} holds no run of ours, or a file that is not whole ({first_line(error)}): "
+            "the command that trained it mends it from its checkpoint"
         ) from None
     return encoder.eval().to(device, memory_format=torch.channels_last), config
 
 
 def show_methods(groups: tuple = ("color", "rotation"), same: tuple = ("rotation",)):
-    """Print the methods as a table: which key view shares which group with the query, and what it is to each space."""
-    import data as pixels
-
-    for name in (*groups, *same):
-        pixels.check_choice("groups" if name in groups else "same", name, tuple(GROUPS))
-    print(
-        f"groups: {', '.join(groups)}\n\n| method | share (key view x group) | role (space x key view) | heads | feature |\n|---|---|---|---|---|"
-    )
+    """Print the methods: which groups a key view shares, and what it is to each space."""
+    check_groups(groups=groups, same=same)
+    print(f"groups: {', '.join(groups)}\n")
+    print("| method | share (key view x group) | role (space x key view) | heads | feature |")
+    print("|---|---|---|---|---|")
     for name, m in methods(groups, same).items():
         feature = "all spaces" if m.heads == "conv5" else "v"
         print(f"| {name} | {m.share.int().tolist()} | {m.role.tolist()} | {m.heads} | {feature} |")
 
 
-# ---------------------------------------------------------------- speed
-
-
-def bench_phases(config):
-    """What `bench` times, {name: a function of no argument}: the phases of a step, "step" (all of them in turn) and "network": the encoder
-    alone, forward and backward of one batch and a bare forward for each key view."""
-    import data as pixels
-
-    method, b, device = get_method(config), config["batch"], config["device"]
-    state = init_state(config)
-    bare_key = build_encoder(config, config["splits"]).to(
-        device, dtype_of(config), memory_format=torch.channels_last
-    )
-    if config["compile"]:
-        bare_key.compile()
-    canvas = round(config["size"] / pixels.crop_pct(config["data"]))
-    noise = lambda *shape: torch.randint(
-        256, shape, dtype=torch.uint8, generator=generator("bench")
-    )
-    found, _ = place_dataset(
-        pixels.ImageSet(
-            noise(2 * b, 3, canvas, canvas),
-            torch.ones(2 * b),
-            {},
-            {},
-            textures=noise(2 * b, 1, 3, canvas, canvas) if "texture" in method.groups else None,
-        ),
-        config,
-    )
-    images = torch.rand(b, 3, config["size"], config["size"], generator=generator("bench")).to(
-        device, dtype_of(config)
-    )
-    get = lambda: get_batch(found, config, torch.arange(b) * 2)
-    _, canvases, aspect, textures = get()
-    views = lambda: augment_groups(
-        canvases,
-        method.groups,
-        method.share,
-        generator("views", 0, 0),
-        always=config["always"],
-        size=config["size"],
-        aspect=aspect,
-        textures=textures,
-    )
-    q, k, positives, role = (
-        x.detach()
-        for x in contrastive(state.query, state.key, canvases, aspect, config, 0, textures)
-    )
-
-    def query():
-        with autocast(config):
-            z = encode(state.query, images)[1]
-        z.sum().backward()
-
-    @torch.no_grad()
-    def forward(encoder, times):
-        with autocast(config):
-            encode(encoder, images.repeat(times, 1, 1, 1))
-
-    def network():
-        query()
-        for _ in method.share:
-            forward(bare_key, 1)
-
-    def loss():
-        z = q.clone().requires_grad_()
-        multi_space_loss(z, k, state.queue, role, config["tau"]).mean().backward()
-
-    def whole():
-        nonlocal state
-        _, images, aspect, textures = get()
-        state, _ = train_step(state, images, aspect, config, textures)
-
-    as_step = torch.inference_mode()  # the network alone has no_grad
-    return {
-        "fetch": get,
-        "augment": as_step(views),
-        "query": query,
-        "keys": as_step(lambda: forward(state.key, len(method.share))),
-        "loss": loss,
-        "queue": lambda: queue_update(state.queue, 0, positives),
-        "ema": lambda: ema(state.key, state.query, config["momentum"]),
-        "optimizer": state.optimizer.step,
-        "step": whole,
-        "network": network,
-    }
+# ---------------------------------------- speed
 
 
 def bench(
@@ -1952,8 +1719,10 @@ def bench(
     compile: bool = False,
     json: bool = False,
 ):
-    """Time the phases of a training step, and the whole of it against its network alone: the same encoder, forward and backward of a batch
-    and a forward without gradient for each key view. Medians and quartiles of runs that alternate.
+    """Time the phases of a training step, and the whole step against its network alone.
+
+    The network alone is the same encoder: forward and backward of a batch, and a forward without
+    gradient for each key view. Prints medians and quartiles of runs that alternate.
 
     Args:
         method: a contrastive one
@@ -1961,7 +1730,7 @@ def bench(
         recipe: whose defaults to take: factors, or imagenet100 (ResNet-50, 224 pixels, batch 256)
         arch: small, or a torchvision ResNet
         size: side of a view in pixels
-        batch: pictures a step
+        batch: images a step
         queue: keys kept in each space
         splits: parts of the batch with BatchNorm statistics of their own
         steps: how often everything is timed
@@ -1972,98 +1741,170 @@ def bench(
     """
     given = {k: v for k, v in locals().items() if k not in ("steps", "json")}
     if method == "supervised" or steps < 2:
-        raise UserError(
-            f"--method={method} --steps={steps}: expected a contrastive method and two steps or more"
-        )
+        expected = "expected a contrastive method and two steps or more"
+        raise UserError(f"--method={method} --steps={steps}: {expected}")
     tune_malloc()
     config = default_config(**given, data=recipe)
-    wait = partial(torch.cuda.synchronize, config["device"]) if on_gpu(config) else lambda: None
-    begun, times, runs = time.perf_counter(), {}, bench_phases(config)
-    runs["step"](), runs["network"](), wait()
-    warm, memory = (
-        time.perf_counter() - begun,
-        torch.cuda.max_memory_allocated(config["device"]) / 2**30 if on_gpu(config) else None,
-    )
-    fewer = method in ("looc", "looc++") and len(groups) > 1
-    if fewer:
-        runs["one group less"] = bench_phases(
-            default_config(**given | {"data": recipe, "groups": groups[:-1]})
-        )["step"]
-    for i in range(steps + 3):  # the first backward passes are slow
-        for name, run in runs.items():
-            wait()
-            begun = time.perf_counter()
-            run()
-            wait()
-            times.setdefault(name, []).append((time.perf_counter() - begun) * 1e3)
+    begun = time.perf_counter()
+    phases = bench_phases(config)
+    time_once(phases["step"], config)
+    time_once(phases["network"], config)
+    record = {"steps": steps, "warm_up_s": time.perf_counter() - begun, "memory_gib": None}
+    if on_gpu(config):
+        record["memory_gib"] = torch.cuda.max_memory_allocated(config["device"]) / 2**30
+    if method in ("looc", "looc++") and len(groups) > 1:
+        fewer = default_config(**given | {"data": recipe, "groups": groups[:-1]})
+        phases["one group less"] = bench_phases(fewer)["step"]
+    times = {name: [] for name in phases}
+    for _ in range(steps + 3):
+        for name, phase in phases.items():
+            times[name].append(time_once(phase, config))
+    # The first backward passes are slow.
     times = {name: torch.tensor(some[3:]) for name, some in times.items()}
-    quartiles = {
-        name: some.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        for name, some in times.items()
+    record |= bench_record(config, phases["network"], times)
+    print(dumps(record) if json else bench_table(record, times))
+
+
+def bench_phases(config):
+    """What `bench` times -> {name: function}. "step" is all that stand before it in turn."""
+    method = get_method(config)
+    batch, size = config["batch"], config["size"]
+    state = init_state(config)
+    dataset = noise_dataset(config)
+    rows = torch.arange(batch) * 2
+    # The network alone passes one key view at a time.
+    bare_key = build_encoder(config, config["splits"])
+    bare_key.to(config["device"], dtype_of(config), memory_format=torch.channels_last)
+    if config["compile"]:
+        bare_key.compile()
+    _, canvases, aspect, textures = get_batch(dataset, config, rows)
+    images = move_like(canvases, torch.rand(batch, 3, size, size, generator=generator("bench")))
+    forward = contrastive_forward(state, canvases, aspect, config, textures)
+    q, k, positives, role = (x.detach() for x in forward)
+
+    @torch.inference_mode()
+    def augment():
+        rest = dict(always=config["always"], size=size, aspect=aspect, textures=textures)
+        draws = generator("views", 0, 0)
+        augment_groups(canvases, method.groups, method.share, draws, **rest)
+
+    def query():
+        with autocast(config):
+            z = encode(state.encoder_q, images)[1]
+        z.sum().backward()
+
+    @torch.inference_mode()
+    def keys():
+        with autocast(config):
+            encode(state.encoder_k, images.repeat(len(method.share), 1, 1, 1))
+
+    def network():
+        query()
+        with torch.no_grad(), autocast(config):
+            for _ in method.share:
+                encode(bare_key, images)
+
+    def loss():
+        z = q.clone().requires_grad_()
+        multi_space_loss(z, k, state.queue, role, config["tau"]).mean().backward()
+
+    def step():
+        nonlocal state
+        _, images, aspect, textures = get_batch(dataset, config, rows)
+        state, _ = train_step(state, images, aspect, config, textures)
+
+    return {
+        "fetch": lambda: get_batch(dataset, config, rows),
+        "augment": augment,
+        "query": query,
+        "keys": keys,
+        "loss": loss,
+        "queue": lambda: queue_update(state.queue, 0, positives),
+        "ema": lambda: ema(state.encoder_k, state.encoder_q, config["momentum"]),
+        "optimizer": state.optimizer.step,
+        "step": step,
+        "network": network,
     }
-    ratio = (times["step"] / times["network"]).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    from torch.utils.flop_counter import (
-        FlopCounterMode,
-    )  # half a second that no other command should pay
+
+
+def noise_dataset(config):
+    """Two batches of noise, as large as the canvases of --data and where --cache puts them."""
+    from data import ImageSet, crop_pct
+
+    n, side = 2 * config["batch"], round(config["size"] / crop_pct(config["data"]))
+    kind = dict(dtype=torch.uint8, generator=generator("bench"))
+    images = torch.randint(256, (n, 3, side, side), **kind)
+    dataset = ImageSet(images, torch.ones(n), {}, {})
+    if "texture" in config["groups"]:
+        dataset = dataset._replace(textures=torch.randint(256, (n, 1, 3, side, side), **kind))
+    return place_dataset(dataset, config)[0]
+
+
+def time_once(function, config):
+    """Milliseconds of one call, with all the work that it gives to a GPU."""
+    wait = partial(torch.cuda.synchronize, config["device"]) if on_gpu(config) else lambda: None
+    wait()
+    begun = time.perf_counter()
+    function()
+    wait()
+    return (time.perf_counter() - begun) * 1e3
+
+
+def quartiles(x):
+    return x.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+
+
+def bench_record(config, network, times):
+    """bench's JSON line. times {phase: (steps,) milliseconds}."""
+    # The import takes half a second, which no other command should pay.
+    from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        runs["network"]()
-    line = dict(
-        ratio=ratio[1],
-        step_ms=quartiles["step"][1],
-        network_ms=quartiles["network"][1],
-        images_per_s=config["batch"] / quartiles["step"][1] * 1e3,
-        peak=counter.get_total_flops() / quartiles["step"][1] / 1e9 / peak_tflops(config),
-        method=method,
-        arch=config["arch"],
-        size=config["size"],
-        batch=config["batch"],
-        groups=list(groups),
-        queue=config["queue"],
-        steps=steps,
-        dtype=config["precision"],
-        compile=compile,
-        warm_up_s=warm,
-        memory_gib=memory,
-        torch=str(torch.__version__),
-        device=torch.cuda.get_device_name(config["device"])
-        if on_gpu(config)
-        else f"{torch.get_num_threads()} CPU threads",
-    )
-    if fewer:
-        line["group_ms"] = (times["step"] - times["one group less"]).median().item()
-    if json:
-        print(dumps(line))
-        return
-    print("| phase | ms | quartiles |\n|---|---|---|")
-    for name, (low, middle, high) in quartiles.items():
-        print(f"| {name} | {middle:.2f} | {low:.2f} to {high:.2f} |")
-    print(
-        f"\nwarm-up: {warm:.1f} s; step / network: {ratio[1]:.3f} ({ratio[0]:.3f} to {ratio[2]:.3f}, {steps} pairs); "
-        f"{line['images_per_s']:.0f} images/s, {line['peak']:.0%} of the matrix products that {line['device']} can do in {line['dtype']}"
-        + (f"; the last group costs {line['group_ms']:.1f} ms" if fewer else "")
-    )
+        network()
+    keys = ("method", "arch", "size", "batch", "groups", "queue", "compile")
+    record = {key: config[key] for key in keys}
+    step_ms = quartiles(times["step"])[1]
+    record |= dict(step_ms=step_ms, network_ms=quartiles(times["network"])[1])
+    record["ratio"] = quartiles(times["step"] / times["network"])[1]
+    record["images_per_s"] = config["batch"] / step_ms * 1e3
+    record["peak"] = counter.get_total_flops() / step_ms / 1e9 / peak_tflops(config)
+    if "one group less" in times:
+        record["group_ms"] = (times["step"] - times["one group less"]).median().item()
+    device = f"{torch.get_num_threads()} CPU threads"
+    if on_gpu(config):
+        device = torch.cuda.get_device_name(config["device"])
+    return record | dict(dtype=config["precision"], torch=str(torch.__version__), device=device)
+
+
+def bench_table(record, times):
+    """What `bench` prints for people."""
+    lines = ["| phase | ms | quartiles |", "|---|---|---|"]
+    for name, some in times.items():
+        low, middle, high = quartiles(some)
+        lines.append(f"| {name} | {middle:.2f} | {low:.2f} to {high:.2f} |")
+    low, middle, high = quartiles(times["step"] / times["network"])
+    last = f"; the last group costs {record['group_ms']:.1f} ms" if "group_ms" in record else ""
+    lines += [
+        f"\nwarm-up: {record['warm_up_s']:.1f} s; step / network: {middle:.3f} "
+        f"({low:.3f} to {high:.3f}, {record['steps']} pairs); "
+        f"{record['images_per_s']:.0f} images/s, {record['peak']:.0%} of the matrix products "
+        f"that {record['device']} can do in {record['dtype']}{last}"
+    ]
+    return "\n".join(lines)
 
 
 def peak_tflops(config):
-    """Of a large matrix product here, in TFLOP/s."""
+    """What a large matrix product reaches on this device, in TFLOP/s."""
     n = 8192 if on_gpu(config) else 1024
-    a = torch.randn(
-        n,
-        n,
-        device=config["device"],
-        dtype=torch.bfloat16 if config["precision"] == "bfloat16" else dtype_of(config),
-    )
-    seconds = []
-    for _ in range(7):
-        begun = time.perf_counter()
-        (a @ a).sum().item()
-        seconds.append(time.perf_counter() - begun)
-    return 2 * n**3 / sorted(seconds)[3] / 1e12
+    dtype = torch.bfloat16 if config["precision"] == "bfloat16" else dtype_of(config)
+    a = torch.randn(n, n, device=config["device"], dtype=dtype)
+    milliseconds = [time_once(lambda: (a @ a).sum().item(), config) for _ in range(7)]
+    return 2 * n**3 / sorted(milliseconds)[3] / 1e9
 
 
 if __name__ == "__main__":
-    import loo  # by its own name, as data.py imports it: one module, not two
+    # By its own name, as data.py imports it: one module, not two.
+    import loo
     from data import command_line
 
     command_line({"train": loo.train, "methods": loo.show_methods, "bench": loo.bench})
