@@ -250,14 +250,8 @@ def logistic(x, y, k, l2, iterations=500, start=None):
     """
     w, b = start or (x.new_zeros(k, x.shape[1]), x.new_zeros(k))
     w, b = w.clone().requires_grad_(), b.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [w, b],
-        max_iter=iterations,
-        history_size=20,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-10,
-        line_search_fn="strong_wolfe",
-    )
+    stop = dict(max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-10)
+    optimizer = torch.optim.LBFGS([w, b], history_size=20, line_search_fn="strong_wolfe", **stop)
 
     def closure():
         optimizer.zero_grad()
@@ -296,10 +290,7 @@ def sgd_probe(ctx, dataset, label, k, d, epochs, lr, batch=256):
     """
     n = len(dataset.images)
     if n < batch:
-        raise UserError(
-            f"--protocol=paper takes batches of {batch}, the training split has {n} images: "
-            "use the default protocol"
-        )
+        raise UserError(f"--protocol=paper takes {batch} images or more, not {n}: leave it out")
     layer = torch.nn.Linear(d, k, device=ctx.device)
     layer.weight.data.copy_(torch.randn(k, d, generator=loo.generator("probe", ctx.seed)) * 0.01)
     layer.bias.data.zero_()
@@ -482,8 +473,7 @@ def class_names(ctx, label):
     names = ctx.split["train"].classes[label]
     if len(names) < 2:
         raise UserError(
-            f"--label={label}: the images of {ctx.data} are all of one class, "
-            "there is nothing to tell apart"
+            f"--label={label}: the images of {ctx.data} are all of one class; name another"
         )
     return names
 
@@ -504,14 +494,9 @@ def select_labels(ctx, label, more=(), least=1):
 def result(logits, y, label, turns=1, **more):
     """logits ((r n) k), y ((r n),) -> a result; its interval is over images, all turns of each."""
     right = correct(logits, y).view(turns, -1).mean(0) * 100
-    return dict(
-        label=label,
-        top1=right.mean().item(),
-        top5=accuracy(logits, y, 5) if logits.shape[1] > 5 else None,
-        n_test=len(y),
-        ci95=ci95(right),
-        **more,
-    )
+    top5 = accuracy(logits, y, 5) if logits.shape[1] > 5 else None
+    found = dict(label=label, top1=right.mean().item(), top5=top5, ci95=ci95(right), n_test=len(y))
+    return found | more
 
 
 def probe(ctx, labels, turns, protocol, epochs, lr):
@@ -622,16 +607,9 @@ def fewshot(ctx, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
         logits = [test @ w[t] + b[t] for t in range(trials)]
         top1 = [accuracy(one, y_test[name]) for one in logits]
         top5 = [accuracy(one, y_test[name], 5) for one in logits]
-        yield dict(
-            label=name,
-            shots=n,
-            top1=sum(top1) / trials,
-            top5=sum(top5) / trials if k > 5 else None,
-            ci95=t_ci95(top1),
-            n_train=n * k,
-            n_test=len(test),
-            protocol="adam",
-        )
+        found = dict(label=name, shots=n, top1=sum(top1) / trials, ci95=t_ci95(top1))
+        found["top5"] = sum(top5) / trials if k > 5 else None
+        yield found | dict(n_train=n * k, n_test=len(test), protocol="adam")
 
 
 CELLS = list(itertools.product(CORRUPTIONS, range(1, 6)))
@@ -786,14 +764,8 @@ def corrupted_results(ctx, published, labels, logits_of, count):
         for on, cells in SUMMARIES.items():
             each = of_cells[cells].mean(0)  # (n 2)
             top1, top5 = each.mean(0).tolist()
-            yield dict(
-                label=name,
-                on=on,
-                top1=top1,
-                top5=top5 if len(class_names(ctx, name)) > 5 else None,
-                ci95=ci95(each[:, 0]),
-                n_test=len(each),
-            )
+            found = dict(label=name, on=on, top1=top1, ci95=ci95(each[:, 0]), n_test=len(each))
+            yield found | dict(top5=top5 if len(class_names(ctx, name)) > 5 else None)
 
 
 @task
@@ -839,15 +811,9 @@ def check_spaces(ctx, layer):
         raise UserError(f"--feature={ctx.feature}: spaces compares all of them")
     method, names = ctx.config["method"], loo.get_method(ctx.config).spaces
     if len(names) < 2 or names[0] != "all":
-        raise UserError(
-            f"{ctx.run.name} was trained with {method}, which has no space for each augmentation: "
-            "use a looc or looc++ run"
-        )
+        raise UserError(f"{ctx.run.name} has only the spaces of {method}: use a looc or looc++ run")
     if method == "looc" and layer == "hidden" and not ctx.config["hidden"]:
-        raise UserError(
-            f"--layer=hidden: the heads of {ctx.run.name} are linear (--hidden=0); "
-            "only their output is there"
-        )
+        raise UserError(f"--layer=hidden: {ctx.run.name} has linear heads; use --layer=output")
     return names[1:]
 
 
@@ -926,20 +892,13 @@ def retrieve(
             heads += [f"nearest in {run.run.name}", *[""] * (neighbours - 1)]
         save_neighbors(ctx, near, y[0], labels[:2], queries, heads, path)
     for run, rows, known in zip(runs, near, y):
+        of_run = {key: run.config[key] for key in ("method", "groups")} | {"run": run.run.name}
+        of_run |= dict(on="turned" if turn else None, protocol="cosine")
         for name in labels:
             same = (known[name][rows] == known[name][:, None]).double().mean(1) * 100  # (m,)
-            yield dict(
-                run=run.run.name,
-                method=run.config["method"],
-                groups=run.config["groups"],
-                label=name,
-                on="turned" if turn else None,
-                protocol="cosine",
-                top1=same.mean().item(),
-                ci95=ci95(same),
-                n_test=len(same),
-                keep=run is ctx,  # the other may have been trained on some of these
-            )
+            found = dict(label=name, top1=same.mean().item(), ci95=ci95(same), n_test=len(same))
+            # The other run may have been trained on some of these images.
+            yield found | of_run | dict(keep=run is ctx)
     if loo.rank() == 0:
         print(f"wrote {path}", file=sys.stderr)
 
@@ -1101,9 +1060,7 @@ def read_results(runs):
     files = itertools.chain.from_iterable(glob.glob(f"{run}/results.jsonl") for run in runs)
     found = {Path(file).resolve() for file in files}  # runs/latest once
     if not found:
-        raise UserError(
-            f"--runs={','.join(runs)}: no results there; `python eval.py linear` writes some"
-        )
+        raise UserError(f"--runs={','.join(runs)}: no results; `python eval.py linear` writes some")
     lines = []
     for path in sorted(found, key=lambda path: path.stat().st_mtime):
         config = loads((path.parent / "config.json").read_text())
@@ -1195,6 +1152,8 @@ for category in (*IMAGENETC, "all"):
 PAIR = ("color", "rotation")
 RT = ("rotation", "texture")
 ALL3 = ("color", "rotation", "texture")
+SPACES = ["all", "all+color", "all+rotation", "all+texture", "all+color+rotation"]
+SPACES += ["all+color+texture", "all+rotation+texture", "all+color+rotation+texture"]
 
 # Tables 1 to 5 of the paper: title, columns, {row: (method, groups, feature, reported figures)}.
 TABLES = (
@@ -1246,16 +1205,7 @@ TABLES = (
     (
         "Table 5: spaces of LooC++",
         ("rotation", "IN-100 top-1", "iNat-1k top-1", "CUB-200 top-1"),
-        {
-            "all": ("looc++", ALL3, "all"),
-            "all+color": ("looc++", ALL3, "all+color"),
-            "all+rotation": ("looc++", ALL3, "all+rotation"),
-            "all+texture": ("looc++", ALL3, "all+texture"),
-            "all+color+rotation": ("looc++", ALL3, "all+color+rotation"),
-            "all+color+texture": ("looc++", ALL3, "all+color+texture"),
-            "all+rotation+texture": ("looc++", ALL3, "all+rotation+texture"),
-            "all+color+rotation+texture": ("looc++", ALL3, "all+color+rotation+texture"),
-        },
+        {name: ("looc++", ALL3, name) for name in SPACES},
     ),
 )
 
@@ -1267,8 +1217,7 @@ def print_papers_tables(lines):
     """
     if differs := differing_settings([config for config, _ in lines]):
         raise UserError(
-            f"--paper: these runs differ in {', '.join(differs)}: "
-            "name those that belong together with --runs"
+            f"--paper: these runs differ in {', '.join(differs)}: name fewer with --runs"
         )
     results = [line | {"seed": config["seed"]} for config, line in lines]
     for title, columns, rows in TABLES:
@@ -1337,7 +1286,7 @@ MARGIN = 1
 LABELS2 = ("hue", "species", "species 5-shot", "species 10-shot", "rotation", "texture", "object")
 OTHERS2 = ("MoCo (color)", "LooC (color)", "LooC (rotation)", "LooC (color, rotation)")
 NEW_VIEW, ALL_CORRUPTIONS = "object, new viewpoint", "object, all corruptions"
-SPACES, CHANGED = list(TABLES[4][2]), ["hue", "species", "rotation"]
+CHANGED = ["hue", "species", "rotation"]
 CLAIMS = (
     (
         ("rotation", "object"),
@@ -1446,7 +1395,7 @@ def claims(
             100 epochs, for a GPU)
         seeds: how many
         first: the first of them; no setting was ever chosen on 21 and above
-        jobs: 1, commands run one after the other; for more, start one command for each OUT
+        jobs: 1, because the commands run one after the other
         out: where the runs are, and the results of all of them in one file, OUT/BUDGET.jsonl
         results: print the tables of such a file, and train nothing
     """
@@ -1454,10 +1403,7 @@ def claims(
     if seeds < 1:
         raise UserError(f"--seeds={seeds}: expected 1 or more")
     if jobs != 1:
-        raise UserError(
-            f"--jobs={jobs}: commands run one after the other, expected 1; "
-            "to use more cores, start `claims` several times, each with other --first and --out"
-        )
+        raise UserError(f"--jobs={jobs}: commands run one after the other; leave the flag out")
     if "WORLD_SIZE" in os.environ:
         raise UserError("claims starts processes of its own: call it with python, not torchrun")
     chosen = range(first, first + seeds)
@@ -1588,10 +1534,8 @@ def run_all(chains):
                     print(output, file=sys.stderr)
                     break
     if failed:
-        raise UserError(
-            f"{len(failed)} of {started} commands failed; "
-            f"the same command goes on with what is left; the first: {failed[0]}"
-        )
+        hint = "the same command goes on with what is left"
+        raise UserError(f"{len(failed)} of {started} commands failed; {hint}; first: {failed[0]}")
 
 
 def run_command(command, asked):

@@ -1943,8 +1943,8 @@ def test_claims_name_rows_and_columns_that_there_are():
     for (_, _, rows), (columns, claims) in zip(eval.TABLES, eval.CLAIMS):
         assert set(columns) <= set(eval.ON_FACTORS)
         for row, sign, others, some in sum(claims.values(), []):
-            assert {row, *others.split(" & ")} <= set(rows)
-            assert set(some.split(" & ")) <= set(columns)
+            assert {row, *others} <= set(rows)
+            assert set(some) <= set(columns)
             assert sign in (">", ">=")
 
 
@@ -1989,7 +1989,7 @@ def claim(row, sign, others, without=()):
     cells = {(name, "x"): dict(enumerate(values)) for name, values in rows.items()}
     for name, seed in without:
         cells[name, "x"].pop(seed)
-    return eval.judge_claim(cells, [(row, sign, others, "x")])
+    return eval.judge_claim(cells, [(row, sign, others.split(" & "), ["x"])])
 
 
 def test_a_claim_is_decided_by_paired_intervals():
@@ -2074,12 +2074,12 @@ def test_claims_from_training_to_tables(here, monkeypatch, capsys):
     monkeypatch.setitem(eval.BUDGETS, "small", tiny)
     done, kept = [], Path("claims/small.jsonl")
 
-    def run_here(chains, jobs, threads):
+    def run_here(chains):
         for script, *words in itertools.chain(*chains):
             done.append(words[0])
             run({"loo.py": loo, "eval.py": eval}[script], shlex.join(words))
 
-    def fail(chains, jobs, threads):
+    def fail(chains):
         raise UserError("one failed")
 
     monkeypatch.setattr(eval, "run_all", run_here)
@@ -2272,11 +2272,11 @@ def test_a_signal_ends_it_after_a_last_checkpoint(number, here):
     assert "--epochs=500 --out=run" in resume_with
 
 
-def test_claims_run_commands_side_by_side_and_stop_together(here):
+def test_claims_run_one_command_after_the_other_and_stop_with_it(here):
     wrong, right = ["loo.py", "methods", "--groups=colour"], ["loo.py", "methods"]
     message = "1 of 2 commands failed.*--groups=colour ended with 2: error: .*did you mean color"
     with pytest.raises(UserError, match=message):
-        eval.run_all([[wrong, right], [right]], 2, 1)
+        eval.run_all([[wrong, right], [right]])
     out = here / "run"
 
     def stop():
@@ -2288,6 +2288,6 @@ def test_claims_run_commands_side_by_side_and_stop_together(here):
     threading.Thread(target=stop, daemon=True).start()
     train = f"loo.py train --epochs=30 --size=8 {TINY} --out={out}"
     with pytest.raises(SystemExit, match="143"):
-        eval.run_all([[train.split(), ["loo.py", "nothing"]]], 1, 1)
+        eval.run_all([[train.split(), ["loo.py", "nothing"]]])
     assert (out / "checkpoint.pt").exists()
     assert not (out / "heads.pt").exists()
