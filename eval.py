@@ -473,7 +473,7 @@ def class_names(ctx, label):
     names = ctx.split["train"].classes[label]
     if len(names) < 2:
         raise UserError(
-            f"--label={label}: the images of {ctx.data} are all of one class; name another"
+            f"--label={label}: the images of {ctx.data} are all of one class, name another"
         )
     return names
 
@@ -939,7 +939,7 @@ def save_neighbors(ctx, near, y, labels, queries, heads, path):
     """Write a PNG: some test images, and their neighbors (m k) in each run of `near`."""
     images = ctx.split["test"].images
 
-    def upright_or_turned(i):
+    def display_image(i):
         row = int(y["image"][i])
         image = images[row] if torch.is_tensor(images) else images[row][0]
         return image.rot90(int(y["rotation"][i]), (1, 2))
@@ -947,7 +947,7 @@ def save_neighbors(ctx, near, y, labels, queries, heads, path):
     generator = loo.generator("queries", ctx.seed)
     rows = torch.randperm(len(near[0]), generator=generator)[:queries]
     shown = torch.cat([rows[:, None], *(one[rows] for one in near)], 1)  # (queries 1+runs*k)
-    grid = torch.stack([upright_or_turned(i) for i in shown.flatten()])
+    grid = torch.stack([display_image(i) for i in shown.flatten()])
     names = [[str(class_names(ctx, name)[c]) for c in y[name][rows]] for name in labels]
     titles = [", ".join(words) for words in zip(*names)] if names else [""] * len(rows)
     zoom = max(1, 64 // ctx.config["size"])
@@ -970,8 +970,8 @@ HEADS |= dict(n_train="train", n_test="test")
 def report(ctx, task_name, results, json, begun):
     """Print each result, as a Markdown row or a JSON line, and append it to RUN/results.jsonl.
 
-    results: dicts of KEYS and more. Two keys are no part of the line: `keep`,
-    False for what is printed only, and `note`, a line to print under the table.
+    results: dicts of KEYS and more. Two keys are no part of the line: `keep`, False for what is
+    printed only, and `note`, a line to print under the table.
     """
     columns, notes = [], []
     common = dict(run=ctx.run.name, task=task_name, data=ctx.data, root=ctx.root, protocol="fast")
@@ -1454,7 +1454,7 @@ def missing_commands(out, seeds, flags):
     """
     wanted = wanted_cells()
     chains = []
-    for seed, (method, groups) in itertools.product(seeds, sorted(wanted, key=work, reverse=True)):
+    for seed, (method, groups) in itertools.product(seeds, wanted):
         run = out / f"{method}-{'+'.join(groups)}-{seed}"
         given = dict(method=method, groups=groups, seed=seed, out=str(run))
         if method == "supervised":
@@ -1465,15 +1465,15 @@ def missing_commands(out, seeds, flags):
             loo.check_same_config(loo.default_config(**given), saved, run)
         chain = [] if (run / "heads.pt").exists() else [command_of("loo.py", "train", **given)]
         lines = results_of(run)
-        for task, cells in wanted[method, groups].items():
+        for name, cells in wanted[method, groups].items():
             if all(seed in factors_cell(lines, row, column) for row, column in cells):
                 continue
             options = dict(run=run, seed=seed)
-            if task != "rotation":
+            if name != "rotation":
                 options["label"] = tuple(dict.fromkeys(column[2] for _, column in cells))
-            if task == "robust":
+            if name == "robust":
                 options["pictures"] = 1024
-            chain.append(command_of("eval.py", task, **options))
+            chain.append(command_of("eval.py", name, **options))
         chains.append(chain)
     return chains
 
@@ -1488,13 +1488,6 @@ def wanted_cells():
             task = column[0] if feature == "v" else "spaces"
             wanted[method, groups or ("color",)][task].append((row, column))
     return wanted
-
-
-def work(kind):
-    """What sorts (method, groups) by the work of its training."""
-    name, groups = kind
-    method = loo.methods(groups)[name]
-    return method.heads == "conv5", len(method.share)
 
 
 def command_of(script, name, **flags):
@@ -1519,10 +1512,8 @@ def run_all(chains):
         for chain in chains:
             for command in chain:
                 started += 1
-                words = f"python {shlex.join(command)}"
-                print(
-                    f"[{started}/{total}, {time.perf_counter() - begun:.0f} s] {words}", flush=True
-                )
+                words, seconds = f"python {shlex.join(command)}", time.perf_counter() - begun
+                print(f"[{started}/{total}, {seconds:.0f} s] {words}", flush=True)
                 code, output = run_command(command, asked)
                 if asked:
                     message = "stopped; all that was done is kept, and the same command goes on"
@@ -1541,13 +1532,9 @@ def run_all(chains):
 def run_command(command, asked):
     """Run one command until it ends, or until a signal is in the list `asked` -> code, output."""
     script = Path(__file__).with_name(command[0])
+    words = [sys.executable, script, *command[1:]]
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            [sys.executable, script, *command[1:]],
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+        process = subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True)
         while process.poll() is None and not asked:
             time.sleep(0.1)
         if asked:
