@@ -122,8 +122,7 @@ def open_run(
     splits = dataset_splits(name, root)
     if "train" not in splits:
         raise UserError(
-            f"--data={name} has nothing to train a classifier on; "
-            "`python eval.py robust --data=imagenet100` tests on it"
+            f"--data={name} has no training split; `robust --data=imagenet100` tests on it"
         )
     settings = {key: config[key] for key in ("size", "canvas", "seed")}
     find = functools.partial(open_dataset, name, root=root, download=download, **settings)
@@ -704,14 +703,10 @@ def check_source(data, source, corrupted, objectnet, pictures):
     check_choice("source", source, ("folder", "generated"))
     if (source == "folder") != bool(corrupted):
         raise UserError(
-            "--source=folder reads the published ImageNet-C: name it with --corrupted=DIR, "
-            "or make the corruptions here with --source=generated"
+            "--source=folder goes with --corrupted=DIR; without, use --source=generated"
         )
     if (corrupted or objectnet) and data != "imagenet100":
-        raise UserError(
-            f"ImageNet-C and ObjectNet have the classes of imagenet100, not of {data}: "
-            "use --data=imagenet100, or --source=generated"
-        )
+        raise UserError(f"--data={data}: ImageNet-C and ObjectNet go with --data=imagenet100")
     return source
 
 
@@ -787,11 +782,8 @@ def spaces(ctx, label: tuple = (), layer: str = "output", margin: float = 1.0):
         margin: points of accuracy that do not matter
     """
     groups = check_spaces(ctx, layer)
-    with_all = [
-        ("all", *some)
-        for size in range(len(groups) + 1)
-        for some in itertools.combinations(groups, size)
-    ]
+    sizes = range(len(groups) + 1)
+    with_all = [("all", *some) for n in sizes for some in itertools.combinations(groups, n)]
     alone = [(group,) for group in groups]
     for name in select_labels(ctx, label, ("rotation",)):
         found = {}
@@ -908,10 +900,8 @@ def open_other(ctx, against):
     same = {key: getattr(ctx, key) for key in ("data", "root", "feature", "workers", "seed")}
     other = open_run(against, device=str(ctx.device), **same)
     if other.config["size"] != ctx.config["size"]:
-        raise UserError(
-            f"--against={against} sees images of {other.config['size']} pixels, "
-            f"{ctx.run.name} of {ctx.config['size']}: name runs of one --size"
-        )
+        sizes = f"{other.config['size']} pixels, {ctx.run.name} {ctx.config['size']}"
+        raise UserError(f"--against={against} sees {sizes}: name runs of one --size")
     # A folder that splits itself does so by each run's seed.
     return other._replace(split=ctx.split)
 
@@ -1087,10 +1077,8 @@ def setting(config, key):
     # A named group leaves this list: only what is there beside the groups tells runs apart.
     groups = set(config["groups"])
     always, default = set(config["always"]) | groups, set(ALWAYS) | groups
-    signs = [
-        f" {'+' if name in config['always'] else '-'}{name}" for name in sorted(always ^ default)
-    ]
-    return "default" + "".join(signs)
+    added = {name: "+" if name in config["always"] else "-" for name in always ^ default}
+    return " ".join(["default", *(added[name] + name for name in sorted(added))])
 
 
 def row_key(config, line, differs):
@@ -1285,7 +1273,7 @@ ON_FACTORS = {
 MARGIN = 1
 LABELS2 = ("hue", "species", "species 5-shot", "species 10-shot", "rotation", "texture", "object")
 OTHERS2 = ("MoCo (color)", "LooC (color)", "LooC (rotation)", "LooC (color, rotation)")
-NEW_VIEW, ALL_CORRUPTIONS = "object, new viewpoint", "object, all corruptions"
+NEW_VIEW, CORRUPTED_ALL = "object, new viewpoint", "object, all corruptions"
 CHANGED = ["hue", "species", "rotation"]
 CLAIMS = (
     (
@@ -1325,11 +1313,9 @@ CLAIMS = (
         ("object", *(column for column in ON_FACTORS if column.startswith("object, "))),
         {
             "rotation helps under new viewpoints": [("LooC (rotation)", ">", ["MoCo"], [NEW_VIEW])],
-            "texture helps under corruptions": [
-                ("LooC (texture)", ">", ["MoCo"], [ALL_CORRUPTIONS])
-            ],
+            "texture helps under corruptions": [("LooC (texture)", ">", ["MoCo"], [CORRUPTED_ALL])],
             "both together help on both": [
-                ("LooC (rotation, texture)", ">", ["MoCo"], [NEW_VIEW, ALL_CORRUPTIONS])
+                ("LooC (rotation, texture)", ">", ["MoCo"], [NEW_VIEW, CORRUPTED_ALL])
             ],
         },
     ),
