@@ -681,7 +681,7 @@ def test_images_without_labels_have_what_needs_none(here, capsys):
     assert {line["label"] for line in loo.read_jsonl(Path("plain/results.jsonl"))} == {"rotation"}
     run(eval, "retrieve --run=plain --neighbours=2 --out=alone.png")
     assert Path("alone.png").exists()
-    why = "photos/class0 have no labels, which a sub-folder for each class would give them"
+    why = "photos/class0 have no labels: give each class a sub-folder"
     for task in ("linear", "knn", "fewshot", "robust"):
         assert why in refused(capsys, eval, f"{task} --run=plain")
     (here / "plain" / "heads.pt").unlink()
