@@ -175,9 +175,10 @@ class State(NamedTuple):
 def train_step(state, images, aspect, config, textures=None):
     """One step of LooC or a contrastive baseline -> State, (loss (s,), q, k, queue, role).
 
-    images (m c h w) in [0, 1], aspect (m,) and textures (m copy c h w) are the rows of the global
-    batch that rank_rows names; a process alone has all of them, m = b. config is a plain dict, see
-    make_config; init_state(config) is the first state.
+    images (m c h w) in [0, 1], aspect (m,) or None and textures (m copy c h w) are the rows of the
+    global batch that rank_rows names; a process alone has all of them, m = b. The first state is
+    init_state(config). config is a dict: the numbers of a row of RECIPES, and method, groups,
+    same, always, seed, drop_equal, device, precision and compile, as `train` has them.
     """
     ema(state.encoder_k, state.encoder_q, config["momentum"])
     q, k, positives, role = contrastive_forward(state, images, aspect, config, textures)
@@ -212,33 +213,11 @@ def contrastive_forward(state, images, aspect, config, textures=None):
     return q, k[:, :, move_like(images, rows.query)], positive_keys(k, role), role
 
 
-def training_views(images, aspect, config, step, textures=None, rows=None):
-    """augment_groups as a configuration says, arguments as there."""
-    method = get_method(config)
-    return augment_groups(
-        images,
-        method.groups,
-        method.share,
-        generator("views", config["seed"], step),
-        always=config["always"],
-        size=config["size"],
-        aspect=aspect,
-        textures=textures,
-        rows=rows,
-    )
-
-
 @torch.no_grad()
 def ema(encoder_k, encoder_q, momentum):
     """The key encoder follows the query encoder, as in MoCo: parameters only, no buffers."""
     parameters_k, parameters_q = list(encoder_k.parameters()), list(encoder_q.parameters())
     torch._foreach_lerp_(parameters_k, parameters_q, 1 - momentum)
-
-
-def optimizer_step(optimizer, loss):
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
 
 
 # ---------------------------------------- views: sample parameters, then apply them
@@ -341,6 +320,22 @@ def map_params(params, change):
     return {name: dict(zip(group, map(change, group.values()))) for name, group in params.items()}
 
 
+def training_views(images, aspect, config, step, textures=None, rows=None):
+    """augment_groups as a configuration says, arguments as there."""
+    method = get_method(config)
+    return augment_groups(
+        images,
+        method.groups,
+        method.share,
+        generator("views", config["seed"], step),
+        always=config["always"],
+        size=config["size"],
+        aspect=aspect,
+        textures=textures,
+        rows=rows,
+    )
+
+
 def rank_rows(config, step):
     """The rows of the global batch that this process works on, its keys shuffled -> Rows.
 
@@ -358,6 +353,12 @@ def key_permutation(config, step):
     So the BatchNorm splits do not hold the same images for query and key.
     """
     return torch.randperm(config["batch"], generator=generator("shuffle", config["seed"], step))
+
+
+def optimizer_step(optimizer, loss):
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
 
 
 def drop_equal(role, params, groups):
