@@ -196,9 +196,9 @@ def contrastive_forward(state, images, aspect, config, textures=None):
     role (s v), or (s v b) with --drop_equal. The parameters depend on (seed, step) alone.
     """
     method, step = get_method(config), state.step
+    rows = rank_rows(config, step)
     # inference_mode is no_grad with less bookkeeping: a tenth of the augmentation's time on a CPU.
     with torch.inference_mode():
-        rows = rank_rows(config, step)
         query, keys, params = training_views(images, aspect, config, step, textures, rows)
         with autocast(config):
             k = encode(state.encoder_k, rearrange(keys, "v b c h w -> (v b) c h w"))[1]
