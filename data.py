@@ -387,7 +387,7 @@ def iter_batches(dataset, workers=2, batch=256, part=(0, 1), count=None):
         if good.any():
             yield rows[good], images[good], aspect[good].float()
     if failures and len(failures) == n:
-        raise UserError(f"none of the {n} pictures can be read; the first: {failures[0]}")
+        raise UserError(f"none of the {n} images can be read; the first: {failures[0]}")
     for error in failures[:5]:
         print(f"warning: unreadable: {error}", file=sys.stderr)
     if len(failures) > 5:
@@ -434,9 +434,7 @@ def decode(dataset, images, workers):
         aspects.append(aspect)
     n, lost = len(images), len(images) - end
     if lost > max(1, n // 100):
-        raise UserError(
-            f"{lost} of {n} pictures cannot be read, more than 1%: repair or remove them"
-        )
+        raise UserError(f"{lost} of {n} images cannot be read, more than 1%: repair or remove them")
     return torch.cat(done), torch.cat(aspects)
 
 
@@ -782,13 +780,13 @@ def check_complete(name, split, paths, labels):
     classes, count = source.splits[split]
     if missing := missing_files(paths):
         raise UserError(
-            f"{name} {split}: {len(missing)} of {len(paths)} pictures are missing, "
+            f"{name} {split}: {len(missing)} of {len(paths)} images are missing, "
             f"the first is {missing[0]}; get them at {source.address}"
         )
     found = len(set(labels))
     if found != classes or count and len(paths) != count:
         raise UserError(
-            f"{name} {split}: found {len(paths)} pictures of {found} classes under "
+            f"{name} {split}: found {len(paths)} images of {found} classes under "
             f"{paths[0].parent.parent}, published are {count or 'images'} of {classes}; "
             f"`python data.py check --data={name} --root=DIR` says more"
         )
@@ -1501,7 +1499,7 @@ def check(data: str = "factors", root: str = None, sample: int = 64, download: b
     splits = dataset_splits(data, root)
     if source.address and not download:
         check_root(root, data)
-    print("| split | classes | published | pictures | published | missing | opened |")
+    print("| split | classes | published | images | published | missing | opened |")
     print("|---" * 7 + "|")
     for split in splits:
         classes, count = source.splits[split] if source.address else (None, None)

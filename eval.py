@@ -626,7 +626,7 @@ def summarized_cells():
 SUMMARIES = summarized_cells()
 
 
-def corrupted_pictures(ctx, published, count=None):
+def corrupted_images(ctx, published, count=None):
     """Yields the index of one of CELLS, rows (b,), images (b 3 h w) in [0, 1], labels {name: (b,)}.
 
     published: an ImageSet for each cell; where there are none, the (first `count`) test images are
@@ -744,7 +744,7 @@ def corrupted_results(ctx, published, labels, logits_of, count):
     n = len((published[0] if published else ctx.split["test"]).images)
     right = {name: torch.zeros(len(CELLS), n, 2) for name in labels}  # top-1 and top-5
     seen = torch.zeros(n)  # an image is there in all cells or in none
-    for cell, rows, images, y in corrupted_pictures(ctx, published, count):
+    for cell, rows, images, y in corrupted_images(ctx, published, count):
         with torch.no_grad():
             v, z = loo.encode(ctx.encoder, images)
         x = select_feature(v, z, ctx.config, ctx.feature).float()

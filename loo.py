@@ -534,9 +534,9 @@ def move_like(images, x):
 
 def sample_texture(b, generator):
     """A stylized copy with probability 0.5, and which one as a share of their number."""
-    stylised = torch.rand(b, generator=generator) < 0.5
-    copy = torch.where(stylised, torch.rand(b, generator=generator), 0.0)
-    return {"stylised": stylised, "copy": copy}
+    stylized = torch.rand(b, generator=generator) < 0.5
+    copy = torch.where(stylized, torch.rand(b, generator=generator), 0.0)
+    return {"stylized": stylized, "copy": copy}
 
 
 def texture(images, params, textures, index):
@@ -546,8 +546,8 @@ def texture(images, params, textures, index):
     ValueError without textures.
     """
     if textures is None:
-        raise ValueError("the group texture needs `textures`, the stylised copies (b copy c h w)")
-    rows = params["stylised"].nonzero().squeeze(1)
+        raise ValueError("the group texture needs `textures`, the stylized copies (b copy c h w)")
+    rows = params["stylized"].nonzero().squeeze(1)
     copy = (params["copy"][rows] * textures.shape[1]).long()
     out, rows = images.clone(), move_like(images, rows)
     out[rows] = textures[index[rows], move_like(images, copy)]

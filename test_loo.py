@@ -564,7 +564,7 @@ def test_texture_takes_the_drawn_copy():
     """Two views of four images, two copies each, which are told apart by their brightness."""
     images, at = torch.zeros(4, 3, 8, 8), torch.arange(4).repeat(2)
     copies = torch.arange(1.0, 9).view(4, 2, 1, 1, 1).expand(4, 2, 3, 8, 8) / 10
-    params = {"stylised": torch.tensor([1, 1, 0, 1, 0, 1, 1, 0]).bool()}
+    params = {"stylized": torch.tensor([1, 1, 0, 1, 0, 1, 1, 0]).bool()}
     params["copy"] = torch.tensor([0.0, 0.6, 0, 0.99, 0, 0.4, 0.5, 0])
     views = loo.texture(images.repeat(2, 1, 1, 1), params, copies, at)
     assert_close(views[:, 0, 0, 0] * 10, torch.tensor([1.0, 4, 0, 8, 0, 3, 6, 0]))
@@ -896,7 +896,7 @@ def test_a_stream_leaves_out_what_cannot_be_read(tmp_path):
     assert rows.tolist() == [0, 2, 3, 5, 6]
     assert len(aspect) == 5
     assert images[:, 0, 9, 9].tolist() == [0, 60, 90, 150, 180]
-    with pytest.raises(UserError, match="2 of 7 pictures cannot be read"):  # and more than 1%
+    with pytest.raises(UserError, match="2 of 7 images cannot be read"):  # and more than 1%
         data.decode_all(dataset)
     write_image(folder / "4.png", (120, 0, 0))
     decoded = data.decode_all(data.open_dataset("folder", "train", root=tmp_path))
@@ -1052,7 +1052,7 @@ def test_imagenet100_layouts(layout, few, tmp_path):
     assert len(val) == 15
     assert all(few[label] == order[int(path[-13:-5]) - 1] for path, label in val.items())
     next(tmp_path.rglob(f"{few[3]}_*.JPEG")).unlink()
-    with pytest.raises(UserError, match="found 59 pictures of 15 classes"):
+    with pytest.raises(UserError, match="found 59 images of 15 classes"):
         data.open_dataset("imagenet100", "train", root=tmp_path)
 
 
@@ -1080,7 +1080,7 @@ def test_inat2019_joins_by_id(few, tmp_path):
     train = data.open_dataset("inat2019", "train", root=tmp_path)
     assert train.classes["class"] == ["species 3", "species 5", "species 7"]
     (tmp_path / "train_val2019/Birds/1/val1.jpg").unlink()
-    with pytest.raises(UserError, match="1 of 3 pictures are missing, the first is .*val1.jpg"):
+    with pytest.raises(UserError, match="1 of 3 images are missing, the first is .*val1.jpg"):
         data.open_dataset("inat2019", "val", root=tmp_path)
 
 
@@ -1838,7 +1838,7 @@ def test_published_corruptions_bring_their_own_labels(untrained):
     """Their order is not that of the clean images, where those lie flat."""
     images, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([7, 3])
     dataset = data.ImageSet(images, torch.ones(2), {"class": labels}, {})
-    ((cell, rows, crops, labels),) = eval.corrupted_pictures(eval.open_run(), [dataset])
+    ((cell, rows, crops, labels),) = eval.corrupted_images(eval.open_run(), [dataset])
     assert (cell, rows.tolist(), labels["class"].tolist()) == (0, [0, 1], [7, 3])
     assert crops.shape == (2, 3, 32, 32)
 
