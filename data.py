@@ -33,7 +33,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale, to_pil_image
 
-from loo import UserError, generator, grayscale, uniform
+from loo import UserError, grayscale, make_generator, uniform
 
 # ---------------------------------------------------------------- data sets by name
 
@@ -357,7 +357,7 @@ class ImageFiles(torch.utils.data.Dataset):
 
 def epoch_batches(n, batch, seed, epoch):
     """The epoch's order of n images -> (steps b) int64, the incomplete last batch dropped."""
-    order = torch.randperm(n, generator=generator("order", seed, epoch))
+    order = torch.randperm(n, generator=make_generator("order", seed, epoch))
     return order[: n - n % batch].view(-1, batch)
 
 
@@ -503,7 +503,7 @@ def factors(split, size=32, count=None):
     strokes, four gray marks): an image differs from all others without its color. Light comes from
     above, so a rotation changes more than the outline. Splits are disjoint draws. "viewpoint" plays
     ObjectNet's part: more tilt (standard deviation 40 degrees, not 11), colored backgrounds."""
-    n, g = count or FACTORS[split], generator("factors", split)
+    n, g = count or FACTORS[split], make_generator("factors", split)
     rand = functools.partial(uniform, generator=g)
 
     def normal(*shape, std):
@@ -543,7 +543,7 @@ def factors(split, size=32, count=None):
     )
     if split == "viewpoint":
         look |= dict(tilt=normal(std=0.7), ground=background(0.3))
-    noise, images = generator("noise", split, size), []
+    noise, images = make_generator("noise", split, size), []
     for rows in torch.arange(n).split(256):
         images.append(render({name: value[rows] for name, value in look.items()}, size, noise))
     labels = dict(object=obj, hue=hue, texture=fill, species=obj * HUES + hue)
@@ -1141,7 +1141,7 @@ def texture_relief(n, size, g):
 
 def procedural_textures(n, size, seed=0):
     """Textures drawn by code, the styles where no folder is given -> (n 3 size size) in [0, 1]."""
-    g = generator("materials", seed)
+    g = make_generator("materials", seed)
     height = texture_relief(n, size, g)
     rand = functools.partial(uniform, generator=g)
     hue, saturation, value = (rand(*r, n, 3) for r in ((0, 1), (0.1, 0.9), (0.1, 1)))
@@ -1193,7 +1193,7 @@ def random_features(images, filters=48):
     """Fixed random 5 x 5 filters at every scale (Ustyuzhaninov et al. 2017), half of them blind to
     the mean, then ReLU: (b 3 h w) -> maps [(b f h w), ...] fine to coarse, the content map's index.
     """
-    bank = torch.randn(filters, 3, 5, 5, generator=generator("filters"))
+    bank = torch.randn(filters, 3, 5, 5, generator=make_generator("filters"))
     bank[::2] -= bank[::2].mean((1, 2, 3), keepdim=True)
     bank = (bank / bank.flatten(1).norm(dim=1)[:, None, None, None]).to(images)
     maps, content = [], 0
@@ -1325,7 +1325,7 @@ def factors_textures(dataset, cache, device):
         print(f"making stylized copies of {n} images, once: {path}", flush=True)
         styles = F.interpolate(procedural_textures(56, max(64, side)), size=side, mode="area")
         for rows in torch.arange(n).split(64):
-            pick = torch.randint(56, (len(rows),), generator=generator("style", int(rows[0])))
+            pick = torch.randint(56, (len(rows),), generator=make_generator("style", int(rows[0])))
             images, style = dataset.images[rows].to(device) / 255, styles[pick].to(device)
             # the colors stay: hue is another group's
             copies.append(to_uint8(style_transfer(images, style, keep_color=True)).cpu())
@@ -1428,7 +1428,7 @@ def style_reader(styles, size, seed):
         raise UserError(f"--styles={styles}: no images in this folder")
 
     def read(copy):
-        g = generator("style", seed, str(copy))
+        g = make_generator("style", seed, str(copy))
         style = choices[int(torch.randint(1 << 30, (1,), generator=g)) % len(choices)]
         if not styles:
             return style

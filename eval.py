@@ -269,7 +269,7 @@ def lbfgs_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
     x ((r n) d), y ((r n),) of k classes -> w (k d), b (k,). All turns of an image are held out.
     """
     n = len(x) // turns
-    order = torch.randperm(n, generator=loo.generator("held out", seed))
+    order = torch.randperm(n, generator=loo.make_generator("held out", seed))
     offsets = n * torch.arange(turns)[:, None]
     held, rest = (order[: n // 5] + offsets).flatten(), (order[n // 5 :] + offsets).flatten()
     x_held, y_held, x_rest, y_rest = x[held], y[held], x[rest], y[rest]
@@ -291,14 +291,16 @@ def sgd_probe(ctx, dataset, label, k, d, epochs, lr, batch=256):
     if n < batch:
         raise UserError(f"--protocol=paper takes {batch} images or more, not {n}: leave it out")
     layer = torch.nn.Linear(d, k, device=ctx.device)
-    layer.weight.data.copy_(torch.randn(k, d, generator=loo.generator("probe", ctx.seed)) * 0.01)
+    layer.weight.data.copy_(
+        torch.randn(k, d, generator=loo.make_generator("probe", ctx.seed)) * 0.01
+    )
     layer.bias.data.zero_()
     optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
     for epoch in range(epochs):
         drops = (epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)
         optimizer.param_groups[0]["lr"] = lr * 0.1**drops
         for i, rows in enumerate(epoch_batches(n, batch, ctx.seed, epoch)):
-            generator = loo.generator("probe", ctx.seed, epoch, i)
+            generator = loo.make_generator("probe", ctx.seed, epoch, i)
             x, y = augmented_batch(ctx, dataset, label, rows, generator)
             loo.optimizer_step(optimizer, F.cross_entropy(layer(x), y))
     return layer.weight.detach(), layer.bias.detach()
@@ -353,7 +355,7 @@ def sample_shots(y, k, shots, trials, seed):
     fewest = int(torch.bincount(y, minlength=k).min())
     if fewest < shots:
         raise UserError(f"--shots={shots}: a class has only {fewest} training images")
-    generator = loo.generator("shots", seed, shots)
+    generator = loo.make_generator("shots", seed, shots)
     of_class = [(y == c).nonzero().squeeze(1) for c in range(k)]
     drawn = [
         rows[torch.randperm(len(rows), generator=generator)[:shots]]
@@ -641,7 +643,7 @@ def corrupted_images(ctx, published, count=None):
     for rows, images in on_device(ctx.encoder, dataset, ctx.workers, count=count):
         labels = {name: y[rows] for name, y in dataset.labels.items()}
         for cell, (name, severity) in enumerate(CELLS):
-            generator = loo.generator("corrupt", name, severity, int(rows[0]))
+            generator = loo.make_generator("corrupt", name, severity, int(rows[0]))
             yield cell, rows, corrupt(images, name, severity, generator), labels
 
 
@@ -914,7 +916,7 @@ def nearest_images(ctx, k, turn):
     turns = (0, 1, 2, 3) if turn else (0,)
     v, z, y = cached_features(ctx, "test", turns)
     every = torch.arange(len(v) // len(turns))  # (m,)
-    drawn = torch.randint(len(turns), every.shape, generator=loo.generator("turns", ctx.seed))
+    drawn = torch.randint(len(turns), every.shape, generator=loo.make_generator("turns", ctx.seed))
     chosen = drawn * len(every) + every
     x = F.normalize(select_feature(v, z, ctx.config, ctx.feature)[chosen], dim=1)
     near = []
@@ -934,7 +936,7 @@ def save_neighbors(ctx, near, y, labels, queries, heads, path):
         image = images[row] if torch.is_tensor(images) else images[row][0]
         return image.rot90(int(y["rotation"][i]), (1, 2))
 
-    generator = loo.generator("queries", ctx.seed)
+    generator = loo.make_generator("queries", ctx.seed)
     rows = torch.randperm(len(near[0]), generator=generator)[:queries]
     shown = torch.cat([rows[:, None], *(one[rows] for one in near)], 1)  # (queries 1+runs*k)
     grid = torch.stack([display_image(i) for i in shown.flatten()])

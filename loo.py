@@ -14,8 +14,10 @@ One training step:
     python loo.py train --data=folder --root=DIR      # on your own images
     python loo.py methods --groups=color,rotation     # every method of the paper as a small table
 
-Axes in every shape: b image, v key view, g group, s space, d feature, c embedding or color channel,
-n queue slot or sample, t trial, h w pixel.
+The commands and `default_config` need data.py; the method, the encoder and train_step do not.
+
+Axes in every shape: b image (B of all processes, m of those read), v key view, g group, s space,
+d feature, c embedding or color channel, n queue slot, sample or view, t trial, h w pixel.
 """
 
 import collections
@@ -101,10 +103,12 @@ def get_method(config):
 
 
 def multi_space_loss(q, k, queue, role, tau):
-    """L_q of section 3 for each space, averaged over images; its mean over spaces is the paper's.
+    """The contrastive loss of each space, averaged over images. Its mean is L_q of section 3.
 
-    q (s b c), k (s v b c), queue (s n c), all of unit norm; role (s v), or (s v b) where it differs
-    by image -> (s,). The loss is float32 at least, also under autocast.
+    q (s b c), k (s v b c) without gradient, queue (s n c), all of unit norm; tau: 0.2 in the paper
+    role (s v), or (s v b) where it differs by image: 1 the positive, exactly one a space, -1 a
+        negative, 0 unused. LooC with one group has [[1, 0], [-1, 1]]
+    -> (s,), float32 at least, also under autocast.
     """
     own, queued, positive = space_logits(q, k, queue, role, tau)
     partition = torch.logaddexp(own.logsumexp(2), queued.logsumexp(2))  # (s b)
@@ -114,7 +118,7 @@ def multi_space_loss(q, k, queue, role, tau):
 def space_logits(q, k, queue, role, tau):
     """Logits of each query in each space, arguments as in multi_space_loss.
 
-    -> own (s b v), against the keys of the same image, -inf where a view is unused; queued (s b n),
+    -> own (s b v), against every key of its own image, -inf where role is 0; queued (s b n),
     against the queue; positive (s b 1), the index of the positive among own.
     """
     # Divide q and not the logits, which are many more.
@@ -157,7 +161,7 @@ def queue_update(queue, pointer, keys):
 
 
 class State(NamedTuple):
-    """All that decides the next step, beside the configuration.
+    """All that decides the next step, beside the configuration; init_state makes the first one.
 
     The supervised baseline leaves the key encoder idle, the others the classifier.
     """
@@ -175,10 +179,12 @@ class State(NamedTuple):
 def train_step(state, images, aspect, config, textures=None):
     """One step of LooC or a contrastive baseline -> State, (loss (s,), q, k, queue, role).
 
-    images (m c h w) in [0, 1], aspect (m,) or None and textures (m copy c h w) are the rows of the
-    global batch that rank_rows names; a process alone has all of them, m = b. The first state is
-    init_state(config). config is a dict: the numbers of a row of RECIPES, and method, groups,
-    same, always, seed, drop_equal, device, precision and compile, as `train` has them.
+    images (m c h w) in [0, 1]; aspect (m,) or None; textures (m copy c h w) or None. In one process
+    m is config["batch"]; of several, each has the images that rank_rows names.
+    config: RECIPES["factors"] | dict(method="looc", groups=("color", "rotation"), same=(), seed=0,
+        always=("crop", "flip", "blur", "color"), drop_equal=False, device="cpu",
+        precision="float32", compile=False), or what default_config() makes of `train`'s flags.
+    Encoders and optimizer change in place. Learning rate and `total` are for train_loop to set.
     """
     ema(state.encoder_k, state.encoder_q, config["momentum"])
     q, k, positives, role = contrastive_forward(state, images, aspect, config, textures)
@@ -248,11 +254,12 @@ def augment_groups(
 
     images (b c h w) float in [0, 1]
     groups: names in GROUPS
-    share (v g) bool: key view v copies the query's parameters of group g
-    generator: a CPU generator, so that the views are the same on every device
-    always: names in GROUPS, drawn independently for every view. Add "color" if it is no group, as
-        `train` does, or images can be matched by their colors
-    size: height and width of the views, by default h
+    share (v g) bool: key view v copies the query's parameters of group g. LooC with two groups has
+        [[0, 0], [1, 0], [0, 1]]: the first key shares nothing
+    generator: torch.Generator() on the CPU, so that the views are the same on every device
+    always: names in GROUPS that are no groups, drawn independently for every view. Add "color" if
+        it is no group, as `train` does, or images can be matched by their colors
+    size: height and width of the views, by default h. A wider image is squashed
     aspect (b,): width / height of each image before it was squashed into a square, by default 1
     textures (b copy c h w): stylized copies of the images, for the group "texture"
     rows: a Rows, when `images` are a part (m c h w) of a global batch
@@ -289,7 +296,7 @@ def sample_groups(b, groups, share, generator, always):
         flat = sample((1 + len(share)) * b, generator)
         params[name] = {key: rearrange(x, "(v b) ... -> v b ...", b=b) for key, x in flat.items()}
         if name in groups:
-            copies = share[:, groups.index(name)].cpu()  # (v,)
+            copies = share[:, groups.index(name)].bool().cpu()  # (v,)
             for x in params[name].values():
                 x[1:][copies] = x[0]
     return params
@@ -327,7 +334,7 @@ def training_views(images, aspect, config, step, textures=None, rows=None):
         images,
         method.groups,
         method.share,
-        generator("views", config["seed"], step),
+        make_generator("views", config["seed"], step),
         always=config["always"],
         size=config["size"],
         aspect=aspect,
@@ -339,8 +346,8 @@ def training_views(images, aspect, config, step, textures=None, rows=None):
 def rank_rows(config, step):
     """The rows of the global batch that this process works on, its keys shuffled -> Rows.
 
-    A process makes the key views that its part of the shuffled order asks for, so that no images
-    travel between processes.
+    A process reads the images of its queries and of its keys and makes the views of both, so that
+    only embeddings travel between processes.
     """
     query = rank_slice(config["batch"])
     key = key_permutation(config, step)[query]
@@ -350,9 +357,11 @@ def rank_rows(config, step):
 def key_permutation(config, step):
     """(B,) the order in which the key encoder sees the global batch (MoCo's shuffled BatchNorm).
 
-    So the BatchNorm splits do not hold the same images for query and key.
+    So a query and its positive key are normalized among different images.
     """
-    return torch.randperm(config["batch"], generator=generator("shuffle", config["seed"], step))
+    return torch.randperm(
+        config["batch"], generator=make_generator("shuffle", config["seed"], step)
+    )
 
 
 def optimizer_step(optimizer, loss):
@@ -517,7 +526,7 @@ def resnet(arch, stem, norm):
 # x(images (b 3 h w) on any device, params) -> (b 3 h w), nothing random.
 
 
-def generator(*key):
+def make_generator(*key):
     """A CPU generator seeded by `key` alone, such as ("views", seed, step)."""
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
 
@@ -946,7 +955,7 @@ def build_encoder(config, splits=1):
 
 
 def init_state(config, classes=0):
-    """The state before the first step. The queue holds random directions."""
+    """The state before the first step. The queue holds random directions until keys fill it."""
     device, dtype = config["device"], dtype_of(config)
     method = get_method(config)
     splits = config["splits"] // world_size()
@@ -966,7 +975,7 @@ def init_state(config, classes=0):
     sgd = partial(torch.optim.SGD, momentum=0.9, fused=True)
     optimizer = sgd(weights, config["lr"], weight_decay=config["weight_decay"])
     shape = len(method.spaces), config["queue"], config["dim"]
-    queue = torch.randn(shape, generator=generator("queue", config["seed"]))
+    queue = torch.randn(shape, generator=make_generator("queue", config["seed"]))
     queue = F.normalize(queue, dim=-1).to(device, dtype)
     total = torch.zeros(max(len(method.spaces), 1), device=device, dtype=dtype)
     encoder_q, classifier = wrap_ddp(encoder_q), wrap_ddp(classifier)
@@ -1170,7 +1179,7 @@ def save_views(dataset, config, path):
     on_cpu = config | {"device": "cpu", "precision": "float32"}
     _, images, aspect, textures = get_batch(dataset, on_cpu, some)
     rest = dict(always=config["always"], size=config["size"], aspect=aspect, textures=textures)
-    draws = generator("views", config["seed"], 0)
+    draws = make_generator("views", config["seed"], 0)
     query, keys, _ = augment_groups(images, method.groups, method.share, draws, **rest)
     names = ["query"]
     for shared, role in zip(method.share, method.role.T):
@@ -1779,14 +1788,16 @@ def bench_phases(config):
     if config["compile"]:
         bare_key.compile()
     _, canvases, aspect, textures = get_batch(dataset, config, rows)
-    images = move_like(canvases, torch.rand(batch, 3, size, size, generator=generator("bench")))
+    images = move_like(
+        canvases, torch.rand(batch, 3, size, size, generator=make_generator("bench"))
+    )
     forward = contrastive_forward(state, canvases, aspect, config, textures)
     q, k, positives, role = (x.detach() for x in forward)
 
     @torch.inference_mode()
     def augment():
         rest = dict(always=config["always"], size=size, aspect=aspect, textures=textures)
-        draws = generator("views", 0, 0)
+        draws = make_generator("views", 0, 0)
         augment_groups(canvases, method.groups, method.share, draws, **rest)
 
     def query():
@@ -1833,7 +1844,7 @@ def noise_dataset(config):
     from data import ImageSet, crop_pct
 
     n, side = 2 * config["batch"], round(config["size"] / crop_pct(config["data"]))
-    kind = dict(dtype=torch.uint8, generator=generator("bench"))
+    kind = dict(dtype=torch.uint8, generator=make_generator("bench"))
     images = torch.randint(256, (n, 3, side, side), **kind)
     dataset = ImageSet(images, torch.ones(n), {}, {})
     if "texture" in config["groups"]:

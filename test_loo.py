@@ -30,7 +30,7 @@ from torch.testing import assert_close
 import data
 import eval
 import loo
-from loo import UserError, generator
+from loo import UserError, make_generator
 
 # The tensors are small: other threads would only wait for each other.
 torch.set_num_threads(1)
@@ -111,12 +111,12 @@ def to_jsonl(lines):
 def noise(*shape, seed=0):
     """Uniform in [0, 1]; one number is a count of small images."""
     shape = (*shape, 3, 32, 32) if len(shape) == 1 else shape
-    return torch.rand(*shape, generator=generator(seed))
+    return torch.rand(*shape, generator=make_generator(seed))
 
 
 def unit(*shape, seed=0):
     """Random vectors of unit norm, in float64."""
-    x = torch.randn(*shape, dtype=torch.float64, generator=generator("test", seed))
+    x = torch.randn(*shape, dtype=torch.float64, generator=make_generator("test", seed))
     return F.normalize(x, dim=-1)
 
 
@@ -318,7 +318,7 @@ def test_shuffled_keys_come_back_in_order():
     key_encoder = state.encoder_k.eval()
     config, state = config | dict(momentum=1.0), state._replace(step=7)
     _, (_, _, k, _, _) = loo.train_step(state, images, torch.ones(16), config)
-    share, views = loo.methods(GROUPS)["looc"].share, generator("views", 0, 7)
+    share, views = loo.methods(GROUPS)["looc"].share, make_generator("views", 0, 7)
     _, keys, _ = loo.augment_groups(images, GROUPS, share, views, always=("crop", "flip"), size=32)
     with torch.no_grad():
         want = torch.stack([loo.encode(key_encoder, view)[1] for view in keys], 1)
@@ -342,7 +342,7 @@ def test_augmentation_is_float32_whatever_the_network(monkeypatch):
 
 def test_shared_params_are_equal_and_the_others_are_not():
     share = loo.methods(GROUPS)["looc"].share
-    _, _, params = loo.augment_groups(noise(64), GROUPS, share, generator(1))
+    _, _, params = loo.augment_groups(noise(64), GROUPS, share, make_generator(1))
     for name in (*GROUPS, "crop", "flip", "blur"):
         for v, parameter in itertools.product(range(3), params[name].values()):
             shared = name in GROUPS and bool(share[v, GROUPS.index(name)])
@@ -352,7 +352,7 @@ def test_shared_params_are_equal_and_the_others_are_not():
 def test_sharing_is_seen_in_pixels():
     """Without crop, flip and blur, the view that shares all is the query; the others differ."""
     share = torch.tensor([[True, True], [True, False], [False, True]])
-    query, keys, params = loo.augment_groups(noise(32), GROUPS, share, generator(1), always=())
+    query, keys, params = loo.augment_groups(noise(32), GROUPS, share, make_generator(1), always=())
     assert torch.equal(query, keys[0])
     assert not torch.equal(query, keys[1])
     assert not torch.equal(query, keys[2])
@@ -365,27 +365,29 @@ def test_sharing_is_seen_in_pixels():
 
 def test_params_do_not_depend_on_how_a_batch_is_cut():
     share, images, aspect = loo.methods(GROUPS)["looc"].share, noise(8), torch.linspace(0.5, 2, 8)
-    whole, all_keys, _ = loo.augment_groups(images, GROUPS, share, generator(1), aspect=aspect)
+    whole, all_keys, _ = loo.augment_groups(images, GROUPS, share, make_generator(1), aspect=aspect)
+    _, same, _ = loo.augment_groups(images, GROUPS, share.int(), make_generator(1), aspect=aspect)
+    assert torch.equal(same, all_keys)  # whatever the type of share
     for at in (slice(4), slice(4, 8)):
         part = torch.arange(8)[at]
         options = dict(aspect=aspect[at], rows=loo.Rows(8, part, part, part))
-        query, keys, _ = loo.augment_groups(images[at], GROUPS, share, generator(1), **options)
+        query, keys, _ = loo.augment_groups(images[at], GROUPS, share, make_generator(1), **options)
         assert_close(query, whole[at], atol=1e-6, rtol=0)
         assert_close(keys, all_keys[:, at], atol=1e-6, rtol=0)
 
 
 def test_views_are_counted_and_sized_whatever_is_drawn():
     images, none = noise(2, 3, 24, 16), torch.zeros(3, 0, dtype=torch.bool)
-    query, keys, params = loo.augment_groups(images, (), none, generator(1), always=())
+    query, keys, params = loo.augment_groups(images, (), none, make_generator(1), always=())
     assert torch.equal(query, images)
     assert torch.equal(keys, images.expand(3, -1, -1, -1, -1))
     assert not params
     one, options = torch.tensor([[True]]), dict(always=(), size=16)
-    query, keys, _ = loo.augment_groups(images, ("color",), one, generator(1), **options)
+    query, keys, _ = loo.augment_groups(images, ("color",), one, make_generator(1), **options)
     assert query.shape == (2, 3, 16, 16)
     assert torch.equal(keys[0], query)
     with pytest.raises(ValueError, match="colour; there are texture, crop"):
-        loo.augment_groups(images, ("colour",), one, generator(1))
+        loo.augment_groups(images, ("colour",), one, make_generator(1))
 
 
 def test_a_row_in_the_table_of_groups_gets_a_view_and_a_space(monkeypatch):
@@ -397,7 +399,7 @@ def test_a_row_in_the_table_of_groups_gets_a_view_and_a_space(monkeypatch):
 
     monkeypatch.setitem(loo.GROUPS, "invert", (sample_invert, invert))
     method = loo.methods(("invert", "rotation"))["looc"]
-    dark, inputs = noise(16, 3, 8, 8) * 0.4, (method.groups, method.share, generator(1))
+    dark, inputs = noise(16, 3, 8, 8) * 0.4, (method.groups, method.share, make_generator(1))
     query, keys, params = loo.augment_groups(dark, *inputs, always=("crop",))
     assert torch.equal(query.mean((1, 2, 3)) > 0.5, params["invert"]["coin"][0])
     assert torch.equal(keys[1].mean((1, 2, 3)) > 0.5, params["invert"]["coin"][0])
@@ -405,7 +407,7 @@ def test_a_row_in_the_table_of_groups_gets_a_view_and_a_space(monkeypatch):
 
 
 def test_split_batchnorm_is_batchnorm_of_each_part():
-    x = torch.randn(24, 5, 4, 4, generator=generator(0))
+    x = torch.randn(24, 5, 4, 4, generator=make_generator(0))
     ours = loo.SplitBatchNorm2d(5, splits=3)
     parts = [torch.nn.BatchNorm2d(5) for _ in range(3)]
     assert_close(ours(x), torch.cat([norm(part) for norm, part in zip(parts, x.chunk(3))]))
@@ -507,7 +509,7 @@ def test_crop_boxes_follow_random_resized_crop():
     get_params = torchvision.transforms.RandomResizedCrop.get_params
     theirs = [get_params(wide, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(n)]
     theirs = torch.tensor(theirs).double()
-    box = loo.crop_box(loo.sample_crop(n, generator(0)), torch.full((n,), 2.0))
+    box = loo.crop_box(loo.sample_crop(n, make_generator(0)), torch.full((n,), 2.0))
     top, left, h, w = (x.double() for x in box)
     assert min(top.min(), left.min()) >= 0
     assert max((top + h).max(), (left + w).max()) <= 1 + 1e-6
@@ -517,7 +519,7 @@ def test_crop_boxes_follow_random_resized_crop():
     error = (theirs.var(0) / n + ours.var(0) / n).sqrt()
     assert ((ours.mean(0) - theirs.mean(0)).abs() < 4 * error + 1).all()
     # An image too long for any box gets the largest in the middle.
-    _, left, h, w = loo.crop_box(loo.sample_crop(64, generator(0)), torch.full((64,), 20.0))
+    _, left, h, w = loo.crop_box(loo.sample_crop(64, make_generator(0)), torch.full((64,), 20.0))
     want = torch.tensor([1, 4 / 3, 0.5]).expand(64, 3)
     assert_close(torch.stack([h, w * 20, left + w / 2], 1), want)
 
@@ -532,7 +534,7 @@ def test_color_ops_are_torchvisions(name):
 
 
 def test_color_applies_four_ops_in_each_images_order():
-    images, params = photos(32), loo.sample_color(32, generator(5))
+    images, params = photos(32), loo.sample_color(32, make_generator(5))
     assert 0 < (params["order"][:, 0] < 0).sum() < 32
     want = images.clone()
     for i in range(32):
@@ -542,7 +544,7 @@ def test_color_applies_four_ops_in_each_images_order():
         if params["gray"][i]:
             want[i] = TF.rgb_to_grayscale(want[i], 3)
     assert (loo.color(images, params) - want).abs().max() < 1 / 255
-    orders = loo.sample_color(20_000, generator(6))["order"]
+    orders = loo.sample_color(20_000, make_generator(6))["order"]
     orders = orders[orders[:, 0] >= 0]
     assert len(orders) / 20_000 == pytest.approx(0.8, abs=0.02)
     assert len(orders.unique(dim=0)) == 24
@@ -568,7 +570,7 @@ def test_texture_takes_the_drawn_copy():
     params["copy"] = torch.tensor([0.0, 0.6, 0, 0.99, 0, 0.4, 0.5, 0])
     views = loo.texture(images.repeat(2, 1, 1, 1), params, copies, at)
     assert_close(views[:, 0, 0, 0] * 10, torch.tensor([1.0, 4, 0, 8, 0, 3, 6, 0]))
-    inputs = images, ("texture",), loo.methods(("texture",))["looc"].share, generator(0)
+    inputs = images, ("texture",), loo.methods(("texture",))["looc"].share, make_generator(0)
     query, keys, _ = loo.augment_groups(*inputs, always=(), textures=copies)
     assert torch.equal(query, keys[1])
     assert not torch.equal(query, keys[0])
@@ -965,7 +967,7 @@ def test_factors_objects_know_up_and_not_left():
     look |= dict(fill=torch.zeros(n, dtype=torch.long), scale=torch.full((n,), 0.9))
     look |= dict(marks=torch.zeros(n, 4, 4) - 9, ground=torch.zeros(n, 3))
     look["strokes"] = torch.tensor([(strokes * 4)[:4] for strokes in data.OBJECTS.values()])
-    images = data.render(look, 64, generator(0)).float()[:, 0]
+    images = data.render(look, 64, make_generator(0)).float()[:, 0]
     moved = [images.flip(2), *(images.rot90(turns, (1, 2)) for turns in (1, 2, 3))]
     flipped, *turned = [(images - x).abs().mean((1, 2)) / images.mean((1, 2)) for x in moved]
     assert flipped.max() < 0.1
@@ -1202,36 +1204,38 @@ def test_a_corruption_keeps_the_contract(name, side):
     images = scenery(3, side)
     kept = images.clone()
     for severity in range(1, 6):
-        worse = data.corrupt(images, name, severity, generator(1))
+        worse = data.corrupt(images, name, severity, make_generator(1))
         assert (worse.shape, worse.dtype) == (images.shape, images.dtype)
         assert 0 <= worse.min() <= worse.max() <= 1
         assert_close(worse * 255, (worse * 255).round(), atol=1e-4, rtol=0)
-        assert torch.equal(worse, data.corrupt(images, name, severity, generator(1)))
+        assert torch.equal(worse, data.corrupt(images, name, severity, make_generator(1)))
         assert torch.equal(images, kept)
         assert (worse - images).abs().mean() > 0.002
     # Every image has random numbers of its own, where there are any.
-    one, other = data.corrupt(images[:1].expand(2, -1, -1, -1), name, 5, generator(1))
+    one, other = data.corrupt(images[:1].expand(2, -1, -1, -1), name, 5, make_generator(1))
     assert torch.equal(one, other) == (name in ALIKE)
 
 
 @pytest.mark.parametrize("name", sorted(set(data.CORRUPTIONS) - NOT_MONOTONE))
 def test_severities_increase(name):
     images = scenery(16)
-    worse = [data.corrupt(images, name, severity, generator(1)) for severity in range(1, 6)]
+    worse = [data.corrupt(images, name, severity, make_generator(1)) for severity in range(1, 6)]
     changes = torch.stack([(x - images).abs().mean() for x in worse])
     assert (changes.diff() > 0).all()
 
 
 def test_noise_has_the_published_moments():
     gray = torch.full((4, 3, 128, 128), 0.5)
-    added = data.gaussian_noise(gray, generator(), 0.08) - 0.5
+    added = data.gaussian_noise(gray, make_generator(), 0.08) - 0.5
     assert abs(added.std() - 0.08) < 0.001
     assert abs(added.mean()) < 0.001
-    counts = data.shot_noise(gray, generator(), 60) * 60  # Poisson: mean and variance are both 30
+    counts = (
+        data.shot_noise(gray, make_generator(), 60) * 60
+    )  # Poisson: mean and variance are both 30
     assert abs(counts.mean() - 30) < 0.1
     assert abs(counts.var() - 30) < 0.5
     assert_close(counts, counts.round(), atol=1e-4, rtol=0)
-    salt = data.impulse_noise(gray, generator(), 0.27)
+    salt = data.impulse_noise(gray, make_generator(), 0.27)
     for value, share in ((0, 0.135), (1, 0.135), (0.5, 0.73)):
         assert abs((salt == value).float().mean() - share) < 0.005
     assert ((salt != 0.5).sum(1) == 1).any()  # channels are hit one by one
@@ -1252,7 +1256,7 @@ def test_convolve_is_the_naive_loop():
 def test_defocus_spreads_a_dot_over_a_disk(side, radius):
     dot = torch.zeros(1, 1, side, side)
     dot[..., side // 2, side // 2] = 1
-    disk = data.defocus_blur(dot, generator(), radius)[0, 0]
+    disk = data.defocus_blur(dot, make_generator(), radius)[0, 0]
     away = torch.arange(side) - side // 2
     distance, reach = torch.hypot(away[:, None].float(), away.float()), radius * side / 224
     assert abs(disk.sum() - 1) < 1e-4
@@ -1305,9 +1309,9 @@ def test_motion_blur_goes_one_way_along_the_angle():
 def test_glass_takes_colors_from_near(side, distance, far):
     """Every pixel carries its own place; beside it a plain loop over the same random numbers."""
     place = torch.arange(side * side).view(1, 1, side, side).float()
-    moved = data.glass_blur(place, generator(), 1e-3, distance, 1).round().long()[0, 0]
+    moved = data.glass_blur(place, make_generator(), 1e-3, distance, 1).round().long()[0, 0]
     whole, fraction = divmod(distance * side / 224, 1)
-    edge, rng, shape = math.ceil(distance * side / 224), generator(), (1, 2, side, side)
+    edge, rng, shape = math.ceil(distance * side / 224), make_generator(), (1, 2, side, side)
     assert edge == far
     reach = whole + (torch.rand(shape, generator=rng) < fraction)
     steps = ((torch.rand(shape, generator=rng) * 2 - 1) * reach).floor().long()[0].tolist()
@@ -1321,14 +1325,14 @@ def test_glass_takes_colors_from_near(side, distance, far):
 
 def test_zoom_keeps_the_middle_and_reads_inwards():
     ramp = torch.linspace(-1, 1, 65).expand(1, 1, 65, 65)
-    zoomed = data.zoom_blur(ramp, generator(), 0.1, 4)[0, 0, 32]
+    zoomed = data.zoom_blur(ramp, make_generator(), 0.1, 4)[0, 0, 32]
     factor = (1 + sum(1 / (1 + 0.1 * i) for i in range(4))) / 5
     assert_close(zoomed, ramp[0, 0, 32] * factor, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("side", [32, 100, 224])
 def test_plasma_is_smooth_and_full(side):
-    clouds = data.plasma(3, side, 2, generator())
+    clouds = data.plasma(3, side, 2, make_generator())
     assert clouds.shape == (3, 1, side, side)
     assert 0 <= clouds.min() <= clouds.max() <= 1
     assert clouds.amax((1, 2, 3)).min() > 0.5
@@ -1337,7 +1341,7 @@ def test_plasma_is_smooth_and_full(side):
 
 def test_plasma_is_diamond_square():
     """Three passes by hand: the middles, then the sides, each four neighbors' mean plus noise."""
-    rng, field = generator(), torch.zeros(1, 1)
+    rng, field = make_generator(), torch.zeros(1, 1)
     plus, cross = [(-1, 0), (1, 0), (0, -1), (0, 1)], [(-1, -1), (-1, 1), (1, -1), (1, 1)]
     for amount in (1.0, 1 / 9.0, 1 / 81.0):
         n = len(field)
@@ -1348,19 +1352,19 @@ def test_plasma_is_diamond_square():
             extra = (torch.rand(1, n, n, generator=rng)[0] * 2 - 1) * amount
             field[top::2, left::2] = near[top::2, left::2] + extra
     field = (field - field.min()) / (field.max() - field.min())
-    assert_close(data.plasma(1, 7, 3, generator())[0, 0], field[:7, :7], atol=1e-5, rtol=0)
+    assert_close(data.plasma(1, 7, 3, make_generator())[0, 0], field[:7, :7], atol=1e-5, rtol=0)
 
 
 def test_a_corruption_of_light_is_its_published_formula():
     images = scenery() * 0.8
-    clouds, top = data.plasma(2, 64, 2, generator()), images.amax((1, 2, 3), keepdim=True)
+    clouds, top = data.plasma(2, 64, 2, make_generator()), images.amax((1, 2, 3), keepdim=True)
     foggy = (images + 1.5 * clouds) * top / (top + 1.5)
-    assert_close(data.fog(images, generator(), 1.5, 2), foggy)
+    assert_close(data.fog(images, make_generator(), 1.5, 2), foggy)
     mean = images.mean((2, 3), keepdim=True)
-    assert_close(data.contrast(images, generator(), 0.2), (images - mean) * 0.2 + mean)
+    assert_close(data.contrast(images, make_generator(), 0.2), (images - mean) * 0.2 + mean)
     colors = noise(1, 3, 8, 8)
     colors[0, :, 0, 0] = 0
-    brighter = data.brightness(colors, generator(), 0.3)[0].flatten(1).T
+    brighter = data.brightness(colors, make_generator(), 0.3)[0].flatten(1).T
     hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in colors[0].flatten(1).T.tolist()]
     want = [colorsys.hsv_to_rgb(h, s, min(v + 0.3, 1)) for h, s, v in hsv]
     assert_close(brighter, torch.tensor(want), atol=1e-5, rtol=0)
@@ -1368,12 +1372,12 @@ def test_a_corruption_of_light_is_its_published_formula():
 
 def test_snow_and_frost_brighten_as_much_as_published():
     for severity, amount in enumerate((0.4, 0.6, 0.7, 0.7, 0.75), 1):
-        frosted = data.corrupt(torch.zeros(64, 3, 64, 64), "frost", severity, generator())
+        frosted = data.corrupt(torch.zeros(64, 3, 64, 64), "frost", severity, make_generator())
         assert abs(frosted.mean() / amount - 0.63) < 0.06
     flakes = []
     for side in (32, 224):
         black = torch.zeros(12, 3, side, side)
-        snowed = data.snow(black, generator(), 0.55, 0.3, 4, 0.9, 12, 8, 0.7)
+        snowed = data.snow(black, make_generator(), 0.55, 0.3, 4, 0.9, 12, 8, 0.7)
         assert_close(snowed, snowed.rot90(2, (2, 3)), atol=1e-6, rtol=0)
         flakes.append(snowed.mean() - 0.3 * 0.5)
     assert 0.05 < flakes[0] < 0.2
@@ -1388,7 +1392,7 @@ def test_elastic_moves_as_far_as_it_says(side):
 
     def moved(*constants):
         images = place.expand(4, 2, side, side)
-        shift = (data.elastic_transform(images, generator(), *constants) - place) * 112
+        shift = (data.elastic_transform(images, make_generator(), *constants) - place) * 112
         return shift[:, :, rim:-rim, rim:-rim]
 
     assert moved(0.0, 2.44, 0.0).abs().max() < 0.01
@@ -1407,7 +1411,7 @@ def test_pixelate_is_pils_box_and_nearest(share, side):
     images = scenery(1, side)
     small = TF.to_pil_image(images[0]).resize((int(side * share),) * 2, Image.BOX)
     theirs = TF.pil_to_tensor(small.resize((side, side), Image.NEAREST))
-    ours = data.pixelate(images, generator(), share)[0] * 255
+    ours = data.pixelate(images, make_generator(), share)[0] * 255
     assert (ours - theirs).abs().max() < 1.01  # PIL rounds once a side
 
 
@@ -1415,7 +1419,7 @@ def test_jpeg_is_pils(tmp_path):
     images = scenery(2)
     TF.to_pil_image(images[1]).save(tmp_path / "x.jpg", quality=10)
     theirs = TF.pil_to_tensor(Image.open(tmp_path / "x.jpg"))
-    ours = data.jpeg_compression(images, generator(), 10)[1] * 255
+    ours = data.jpeg_compression(images, make_generator(), 10)[1] * 255
     assert (ours - theirs).abs().float().mean() < 0.5
 
 
@@ -1424,7 +1428,7 @@ def test_jpeg_is_pils(tmp_path):
 
 def gram_distance(images, style):
     """By 64 random 7x7 filters at three scales, which the transfer never sees -> (b,)."""
-    bank = torch.randn(64, 3, 7, 7, generator=generator("judge")) / 12
+    bank = torch.randn(64, 3, 7, 7, generator=make_generator("judge")) / 12
     apart, pair = 0, (images, style)
     for _ in range(3):
         padded = [F.pad(x, (3, 3, 3, 3), mode="reflect") for x in pair]
@@ -1469,7 +1473,7 @@ def test_optimization_comes_closer_to_the_style():
 def test_match_color_gives_the_moments():
     mixed = []
     for seed in (0, 1):
-        mix = torch.rand(3, 3, generator=generator("mix", seed))
+        mix = torch.rand(3, 3, generator=make_generator("mix", seed))
         mixed.append(torch.einsum("kc,bchw->bkhw", mix, noise(3, 3, 16, 16, seed=seed)))
     done, style = data.match_color(*mixed), mixed[1]
     assert_close(done.mean((2, 3)), style.mean((2, 3)), atol=1e-4, rtol=0)
@@ -1639,7 +1643,7 @@ def test_logistic_finds_the_minimum():
 
 def test_linear_probe_of_separable_features():
     y = torch.arange(400) % 4
-    x = F.one_hot(y, 4) * 2.0 + 0.1 * torch.randn(400, 4, generator=generator(0))
+    x = F.one_hot(y, 4) * 2.0 + 0.1 * torch.randn(400, 4, generator=make_generator(0))
     assert eval.accuracy(F.linear(x, *eval.lbfgs_probe(x, y, 4, seed=0)), y) == 100
 
 
@@ -1661,7 +1665,7 @@ def test_images_are_held_out_in_all_their_orientations(monkeypatch):
 
 
 def test_few_shot_trials_do_not_touch_each_other():
-    x, y = torch.randn(3, 20, 5, generator=generator(0)), torch.arange(20).expand(3, 20) % 4
+    x, y = torch.randn(3, 20, 5, generator=make_generator(0)), torch.arange(20).expand(3, 20) % 4
     w, b = eval.fit_few_shot(x, y, 4, 50)
     for t in range(3):
         w_alone, b_alone = eval.fit_few_shot(x[t : t + 1], y[t : t + 1], 4, 50)
@@ -1681,7 +1685,7 @@ def test_shots_are_drawn_per_class_and_trial():
 
 
 def test_knn_is_a_naive_loop():
-    x, test = (torch.randn(n, 6, generator=generator(seed)) for seed, n in enumerate((50, 9)))
+    x, test = (torch.randn(n, 6, generator=make_generator(seed)) for seed, n in enumerate((50, 9)))
     y = torch.arange(50) % 3
     votes = eval.knn_predict(x, y, 3, test, neighbours=7)
     for i in range(9):
@@ -1713,7 +1717,7 @@ def test_interval_is_students():
 
 def test_paired_interval_covers_the_truth():
     """Of 1,000 test sets of 400 images, 95% of the intervals hold 70% - (55% + 45% / 9)."""
-    u = torch.rand(1000, 400, 2, generator=generator(0)).double()
+    u = torch.rand(1000, 400, 2, generator=make_generator(0)).double()
     a, b = (u[..., 0] < 0.7).double(), ((u[..., 0] < 0.55) | (u[..., 1] < 1 / 9)).double()
     intervals = [eval.paired_ci95(x, y) for x, y in zip(a, b)]
     inside = sum(abs(gain - 10) <= half for gain, half in intervals)
@@ -1723,7 +1727,7 @@ def test_paired_interval_covers_the_truth():
 def test_fewshot_interval_covers_the_truth():
     """Of 100 experiments of 10 trials, 95% of the intervals hold what 1,000 trials give."""
     y = torch.arange(900) % 3
-    x = F.one_hot(y, 3) * 1.5 + torch.randn(900, 3, generator=generator(1))  # classes overlap
+    x = F.one_hot(y, 3) * 1.5 + torch.randn(900, 3, generator=make_generator(1))  # classes overlap
     rows = eval.sample_shots(y[:600], 3, 5, 1000, seed=0)
     w, b = eval.fit_few_shot(x[rows], y[rows], 3, 100)
     top1 = torch.tensor([eval.accuracy(logits, y[600:]) for logits in x[600:] @ w + b])
@@ -1862,7 +1866,7 @@ def test_robust_summarizes_by_severity_and_category(untrained, capsys):
 
 def test_spaces_give_a_verdict(untrained, capsys, monkeypatch):
     """Color's space holds the hue, the others nothing."""
-    y, blind = torch.arange(400) % 4, torch.randn(400, 4, generator=generator(0)) * 0.01
+    y, blind = torch.arange(400) % 4, torch.randn(400, 4, generator=make_generator(0)) * 0.01
     v = F.one_hot(y, 4).float()
     known_spaces = {"all": blind, "color": v, "rotation": blind.roll(1, 0)}
     monkeypatch.setattr(eval, "cached_features", lambda *_: (v, None, {"hue": y}))
@@ -1890,7 +1894,10 @@ def test_retrieve_counts_neighbors_and_draws_them(untrained, capsys):
     assert results(untrained) == found[:5]  # the other run's are printed, not kept
     assert found[0]["top1"] == found[5]["top1"]
     # The slow twin.
-    test, turns = data.factors("test"), torch.randint(4, (128,), generator=generator("turns", 0))
+    test, turns = (
+        data.factors("test"),
+        torch.randint(4, (128,), generator=make_generator("turns", 0)),
+    )
     images = torch.stack([x.rot90(int(k), (1, 2)) for x, k in zip(test.images, turns)]) / 255
     with torch.no_grad():
         x = F.normalize(loo.encode(loo.load_encoder("runs/latest")[0], images)[0], dim=1)
