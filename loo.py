@@ -1212,7 +1212,8 @@ def get_batch(dataset, config, rows):
         x = x.index_select(0, rows.to(x.device))
         if on_gpu(config) and not x.is_cuda:
             x = x.pin_memory()
-        return x.to(config["device"], non_blocking=True).to(dtype_of(config))
+        # From a GPU to the CPU a copy must block: nothing after it waits for the GPU.
+        return x.to(config["device"], non_blocking=on_gpu(config)).to(dtype_of(config))
 
     textures = None if dataset.textures is None else place(dataset.textures) / 255
     return rows, place(dataset.images) / 255, place(dataset.aspect), textures
@@ -1547,6 +1548,7 @@ def take_turns(store, me, turns):
 # ---------------------------------------- checkpoints and the run folder
 
 VERSION = 2  # of checkpoints
+VERSION_1 = {"query": "encoder_q", "key": "encoder_k", "pointer": "queue_ptr"}
 
 
 def save_checkpoint(state, config, out):
@@ -1590,6 +1592,9 @@ def read_checkpoint(path, device):
 
     try:
         saved = read_tensors(path, device)
+        if isinstance(saved, dict) and saved.get("version") == 1:  # the same with other names
+            saved = {VERSION_1.get(name, name): x for name, x in saved.items()}
+            saved["version"] = VERSION
         if isinstance(saved, dict) and saved.get("version") == VERSION:
             return saved
         reason = f"{path} is no checkpoint of version {VERSION}, which this program reads"
