@@ -413,7 +413,12 @@ def decode_all(dataset, workers=2, cache=None, shared=False):
         def write(file):
             if hasattr(os, "posix_fallocate"):  # finds a full disk now, not when a page is written
                 os.posix_fallocate(file.fileno(), 0, size)
-            write_tensors(index, decode(dataset, memory_map(file.name, n, side), workers))
+            try:
+                read = decode(dataset, memory_map(file.name, n, side), workers)
+            except RuntimeError as error:  # a worker was killed, which is not the disk's fault
+                hint = "take --workers=0, or free some memory"
+                raise UserError(f"decoding stopped ({first_line(error)}): {hint}") from None
+            write_tensors(index, read)
 
         if not (index.exists() and path.exists() and path.stat().st_size == size):
             print(f"decoding {n} images, once: {path}", file=sys.stderr, flush=True)
@@ -796,8 +801,8 @@ def fetch_archives(name, root):
     """--download of a published set -> root. Only Flowers-102 asks for no conditions or form."""
     source, root = DATASETS[name], root or "downloads"
     if not source.fetched:
-        where = f"cannot be fetched; get it at {source.address}" if source.address else "is yours"
-        raise UserError(f"--download: --data={name} {where}")
+        where = f"get it at {source.address}" if source.address else "leave the flag out"
+        raise UserError(f"--download: --data={name} cannot be fetched: {where}")
     Path(root).mkdir(parents=True, exist_ok=True)
     try:
         torchvision.datasets.Flowers102(root, download=True)
@@ -1435,7 +1440,8 @@ def style_reader(styles, size, seed):
         try:
             image = ImageOps.fit(read_image([style], 0), (size, size), Image.Resampling.BICUBIC)
         except UserError as error:
-            raise UserError(f"{error}; remove it from --styles and start again") from None
+            advice = "remove it from --styles, and the same command goes on"
+            raise UserError(f"{error}; {advice}") from None
         return pil_to_tensor(image) / 255
 
     return read

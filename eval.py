@@ -1521,13 +1521,15 @@ def run_command(command, asked):
     """Run one command until it ends, or until a signal is in the list `asked` -> code, output."""
     script = Path(__file__).with_name(command[0])
     words = [sys.executable, script, *command[1:]]
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True)
-        while process.poll() is None and not asked:
-            time.sleep(0.1)
-        if asked:
-            process.terminate()  # a trainer saves its last step first
-        process.wait()
+        try:
+            while process.poll() is None and not asked:
+                time.sleep(0.1)
+        finally:
+            if process.poll() is None:
+                process.terminate()  # a trainer saves its last step first
+            process.wait()
         output.seek(0)
         return process.returncode, output.read()
 
