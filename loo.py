@@ -350,7 +350,9 @@ def rank_rows(config, step):
     only embeddings travel between processes.
     """
     query = rank_slice(config["batch"])
-    key = key_permutation(config, step)[query]
+    # The supervised baseline has no keys.
+    supervised = config["method"] == "supervised"
+    key = query if supervised else key_permutation(config, step)[query]
     return Rows(config["batch"], torch.cat([query, key]).unique(), query, key)
 
 
@@ -391,8 +393,7 @@ def supervised_step(state, images, aspect, labels, config, textures=None):
 
     Arguments as in train_step; labels (b,), or None to learn the rotation that was drawn.
     """
-    mine = rank_slice(config["batch"])
-    rows = Rows(config["batch"], mine, mine, mine)
+    rows = rank_rows(config, state.step)
     query, _, params = training_views(images, aspect, config, state.step, textures, rows)
     if labels is None:
         labels = params["rotation"]["turns"][0].to(images.device)
@@ -1178,9 +1179,7 @@ def save_views(dataset, config, path):
     some = torch.linspace(0, n - 1, min(12, n)).long()  # of all classes, which lie in order
     on_cpu = config | {"device": "cpu", "precision": "float32"}
     _, images, aspect, textures = get_batch(dataset, on_cpu, some)
-    rest = dict(always=config["always"], size=config["size"], aspect=aspect, textures=textures)
-    draws = make_generator("views", config["seed"], 0)
-    query, keys, _ = augment_groups(images, method.groups, method.share, draws, **rest)
+    query, keys, _ = training_views(images, aspect, config, 0, textures)
     names = ["query"]
     for shared, role in zip(method.share, method.role.T):
         groups = " + ".join(itertools.compress(method.groups, shared)) or "nothing"
@@ -1198,10 +1197,7 @@ def batch_rows(config, n, first, steps):
         epoch, i = divmod(step, n // config["batch"])
         if i == 0 or step == first:
             order = epoch_batches(n, config["batch"], config["seed"], epoch)
-        if config["method"] == "supervised":
-            yield order[i][rank_slice(config["batch"])]
-        else:
-            yield order[i][rank_rows(config, step).images]
+        yield order[i][rank_rows(config, step).images]
 
 
 def get_batch(dataset, config, rows):
@@ -1548,6 +1544,7 @@ def take_turns(store, me, turns):
 # ---------------------------------------- checkpoints and the run folder
 
 VERSION = 2  # of checkpoints
+# Version 1 has other names.
 VERSION_1 = {"query": "encoder_q", "key": "encoder_k", "pointer": "queue_ptr"}
 
 
@@ -1592,11 +1589,8 @@ def read_checkpoint(path, device):
 
     try:
         saved = read_tensors(path, device)
-        if isinstance(saved, dict) and saved.get("version") == 1:  # the same with other names
-            saved = {VERSION_1.get(name, name): x for name, x in saved.items()}
-            saved["version"] = VERSION
-        if isinstance(saved, dict) and saved.get("version") == VERSION:
-            return saved
+        if isinstance(saved, dict) and saved.get("version") in (1, VERSION):
+            return {VERSION_1.get(name, name): x for name, x in saved.items()}
         reason = f"{path} is no checkpoint of version {VERSION}, which this program reads"
     except UserError as error:
         reason = error
@@ -1801,9 +1795,7 @@ def bench_phases(config):
 
     @torch.inference_mode()
     def augment():
-        rest = dict(always=config["always"], size=size, aspect=aspect, textures=textures)
-        draws = make_generator("views", 0, 0)
-        augment_groups(canvases, method.groups, method.share, draws, **rest)
+        training_views(canvases, aspect, config, 0, textures)
 
     def query():
         with autocast(config):

@@ -739,6 +739,10 @@ def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     while stops:
         with pytest.raises(RuntimeError, match="stopped here"):
             run(loo, f"{line} --out=parts")
+    saved = read_checkpoint("parts") | {"version": 1}  # which had other names
+    for old, new in loo.VERSION_1.items():
+        saved[old] = saved.pop(new)
+    torch.save(saved, "parts/checkpoint.pt")
     capsys.readouterr()
     run(loo, f"{line} --out=parts")
     assert "resuming parts at step 413" in capsys.readouterr().out
@@ -1603,10 +1607,8 @@ def test_what_is_half_written_goes_when_it_is_stopped(here, monkeypatch):
 
 def test_rotated_features_are_those_of_rotated_images():
     torch.manual_seed(0)
-    encoder, dataset = (
-        loo.Encoder("small", spaces=2, hidden=16, dim=8),
-        data.factors("val", 32, 5),
-    )
+    encoder = loo.Encoder("small", spaces=2, hidden=16, dim=8)
+    dataset = data.factors("val", 32, 5)
     v, z, rows = eval.features(encoder, dataset, (0, 1, 3), batch=2)
     assert (v.shape, z.shape) == ((15, 128), (2, 15, 8))
     assert rows.tolist() == [0, 1, 2, 3, 4]
@@ -1894,10 +1896,8 @@ def test_retrieve_counts_neighbors_and_draws_them(untrained, capsys):
     assert results(untrained) == found[:5]  # the other run's are printed, not kept
     assert found[0]["top1"] == found[5]["top1"]
     # The slow twin.
-    test, turns = (
-        data.factors("test"),
-        torch.randint(4, (128,), generator=make_generator("turns", 0)),
-    )
+    test = data.factors("test")
+    turns = torch.randint(4, (128,), generator=make_generator("turns", 0))
     images = torch.stack([x.rot90(int(k), (1, 2)) for x, k in zip(test.images, turns)]) / 255
     with torch.no_grad():
         x = F.normalize(loo.encode(loo.load_encoder("runs/latest")[0], images)[0], dim=1)
