@@ -931,6 +931,7 @@ def motion_blur(images, generator, radius, sigma):
 
 
 def warp(images, grid, padding):
+    """images (b c h w) at the points grid (b h w 2), in [-1, 1] -> (b c h w)."""
     return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
 
 
@@ -951,6 +952,7 @@ def zoom_blur(images, generator, step, count):
 
 
 def resize(images, size):
+    """(b c h w) -> (b c size size), antialiased."""
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 

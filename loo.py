@@ -133,6 +133,7 @@ def space_logits(q, k, queue, role, tau):
 
 
 def at_least_float32(x):
+    """x in float32; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -533,6 +534,7 @@ def make_generator(*key):
 
 
 def uniform(low, high, *shape, generator):
+    """Numbers in [low, high) of this shape, on the CPU."""
     return torch.rand(*shape, generator=generator) * (high - low) + low
 
 
@@ -573,6 +575,7 @@ def sample_crop(b, generator):
 
 
 def sample_flip(b, generator):
+    """A horizontal flip with probability 0.5."""
     return {"flip": torch.rand(b, generator=generator) < 0.5}
 
 
