@@ -10,15 +10,18 @@ Axes, in the whole project: b image, v key view, g group, s space, d feature, c 
 channel), n queue slot or sample, t trial, h w pixel.
 """
 
+import contextlib
 import difflib
 import functools
 import hashlib
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import signal
+import struct
 import sys
 import threading
 import time
@@ -30,7 +33,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale, to_pil_image
 
 from loo import UserError, grayscale, make_generator, uniform
@@ -225,6 +228,8 @@ def forbid_inside(flag, out, root):
 
 # ---------------------------------------------------------------- reading and decoding
 
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # read_image says what is wrong
+CHANNELS = TiffImagePlugin.SAMPLESPERPIXEL
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
 
@@ -302,11 +307,30 @@ def read_image(paths, i, border=0):
     """Image i as RGB without `border` pixels at each side; UserError names the file."""
     try:
         with Image.open(paths[i]) as image:
+            tags = getattr(image, "tag_v2", {})
+            if tags.get(CHANNELS, 0) > len(image.getbands()):
+                raise UnidentifiedImageError  # Pillow would drop the others
             image = to_rgb(image)
             box = border, border, image.width - border, image.height - border
             return image.crop(box) if border else image
+    except UnidentifiedImageError as error:
+        channels = tiff_channels(paths[i])
+        known = channels in (None, 1, 3)
+        reason = first_line(error) if known else f"{channels} channels, expected gray or RGB"
+        raise UserError(f"{paths[i]}: {reason}") from None
     except Exception as error:
         raise UserError(f"{paths[i]}: {first_line(error)}") from None
+
+
+def tiff_channels(path):
+    """How many channels a TIFF file has, also one that Pillow cannot read; None of other files."""
+    with open(path, "rb") as file, contextlib.suppress(SyntaxError, struct.error):
+        header = file.read(8)
+        header += file.read(8) if header[2:3] == b"+" else b""  # BigTIFF
+        directory = TiffImagePlugin.ImageFileDirectory_v2(header)
+        file.seek(directory.next)
+        directory.load(file)
+        return directory.get(CHANNELS)
 
 
 def to_rgb(image):
@@ -361,12 +385,12 @@ def epoch_batches(n, batch, seed, epoch):
     return order[: n - n % batch].view(-1, batch)
 
 
-def iter_batches(dataset, workers=2, batch=256, part=(0, 1), count=None):
+def iter_batches(dataset, workers=2, batch=256, part=(0, 1), count=None, named=5):
     """The (first `count`) images in order, decoded ahead in `workers` processes and not kept.
 
     Yields rows (b,), images (b 3 h w) uint8, aspect (b,). part (i, of): every of-th batch from the
-    i-th on. Unreadable images are left out with a warning; UserError where all are unreadable,
-    or one in a published set."""
+    i-th on. Unreadable images are left out with a warning that names the first `named` (None: all);
+    UserError where all are unreadable, or one in a published set."""
     files = dataset.images
     batches = torch.arange(len(files))[:count].split(batch)[part[0] :: part[1]]
     if torch.is_tensor(files):
@@ -388,10 +412,10 @@ def iter_batches(dataset, workers=2, batch=256, part=(0, 1), count=None):
             yield rows[good], images[good], aspect[good].float()
     if failures and len(failures) == n:
         raise UserError(f"none of the {n} images can be read; the first: {failures[0]}")
-    for error in failures[:5]:
+    for error in failures[:named]:
         print(f"warning: unreadable: {error}", file=sys.stderr)
-    if len(failures) > 5:
-        print(f"warning: {len(failures) - 5} more images cannot be read", file=sys.stderr)
+    if named and len(failures) > named:
+        print(f"warning: {len(failures) - named} more images cannot be read", file=sys.stderr)
 
 
 def decode_all(dataset, workers=2, cache=None, shared=False):
@@ -411,8 +435,7 @@ def decode_all(dataset, workers=2, cache=None, shared=False):
         index = path.with_suffix(".pt")
 
         def write(file):
-            if hasattr(os, "posix_fallocate"):  # finds a full disk now, not when a page is written
-                os.posix_fallocate(file.fileno(), 0, size)
+            allocate(file, size)
             try:
                 read = decode(dataset, memory_map(file.name, n, side), workers)
             except RuntimeError as error:  # a worker was killed, which is not the disk's fault
@@ -441,6 +464,12 @@ def decode(dataset, images, workers):
     if lost > max(1, n // 100):
         raise UserError(f"{lost} of {n} images cannot be read, more than 1%: repair or remove them")
     return torch.cat(done), torch.cat(aspects)
+
+
+def allocate(file, size):
+    """Reserve bytes for a map: a full disk is found now, not when a page is written."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def memory_map(path, n, side):
@@ -1582,6 +1611,7 @@ def sheet(out: str = "docs/factors.png", size: int = 48):
 
 fire.decorators.FIRE_METADATA = "_fire"  # under its own name, --help lists it as a sub-command
 EXPECTED = {int: "a whole number", float: "a number, such as 0.03", bool: "true or false"}
+EXPECTED |= {str: "text or a path", tuple: "words with commas between"}
 
 
 def suggest(word, words):
@@ -1598,13 +1628,30 @@ def check_choice(flag, word, words):
     return word
 
 
-def parse_flag(flag, kind, text):
+def parse_flag(flag, kind, value):
+    """A flag's value as its type, from the command line or from Python; UserError if it is none."""
     try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return tuple(word for word in text.split(",") if word) if kind is tuple else kind(text)
-    except (ValueError, KeyError):
-        raise UserError(f"--{flag}={text}: expected {EXPECTED[kind]}") from None
+        if kind is str:
+            return os.fspath(value)
+        if isinstance(value, str) and kind is bool:
+            return {"true": True, "false": False}[value.lower()]
+        if isinstance(value, str) and kind is tuple:
+            return tuple(word for word in value.split(",") if word)
+        typed = kind(value)
+        if kind is not tuple and not isinstance(value, str) and typed != value:  # int of 0.5
+            raise ValueError
+        return typed
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise UserError(f"--{flag}={value}: expected {EXPECTED[kind]}") from None
+
+
+def parse_flags(function, flags):
+    """Each of these flags of a command as its type; None, the default of some, stays."""
+    kinds = {name: p.annotation for name, p in inspect.signature(function).parameters.items()}
+    return {
+        name: value if value is None else parse_flag(name, kinds[name], value)
+        for name, value in flags.items()
+    }
 
 
 def check_flags(command, names, words):

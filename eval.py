@@ -12,10 +12,12 @@ Axes: b image, s space, d feature, n sample, r quarter turns, t trial, k class, 
 """
 
 import contextlib
+import csv
 import functools
 import glob
 import hashlib
 import inspect
+import io
 import itertools
 import math
 import operator
@@ -30,6 +32,7 @@ from json import dumps, loads
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -40,17 +43,23 @@ from data import (
     IMAGENETC,
     NAMES,
     REFERENCE_SIZE,
+    ImageFiles,
+    ImageSet,
+    allocate,
     check_choice,
     command_line,
     corrupt,
+    crop_pct,
     dataset_splits,
     decode_all,
     epoch_batches,
     fingerprint,
     image_grid,
+    image_paths,
     iter_batches,
     label_names,
     open_dataset,
+    read_image,
     read_tensors,
     resolve_device,
     write_atomic,
@@ -104,16 +113,7 @@ def open_run(
     seed: of held-out parts, shots and orders
     json: print the JSON lines and nothing else
     """
-    if not Path(run).exists():
-        configs = sorted(Path("runs").glob("*/config.json"))
-        others = [str(path.parent) for path in configs if not path.parent.is_symlink()]
-        there = f"; there are {', '.join(others)}" if others else ""
-        raise UserError(f"--run={run}: no such run; train one with `python loo.py train`{there}")
-    if workers < 0:
-        raise UserError(f"--workers={workers}: expected 0 or more")
-    encoder, config = loo.load_encoder(run, resolve_device(device))
-    spaces = loo.get_method(config).spaces
-    check_choice("feature", feature, ("v", "z", *spaces) if spaces else ("v",))
+    encoder, config = open_encoder(run, feature, workers, device)
     name = check_choice("data", data or config["data"], NAMES)
     if root:
         root = str(Path(root).resolve())
@@ -128,7 +128,6 @@ def open_run(
     find = functools.partial(open_dataset, name, root=root, download=download, **settings)
     split = {s: find(s, central=True) for s in splits}
     split["test"] = split.pop("test", None) or split.pop(splits[-1])
-    weights = [(Path(run) / file).read_bytes() for file in ("backbone.pt", "heads.pt")]
     return EvalContext(
         run=Path(run).resolve(),
         encoder=encoder,
@@ -139,18 +138,39 @@ def open_run(
         seed=seed,
         workers=workers,
         root=root,
-        weights=hashlib.sha1(b"".join(weights)).hexdigest(),
+        weights=hash_weights(run),
         find=find,
     )
 
 
-def on_device(encoder, dataset, workers=2, batch=256, count=None):
-    """This rank's part of the (first `count`) images, on the encoder's device.
+def open_encoder(run, feature, workers, device):
+    """A run's encoder and config; UserError where there is none, or these flags do not fit it."""
+    if not Path(run).exists():
+        configs = sorted(Path("runs").glob("*/config.json"))
+        others = [str(path.parent) for path in configs if not path.parent.is_symlink()]
+        there = f"; there are {', '.join(others)}" if others else ""
+        raise UserError(f"--run={run}: no such run; train one with `python loo.py train`{there}")
+    if workers < 0:
+        raise UserError(f"--workers={workers}: expected 0 or more")
+    encoder, config = loo.load_encoder(run, resolve_device(device))
+    spaces = loo.get_method(config).spaces
+    check_choice("feature", feature, ("v", "z", *spaces) if spaces else ("v",))
+    return encoder, config
+
+
+def hash_weights(run):
+    """A hash of a run's encoder."""
+    weights = [(Path(run) / file).read_bytes() for file in ("backbone.pt", "heads.pt")]
+    return hashlib.sha1(b"".join(weights)).hexdigest()
+
+
+def on_device(encoder, dataset, workers=2, batch=256, count=None, named=5):
+    """This rank's part of the (first `count`) images, on the encoder's device; see iter_batches.
 
     Yields rows (b,), images (b 3 h w) in [0, 1].
     """
     part = loo.rank(), loo.world_size()
-    for rows, images, _ in iter_batches(dataset, workers, batch, part, count):
+    for rows, images, _ in iter_batches(dataset, workers, batch, part, count, named):
         yield rows, images.to(encoder.w2.device, non_blocking=True).float() / 255
 
 
@@ -497,11 +517,31 @@ def result(logits, y, label, turns=1, **more):
     right = correct(logits, y).view(turns, -1).mean(0) * 100
     top5 = accuracy(logits, y, 5) if logits.shape[1] > 5 else None
     found = dict(label=label, top1=right.mean().item(), top5=top5, ci95=ci95(right), n_test=len(y))
-    return found | more
+    return found | constant_answer(logits, y) | more
 
 
-def probe(ctx, labels, turns, protocol, epochs, lr):
-    """A linear classifier for each label, by either protocol -> results."""
+def constant_answer(logits, y):
+    """What top-1 is to be compared with: the share of the largest class, which a constant answer
+    gives, and the mean accuracy over classes; both in percent. logits (n k), y (n,).
+    """
+    counts, recall = class_recall(logits, y)
+    largest = counts.max() / counts.sum() * 100
+    return dict(largest=largest.item(), balanced=recall[counts > 0].mean().item())
+
+
+def class_recall(logits, y):
+    """logits (n k), y (n,) -> samples of each class (k,), and percent of them that are right."""
+    k = logits.shape[1]
+    counts = torch.bincount(y, minlength=k)
+    right = torch.bincount(y, correct(logits, y), minlength=k)
+    return counts, right / counts * 100
+
+
+def probe(ctx, labels, turns, protocol, epochs, lr, per_class=False, save=None):
+    """A linear classifier for each label, by either protocol -> results.
+
+    per_class: name the accuracy of each class. save: a file that keeps the classifier.
+    """
     check_choice("protocol", protocol, ("fast", "paper"))
     fast = protocol == "fast"
     if fast and (epochs, lr) != (None, None):
@@ -514,7 +554,8 @@ def probe(ctx, labels, turns, protocol, epochs, lr):
     test, y_test = load_features(ctx, "test", turns)
     if fast:
         train, y = load_features(ctx, "train", turns)
-        train, test = standardize(train, test)
+        mean, deviation = moments(train)
+        train = (train - mean) / deviation
         n_train = len(train)
     else:
         # Where training left the decoded images, if it did.
@@ -523,18 +564,45 @@ def probe(ctx, labels, turns, protocol, epochs, lr):
             train = decode_all(ctx.find("train"), ctx.workers, ctx.run.parent, shared=shared)
         n_train = len(train.images)
     for label in labels:
-        k = len(class_names(ctx, label))
+        classes = class_names(ctx, label)
+        k = len(classes)
         if fast:
-            head = lbfgs_probe(train, y[label], k, ctx.seed, len(turns))
+            w, b = lbfgs_probe(train, y[label], k, ctx.seed, len(turns))
+            logits = F.linear((test - mean) / deviation, w, b)
+            w, b = w / deviation, b - w @ (mean / deviation)
         else:
-            head = sgd_probe(ctx, train, label, k, test.shape[1], epochs, lr)
-        logits = F.linear(test, *head)
-        more = dict(n_train=n_train, protocol=protocol)
-        yield result(logits, y_test[label], label, len(turns), **more)
+            w, b = sgd_probe(ctx, train, label, k, test.shape[1], epochs, lr)
+            logits = F.linear(test, w, b)
+        found = result(logits, y_test[label], label, len(turns), n_train=n_train, protocol=protocol)
+        if per_class:
+            found |= class_table(logits, y_test[label], classes)
+        if save and loo.rank() == 0:
+            head = dict(label=label, classes=list(map(str, classes)), w=w.cpu(), b=b.cpu())
+            write_tensors(Path(save), head | dict(feature=ctx.feature, weights=ctx.weights))
+        yield found
+
+
+def class_table(logits, y, classes):
+    """The accuracy of each class, as data and as a table to print; logits (n k), y (n,)."""
+    counts, recall = class_recall(logits, y)
+    rows = [
+        {"class": str(name), "n_test": int(n), "top1": float(share) if n else None}
+        for name, n, share in zip(classes, counts, recall)
+    ]
+    lines = [table_row([format_value(x) for x in row.values()]) for row in rows]
+    return dict(per_class=rows, note="\n".join([table_head(["class", "test", "top-1"]), *lines]))
 
 
 @task
-def linear(ctx, label: tuple = (), protocol: str = "fast", epochs: int = None, lr: float = None):
+def linear(
+    ctx,
+    label: tuple = (),
+    protocol: str = "fast",
+    epochs: int = None,
+    lr: float = None,
+    per_class: bool = False,
+    save: str = None,
+):
     """A linear classifier on frozen features (section 4).
 
     Args:
@@ -543,8 +611,17 @@ def linear(ctx, label: tuple = (), protocol: str = "fast", epochs: int = None, l
             augmented images)
         epochs: of the paper's protocol: 200, or 100 on inat2019
         lr: of the paper's protocol: 30
+        per_class: print the accuracy of each class too
+        save: a file to keep the classifier in, for `embed --classify=FILE`
     """
-    yield from probe(ctx, select_labels(ctx, label), (0,), protocol, epochs, lr)
+    labels = select_labels(ctx, label)
+    if save and len(labels) > 1:
+        raise UserError(
+            f"--save={save} keeps one classifier: name its label, as --label={labels[0]}"
+        )
+    if save and Path(save).is_dir():
+        raise UserError(f"--save={save} is a folder: name a file")
+    yield from probe(ctx, labels, (0,), protocol, epochs, lr, per_class, save)
 
 
 @task
@@ -610,6 +687,9 @@ def fewshot(ctx, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
         top5 = [accuracy(one, y_test[name], 5) for one in logits]
         found = dict(label=name, shots=n, top1=sum(top1) / trials, ci95=t_ci95(top1))
         found["top5"] = sum(top5) / trials if k > 5 else None
+        answers = [constant_answer(one, y_test[name]) for one in logits]
+        found["largest"] = answers[0]["largest"]
+        found["balanced"] = sum(one["balanced"] for one in answers) / trials
         yield found | dict(n_train=n * k, n_test=len(test), protocol="adam")
 
 
@@ -946,16 +1026,154 @@ def save_neighbors(ctx, near, y, labels, queries, heads, path):
     image_grid(grid.unflatten(0, shown.shape), titles, heads, path, zoom=zoom)
 
 
+def embed(
+    root: str = None,
+    out: str = "features.csv",
+    *,
+    run: str = "runs/latest",
+    feature: str = None,
+    classify: str = None,
+    workers: int = 2,
+    device: str = "auto",
+):
+    """Embed every image in a folder and below: a row for each file, in the order of their names.
+
+    The rows stream through a file beside OUT, so any number of images fits. Images that cannot be
+    read are named and left out.
+
+    Args:
+        root: the folder
+        out: a .csv file (file, f0, f1, ...), or .npz or .pt (files, features)
+        run: folder of a finished run; runs/latest is the last one
+        feature: v (the backbone's), z (all spaces) or the name of one space; by default v, or what
+            the classifier reads
+        classify: a classifier that `linear --save` wrote; it adds a class and its probability
+        workers: processes that decode images
+        device: auto, cpu or cuda
+    """
+    out = Path(out)
+    if out.suffix not in WRITERS or out.is_dir():
+        raise UserError(f"--out={out}: expected a file that ends in {', '.join(WRITERS)}")
+    if not root or not Path(root).is_dir():
+        raise UserError(f"--root={root}: no such folder; embed needs --root=DIR, images in it")
+    with loo.init_distributed(resolve_device(device)) as leader_first:
+        head = open_classifier(classify, run, feature) if classify else None
+        feature = feature or (head["feature"] if head else "v")
+        encoder, config = open_encoder(run, feature, workers, device)
+        paths = image_paths(Path(root))
+        if not paths:
+            raise UserError(f"--root={root}: no images in this folder and below")
+        part = out.with_name(f"{out.name}.rows.part")
+        try:
+            rows, x = embed_files(encoder, config, feature, paths, part, workers, leader_first)
+            if loo.rank() == 0:
+                files = [paths[i].relative_to(root).as_posix() for i in rows]
+                content = dict(files=files, **(classify_rows(head, x) if head else {}), features=x)
+                write_atomic(out, functools.partial(WRITERS[out.suffix], content=content))
+                left_out = f", {len(paths) - len(rows)} left out" if len(rows) < len(paths) else ""
+                print(f"wrote {out}: {len(rows)} images{left_out}, {x.shape[1]} features each")
+        finally:
+            if loo.rank() == 0:
+                part.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def embed_files(encoder, config, feature, paths, part, workers, leader_first):
+    """The features of these images, in a file `part` that all ranks map.
+
+    -> rows (m,) of the images that could be read, features (m d).
+    """
+    size, n = config["size"], len(paths)
+    files = ImageSet(ImageFiles(paths, read_image, size, crop_pct("folder")), None, {}, {})
+
+    def embed_batch(images):
+        return select_feature(*loo.encode(encoder, images), config, feature).float().cpu()
+
+    d = embed_batch(torch.zeros(1, 3, size, size, device=encoder.w2.device)).shape[1]
+    with leader_first():
+        if loo.rank() == 0:
+            write_atomic(part, functools.partial(allocate, size=4 * n * d))
+    x, seen = float_map(part, n, d), torch.zeros(n)
+    for rows, images in on_device(encoder, files, workers, batch=64, named=None):
+        x[rows] = embed_batch(images)
+        seen[rows] = 1
+    rows = loo.all_reduce_sum(seen).nonzero().squeeze(1)
+    if loo.rank() == 0:  # close the gaps
+        for to, some in zip(torch.arange(len(rows)).split(4096), rows.split(4096)):
+            x[to] = x[some]
+    return rows, float_map(part, len(rows), d)
+
+
+def float_map(path, n, d):
+    """A file as a float32 tensor (n d), in memory that the system writes back."""
+    return torch.from_file(str(path), shared=True, size=n * d).view(n, d)
+
+
+def open_classifier(path, run, feature):
+    """What `linear --save` wrote; UserError where it does not read this feature of this run."""
+    head = read_tensors(path)
+    if not isinstance(head, dict) or not {"w", "b", "classes", "feature", "weights"} <= head.keys():
+        raise UserError(f"--classify={path}: expected a file that `linear --save` wrote")
+    if head["weights"] != hash_weights(run):
+        raise UserError(f"--classify={path} was trained on another run than --run={run}")
+    if feature not in (None, head["feature"]):
+        raise UserError(f"--feature={feature}: {path} reads the feature {head['feature']}")
+    return head
+
+
+def classify_rows(head, x):
+    """Features (n d) -> the most probable class of each, and its probability."""
+    tops = [F.linear(some, head["w"], head["b"]).softmax(1).max(1) for some in x.split(4096)]
+    classes = [head["classes"][i] for top in tops for i in top.indices]
+    return {"class": classes, "probability": torch.cat([top.values for top in tops])}
+
+
+def write_csv(file, content):
+    """A column for each feature; nine digits give every float32 back."""
+    text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+    _, *names, _ = content
+    *columns, x = content.values()
+    writer = csv.writer(text)
+    writer.writerow(["file", *names, *(f"f{i}" for i in range(x.shape[1]))])
+    for *cells, row in zip(*columns, x):
+        cells = [cell if isinstance(cell, str) else f"{cell:.6f}" for cell in cells]
+        writer.writerow([*cells, *(f"{value:.9g}" for value in row.tolist())])
+    text.detach()
+
+
+def write_npz(file, content):
+    np.savez(file, **{name: np.asarray(column) for name, column in content.items()})
+
+
+def write_pt(file, content):
+    torch.save(content, file)
+
+
+WRITERS = {".csv": write_csv, ".npz": write_npz, ".pt": write_pt}
+
+
 # ---------------------------------------------------------------- report and table
 
 # The keys of a line in results.jsonl, in order.
 KEYS = ("run", "task", "data", "root", "label", "on", "feature", "method", "groups", "protocol")
-KEYS += ("shots", "top1", "top5", "ci95", "n_train", "n_test", "seed", "seconds")
+KEYS += (
+    "shots",
+    "top1",
+    "top5",
+    "ci95",
+    "largest",
+    "balanced",
+    "n_train",
+    "n_test",
+    "seed",
+    "seconds",
+)
 # The columns that are printed; OPTIONAL ones only where the first result has a value.
 PRINTED = ("run", "data", "task", "label", "on", "feature", "protocol", "shots", "top1", "top5")
-PRINTED += ("ci95", "gain", "gain95", "n_train", "n_test", "seconds")
-OPTIONAL = ("on", "shots", "gain", "gain95", "n_train")
+PRINTED += ("ci95", "largest", "balanced", "gain", "gain95", "n_train", "n_test", "seconds")
+OPTIONAL = ("on", "shots", "largest", "balanced", "gain", "gain95", "n_train")
 HEADS = dict(top1="top-1", top5="top-5", ci95="+- 95%", gain="over all alone", gain95="+- 95%")
+HEADS |= dict(largest="largest class", balanced="mean of classes")
 HEADS |= dict(n_train="train", n_test="test")
 
 
@@ -1603,5 +1821,5 @@ def compare(gains, least, of):
 
 
 if __name__ == "__main__":
-    tasks = (linear, rotation, fewshot, knn, robust, spaces, retrieve, table, claims)
+    tasks = (embed, linear, rotation, fewshot, knn, robust, spaces, retrieve, table, claims)
     command_line({f.__name__: f for f in tasks})

@@ -265,8 +265,10 @@ def augment_groups(
     textures (b copy c h w): stylized copies of the images, for the group "texture"
     rows: a Rows, when `images` are a part (m c h w) of a global batch
     -> query (b c size size), keys (v b c size size) and params {group: {parameter: (1+v b ...)}},
-    row 0 the query's. ValueError for an unknown name, and for texture without textures.
+    row 0 the query's. ValueError for images that are not in [0, 1] or not float32 or float64, for
+    an unknown name, and for texture without textures.
     """
+    check_images(images, FLOATS[:2])
     if rows is None:
         every = torch.arange(len(images))
         rows = Rows(len(images), every, every, every)
@@ -321,6 +323,25 @@ def apply_groups(images, index, params, size=None, aspect=None, textures=None):
     if size and x.shape[-2:] != (size, size):  # no group resampled
         x = resample(x, {}, size)
     return x
+
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_images(images, dtypes, margin=0.0):
+    """ValueError unless images (b c h w) are of these dtypes, in [0, 1] up to the margin.
+
+    On a GPU only the dtype is checked, because it must not wait.
+    """
+    wrong = ""
+    if images.dtype not in dtypes:
+        wrong = f"{images.dtype}, expected {' or '.join(map(str, dtypes))}"
+    elif images.device.type == "cpu" and images.numel():
+        low, high = images.detach().aminmax()
+        if not (low >= -margin and high <= 1 + margin):  # nor is NaN
+            wrong = f"between {low:.3g} and {high:.3g}"
+    if wrong:
+        raise ValueError(f"images are {wrong}: give floats in [0, 1], as images.float() / 255")
 
 
 def map_params(params, change):
@@ -412,7 +433,9 @@ def encode(encoder, images):
     """images (b c h w) in [0, 1] -> feature v (b d), embeddings z (s b c) of unit norm.
 
     Normalizes by ImageNet's mean and deviation. LooC++'s v is its spaces' Conv5 outputs, (b (s d)).
+    ValueError for images that are not in [0, 1] or not floating point.
     """
+    check_images(images, FLOATS, margin=0.5)  # views may leave [0, 1] a little
     mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
     return encoder((images - mean) / std)
 
@@ -842,10 +865,26 @@ class UserError(ValueError):
     code = 2
 
 
+def check_data_module():
+    """UserError where `import data` finds another module than the data.py of this project."""
+    try:
+        import data
+    except ImportError:
+        data = None
+    if not hasattr(data, "DATASETS"):
+        found = getattr(data, "__file__", None) or [*getattr(data, "__path__", ["nothing"])][0]
+        ours = Path(__file__).with_name("data.py")
+        raise UserError(
+            f"`import data` finds {found}, not {ours}: put its folder first in sys.path"
+        )
+
+
 def make_config(*, packed, fresh, **flags):
     """The flags of `train`, completed by the recipe -> config, plain data. UserError if wrong."""
-    from data import NAMES, check_choice, forbid_inside, resolve_device
+    check_data_module()
+    from data import NAMES, check_choice, forbid_inside, parse_flags, resolve_device
 
+    flags = parse_flags(train, flags)
     method, data, groups = flags["method"], flags["data"], flags["groups"]
     flags["recipe"] = flags["recipe"] or (data if data in RECIPES else "factors")
     for flag, words in (CHOICES | {"data": NAMES}).items():
@@ -1677,6 +1716,7 @@ def export(encoder, out):
 
 def load_encoder(run, device="cpu"):
     """The trained encoder of a run folder, in eval mode, and its config."""
+    check_data_module()
     from data import first_line, read_tensors
 
     run = Path(run)
