@@ -1,6 +1,8 @@
 """Every clever line beside its slow twin, in the order of the modules. `python -m pytest`"""
 
 import colorsys
+import csv
+import functools
 import itertools
 import json
 import math
@@ -12,6 +14,7 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -58,7 +61,7 @@ FLIP, TURNS = torch.arange(8) < 4, torch.arange(8) % 4
 COMMANDS = {
     loo: "train show_methods bench",
     data: "stylize pack check",
-    eval: "linear rotation fewshot knn robust spaces retrieve table claims",
+    eval: "embed linear rotation fewshot knn robust spaces retrieve table claims",
 }
 
 
@@ -390,6 +393,16 @@ def test_views_are_counted_and_sized_whatever_is_drawn():
         loo.augment_groups(images, ("colour",), one, make_generator(1))
 
 
+def test_images_outside_0_to_1_are_refused():
+    share, images = torch.zeros(1, 0, dtype=torch.bool), noise(2)
+    encoder = loo.Encoder("small", hidden=8, dim=4)
+    for wrong in ((images * 255).byte(), images * 255, images.log(), images / 0):
+        with pytest.raises(ValueError, match="give floats in"):
+            loo.augment_groups(wrong, (), share, make_generator(0))
+        with pytest.raises(ValueError, match="give floats in"):
+            loo.encode(encoder, wrong)
+
+
 def test_a_row_in_the_table_of_groups_gets_a_view_and_a_space(monkeypatch):
     def sample_invert(b, generator):
         return {"coin": torch.rand(b, generator=generator) < 0.5}
@@ -605,6 +618,17 @@ def test_bad_flags_are_one_clear_line_and_nothing_is_written(flags, hint, here, 
     assert not list(here.iterdir())
 
 
+def test_flags_from_python_are_those_of_the_command_line(here):
+    given = dict(groups="color", lr=np.float32(1), epochs=np.int64(3), batch=64.0, fresh=False)
+    config = loo.default_config(**given, out=Path("run"), drop_equal=np.True_)
+    assert config["groups"] == ["color"]
+    assert [config[key] for key in ("lr", "epochs", "batch", "out")] == [1.0, 3, 64, "run"]
+    assert json.loads(json.dumps(config)) == config
+    for wrong in (dict(epochs=2.5), dict(lr=math.nan), dict(root=5), dict(groups=7)):
+        with pytest.raises(UserError, match="expected"):
+            loo.default_config(**wrong)
+
+
 def test_supervised_learns_a_label_that_tells_images_apart():
     dataset = data.ImageSet(None, None, {"class": torch.zeros(4)}, {"class": ["."]})
     config = CONFIG | dict(method="supervised", label=None)
@@ -700,7 +724,7 @@ def test_readmes_examples_run(here, monkeypatch):
     loop = next(block for block in blocks if "loo.multi_space_loss(" in block)
     monkeypatch.setattr(loo, "GROUPS", dict(loo.GROUPS))
     train, tiny = loo.train, dict(epochs=1, queue=16, hidden=16, dim=8)
-    monkeypatch.setattr(loo, "train", lambda **flags: train(**tiny, **flags))
+    monkeypatch.setattr(loo, "train", functools.partial(train, **tiny))
     exec(own, {})
     assert loo.load_encoder("runs/latest")[1]["groups"] == ["color", "invert"]
     names = {"loader": [noise(8, seed=i) for i in range(2)]}
@@ -876,6 +900,17 @@ def test_floating_point_images_are_refused_by_name(tmp_path):
     Image.new("F", (8, 8), 0.5).save(tmp_path / "x.tif")
     with pytest.raises(UserError, match="x.tif: .*8 or 16 bits"):
         data.read_image([tmp_path / "x.tif"], 0)
+
+
+@pytest.mark.parametrize("channels", [2, 5, 13])
+def test_more_channels_than_rgb_are_refused_by_number(channels, tmp_path):
+    path = tmp_path / "bands.tif"
+    Image.new("RGB", (8, 8)).save(path)
+    entry = struct.pack("<HHI", 277, 3, 1)  # samples per pixel
+    head, tail = path.read_bytes().split(entry)
+    path.write_bytes(head + entry + struct.pack("<H", channels) + tail[2:])
+    with pytest.raises(UserError, match=f"bands.tif: {channels} channels, expected gray or RGB"):
+        data.read_image([path], 0)
 
 
 @pytest.mark.parametrize("w, h", [(64, 64), (96, 64), (64, 128)])
@@ -1706,6 +1741,14 @@ def test_accuracy_counts_the_first_and_the_first_five_and_of_some_classes():
     assert eval.restrict_classes(logits, torch.tensor([2, 3])).argmax(1).tolist() == [2, 3]
 
 
+def test_a_constant_answer_and_the_mean_of_classes():
+    y = torch.tensor([0, 0, 0, 1])
+    constant = F.one_hot(torch.zeros(4, dtype=torch.long), 3).float()
+    assert eval.constant_answer(constant, y) == dict(largest=75, balanced=50)
+    right = F.one_hot(y, 3).float()
+    assert eval.constant_answer(right, y) == dict(largest=75, balanced=100)
+
+
 def test_interval_is_students():
     assert eval.t_ci95([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-3)
     assert eval.t_ci95([5.0]) == math.inf
@@ -1755,7 +1798,10 @@ BAD_EVALUATIONS += [("retrieve --neighbours=5000", "128"), ("linear --workers=-1
 BAD_EVALUATIONS += [("robust --corrupted=.", "--source=generated")]
 BAD_EVALUATIONS += [("linear --data=cub200", "vision.caltech.edu")]
 BAD_EVALUATIONS += [("linear --data=objectnet13 --root=.", "robust")]
-BAD_EVALUATIONS += [("spaces --layer=middle", "hidden")]
+BAD_EVALUATIONS += [("spaces --layer=middle", "hidden"), ("linear --save=x.pt", "--label=object")]
+BAD_EVALUATIONS += [("embed", "--root=DIR"), ("embed --root=nope", "no such folder")]
+BAD_EVALUATIONS += [("embed --root=. --out=x.xls", ".csv"), ("embed --root=runs", "no images")]
+BAD_EVALUATIONS += [("embed --root=. --classify=nope.pt", "nope.pt")]
 
 
 @pytest.mark.parametrize("line, hint", BAD_EVALUATIONS)
@@ -1799,6 +1845,64 @@ def test_linear_heads_train_and_have_no_hidden_layer(here, capsys):
     run(loo, f"train --epochs=1 --out=run {SMALL} --hidden=0")
     run(eval, "spaces --label=hue --json")
     assert "linear" in refused(capsys, eval, "spaces --layer=hidden")
+
+
+@pytest.fixture
+def photos_to_embed(untrained):
+    """Nested and flat images, one of which is broken."""
+    photo_tree(untrained / "photos", 2, 3)
+    write_image(untrained / "photos" / "flat.png")
+    (untrained / "photos" / "broken.jpg").write_bytes(b"broken")
+
+
+def read_embedded(path):
+    """What `embed` wrote -> files, features (n d), the other columns."""
+    if path.endswith(".csv"):
+        head, *rows = csv.reader(Path(path).read_text().splitlines())
+        first = head.index("f0")
+        columns = dict(zip(head[1:first], list(zip(*rows))[1:first]))
+        numbers = [list(map(float, row[first:])) for row in rows]
+        return [row[0] for row in rows], torch.tensor(numbers), columns
+    found = torch.load(path) if path.endswith(".pt") else dict(np.load(path))
+    return list(found.pop("files")), torch.as_tensor(found.pop("features")), found
+
+
+@pytest.mark.parametrize("kind", ["csv", "npz", "pt"])
+def test_embed_gives_what_the_encoder_gives(kind, photos_to_embed, capsys):
+    run(eval, f"embed --root=photos --out=x.{kind}")
+    assert "broken.jpg" in capsys.readouterr().err
+    files, features, _ = read_embedded(f"x.{kind}")
+    stems = [file.partition(".")[0] for file in files]
+    assert stems == [*(f"class{c}/{i}" for c in range(2) for i in range(3)), "flat"]
+    encoder, config = loo.load_encoder("runs/latest")
+    paths = [Path("photos") / file for file in files]
+    images = data.ImageFiles(paths, data.read_image, config["size"], data.crop_pct("folder"))
+    for i, feature in enumerate(features):
+        v, _ = loo.encode(encoder, images[i][0][None] / 255)
+        assert_close(feature[None], v.detach(), atol=1e-5, rtol=0)
+    assert not list(Path().glob("*.part"))
+
+
+def test_a_kept_classifier_classifies_new_images(untrained, capsys):
+    photo_tree(untrained / "more", 2, 15)
+    where = "--data=folder --root=more"
+    run(eval, f"linear {where} --save=head.pt --per_class --json")
+    line = results(Path())[0]
+    assert sum(row["n_test"] for row in line["per_class"]) == line["n_test"]
+    run(eval, "embed --root=more --classify=head.pt --out=x.csv")
+    files, _, columns = read_embedded("x.csv")
+    chosen = dict(zip(files, columns["class"]))
+    test = data.open_dataset("folder", "val", root="more")
+    right = [
+        chosen[path.relative_to("more").as_posix()] == path.parent.name
+        for path in test.images.source
+    ]
+    assert np.mean(right) * 100 == pytest.approx(line["top1"])
+    assert all(0.5 <= float(p) <= 1 for p in columns["probability"])
+    backbone = torch.load("runs/latest/backbone.pt")
+    torch.save(backbone | {"conv1.weight": backbone["conv1.weight"] + 1}, "runs/latest/backbone.pt")
+    again = "embed --root=more --classify=head.pt"
+    assert "trained on another run" in refused(capsys, eval, again)
 
 
 def test_papers_transfer_tasks_run(untrained, few):
@@ -2120,11 +2224,17 @@ def test_loo_alone_runs_beside_a_foreign_package_called_data(tmp_path):
         role = loo.methods(("color", "rotation"))["looc"].role
         q, k, queue = torch.eye(4).expand(3, 4, 4), torch.ones(3, 3, 4, 4) / 2, torch.zeros(3, 5, 4)
         print(loo.__file__, loo.multi_space_loss(q, k, queue, role, 0.2).isfinite().tolist())
+        try:
+            loo.train()
+        except loo.UserError as error:
+            print(error)
     """
     options = dict(cwd=tmp_path, capture_output=True, text=True)
     done = subprocess.run([sys.executable, "-c", script], **options)
     assert done.stderr == ""
-    assert done.stdout == f"{tmp_path / 'loo.py'} [True, True, True]\n"
+    computed, refusal = done.stdout.splitlines()
+    assert computed == f"{tmp_path / 'loo.py'} [True, True, True]"
+    assert refusal.startswith(f"`import data` finds {tmp_path / 'data' / '__init__.py'}, not")
 
 
 def spawn(function, size, *arguments):
@@ -2146,7 +2256,7 @@ def twenty_steps(rank, size, port, out):
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     images = data.factors("val", 16, 48).images.double() / 255
     aspect = torch.linspace(0.7, 1.4, 48)
-    with loo.init_distributed("cpu"):
+    with loo.init_distributed("cpu") as leader_first:
         for method in TRAINED:
             supervised, losses = method == "supervised", []
             config = CONFIG | dict(method=method, drop_equal=method == "looc++")
@@ -2171,12 +2281,18 @@ def twenty_steps(rank, size, port, out):
         encoder = loo.Encoder("small", spaces=3, hidden=16, dim=8)
         features = eval.features(encoder, data.factors("val", 32, 300), batch=64)
         torch.save(features, out / f"features-{rank}.pt")
+        paths = data.image_paths(out.parent / "photos")
+        where = paths, out / "embedded", 0, leader_first
+        eval.embed_files(encoder.eval(), dict(size=32), "v", *where)
 
 
 def test_world_size_changes_nothing(tmp_path):
     """N processes with a part of each batch, and of the images to extract, against one with all."""
+    photo_tree(tmp_path / "photos", 3, 50)
     for size in (1, 2, 4):
         spawn(twenty_steps, size, tmp_path / str(size))
+        embedded = (tmp_path / str(size) / "embedded").read_bytes()
+        assert embedded == (tmp_path / "1" / "embedded").read_bytes()
     for method, size in itertools.product(TRAINED, (2, 4)):
         folders = tmp_path / "1" / method, tmp_path / str(size) / method
         one, many = map(read_checkpoint, folders)
