@@ -58,7 +58,7 @@ FLIP, TURNS = torch.arange(8) < 4, torch.arange(8) % 4
 COMMANDS = {
     loo: "train show_methods bench",
     data: "stylize pack check",
-    eval: "linear rotation fewshot knn robust spaces retrieve table claims",
+    eval: "linear rotation fewshot knn robust spaces retrieve table curves claims",
 }
 
 
