@@ -16,6 +16,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -1588,6 +1589,76 @@ def image_grid(images, row_names, column_names, path, zoom=1):
         for j in range(columns):
             canvas.paste(to_pil_image(images[i, j]), (left + j * width, top + i * height))
     write_atomic(Path(path), functools.partial(canvas.save, format="PNG"))
+
+
+# Petroff's ten colors, which the color-blind tell apart (arXiv:2107.02270).
+COLORS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70"]
+COLORS += ["#717581", "#92dadd"]
+
+
+def draw_curves(panels, path, x_name, columns=None):
+    """panels {title: {curve: [(x, y), ...]}} -> a PNG of line plots with one legend.
+
+    A curve looks the same in all panels; what is not finite is left out. By default the panels
+    stand in one row. The drawing is halved at the end, to be smooth.
+    """
+    columns = columns or len(panels) or 1
+    names = dict.fromkeys(itertools.chain(*panels.values()))
+    styles = dict(zip(names, itertools.cycle(itertools.product((5, 2), COLORS))))
+    font, width, height = ImageFont.load_default(24), 840, 560
+    legend = 120 + int(max(map(font.getlength, names), default=0))
+    rows = math.ceil(len(panels) / columns)
+    size = columns * width + legend, max(rows * height, 60 + 40 * len(names))
+    canvas = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(canvas)
+    pen.font = font
+    for i, (title, curves) in enumerate(panels.items()):
+        left, top = i % columns * width + 110, i // columns * height + 60
+        pen.text((left, top - 15), f"{title}, by {x_name}", "black", anchor="ls")
+        draw_panel(pen, (left, top, left + 700, top + 430), curves, styles)
+    for i, (name, (thick, color)) in enumerate(styles.items()):
+        x, y = columns * width + 10, 80 + 40 * i
+        pen.line((x, y, x + 50, y), color, thick)
+        pen.text((x + 65, y), name, "black", anchor="lm")
+    write_atomic(Path(path), functools.partial(canvas.reduce(2).save, format="PNG"))
+
+
+def draw_panel(pen, box, curves, styles):
+    """Draw curves {name: [(x, y), ...]} in box (left, top, right, bottom), on a grid."""
+    left, top, right, bottom = box
+    points = [point for point in itertools.chain(*curves.values()) if math.isfinite(point[1])]
+    if not points:
+        return
+    (x_low, x_high, x_ticks), (y_low, y_high, y_ticks) = map(axis, zip(*points))
+
+    def place(x, y):
+        across, up = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
+        return left + across * (right - left), bottom - up * (bottom - top)
+
+    for tick in x_ticks:
+        x, _ = place(tick, y_low)
+        pen.line((x, top, x, bottom), "#e4e4e4", 2)
+        pen.text((x, bottom + 12), f"{tick:g}", "black", anchor="mt")
+    for tick in y_ticks:
+        _, y = place(x_low, tick)
+        pen.line((left, y, right, y), "#e4e4e4", 2)
+        pen.text((left - 12, y), f"{tick:g}", "black", anchor="rm")
+    for name, curve in curves.items():
+        thick, color = styles[name]
+        places = [place(x, y) for x, y in curve if math.isfinite(y)]
+        pen.line(places, color, thick, joint="curve")
+        for x, y in places[-1:]:  # a single point has no line
+            pen.ellipse((x - 6, y - 6, x + 6, y + 6), color)
+
+
+def axis(values):
+    """The range of an axis, with room around the values -> low, high, a few round numbers."""
+    low, high = min(values), max(values)
+    room = (high - low) / 20 or abs(high) / 20 or 1
+    low, high = low - room, high + room
+    power = 10 ** math.floor(math.log10((high - low) / 6))
+    step = next(power * k for k in (1, 2, 5, 10) if power * k * 6 >= high - low)
+    return low, high, [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def sheet(out: str = "docs/factors.png", size: int = 48):

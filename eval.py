@@ -5,6 +5,7 @@
     python eval.py rotation | knn | robust | spaces
     python eval.py retrieve --against=runs/OTHER    # an image of nearest neighbors, two runs
     python eval.py table --runs='runs/*'            # all results as one table; --paper: the paper's
+    python eval.py curves --runs='runs/*'           # their losses side by side, in curves.png
     python eval.py claims                           # which of the paper's claims hold on factors?
 
 Each task prints a Markdown row for each result and appends a JSON line to RUN/results.jsonl.
@@ -52,6 +53,7 @@ from data import (
     crop_pct,
     dataset_splits,
     decode_all,
+    draw_curves,
     epoch_batches,
     fingerprint,
     image_grid,
@@ -1267,8 +1269,7 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
 
 def read_results(runs):
     """(config, line) for each line of the results, oldest run first, so the last one counts."""
-    files = itertools.chain.from_iterable(glob.glob(f"{run}/results.jsonl") for run in runs)
-    found = {Path(file).resolve() for file in files}  # runs/latest once
+    found = find_files(runs, "results.jsonl")
     if not found:
         raise UserError(f"--runs={','.join(runs)}: no results; `python eval.py linear` writes some")
     lines = []
@@ -1276,6 +1277,40 @@ def read_results(runs):
         config = loads((path.parent / "config.json").read_text())
         lines += [(config, line) for line in loo.read_jsonl(path)]
     return lines
+
+
+def find_files(runs, name):
+    """The files of that name in run folders or patterns, each once: runs/latest is a link."""
+    files = itertools.chain.from_iterable(glob.glob(f"{run}/{name}") for run in runs)
+    return sorted({Path(file).resolve() for file in files})
+
+
+def curves(runs: tuple = ("runs/*",), out: str = "curves.png"):
+    """Draw the logs of several runs: a panel for each quantity and space, a color for each run.
+
+    Args:
+        runs: run folders or patterns, with commas between
+        out: where to write the image
+    """
+    if Path(out).is_dir():
+        raise UserError(f"--out={out} is a folder; name a .png file")
+    logs = {}
+    for file in find_files(runs, "log.jsonl"):
+        config = loads(file.with_name("config.json").read_text())
+        logs[file.parent] = loo.read_curves(config, file.parent, config["batch"])
+    if not any(logs.values()):
+        raise UserError(f"--runs={','.join(runs)}: no log; `python loo.py train` writes one")
+    top = os.path.commonpath([run.parent for run in logs])
+    spaces = dict.fromkeys(itertools.chain(*(log["loss"] for log in logs.values())))
+    # A column a space: a panel without curves keeps its place.
+    panels = {f"{quantity} of {space}": {} for quantity in ("loss", "top-1") for space in spaces}
+    for run, log in logs.items():
+        for quantity, of_spaces in log.items():
+            for space, curve in of_spaces.items():
+                panel = panels.setdefault(f"{quantity} of {space}", {})
+                panel[str(run.relative_to(top))] = curve
+    draw_curves(panels, out, "images seen", len(spaces))
+    print(f"wrote {out}")
 
 
 def differing_settings(configs):
@@ -1821,5 +1856,5 @@ def compare(gains, least, of):
 
 
 if __name__ == "__main__":
-    tasks = (embed, linear, rotation, fewshot, knn, robust, spaces, retrieve, table, claims)
+    tasks = (linear, rotation, fewshot, knn, robust, spaces, retrieve, embed, table, curves, claims)
     command_line({f.__name__: f for f in tasks})

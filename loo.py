@@ -1085,8 +1085,8 @@ def train(
     """Train an encoder: LooC, LooC++, or one of the paper's baselines (its sections 3 and 4).
 
     What is left out comes from the data set's row of RECIPES. The run folder holds config.json,
-    log.jsonl, views.png, checkpoint.pt, backbone.pt (torchvision's names) and heads.pt. A run that
-    was stopped goes on from its checkpoint.
+    log.jsonl, curves.png, views.png, checkpoint.pt, backbone.pt (torchvision's names) and heads.pt.
+    A run that was stopped goes on from its checkpoint.
 
     Args:
         method: looc, looc++, moco, moco_same, moco++ or supervised; see `python loo.py methods`
@@ -1159,8 +1159,9 @@ def train(
         state = train_loop(state, dataset, labels, config, out, asked)
         if rank() == 0:
             export(state.encoder_q, out)
-            files = "backbone.pt, heads.pt, checkpoint.pt, log.jsonl, config.json, views.png"
-            print(f"trained in {time.perf_counter() - begun:.0f} s; wrote {out}: {files}")
+            files = "backbone.pt, heads.pt, checkpoint.pt, log.jsonl, curves.png, config.json"
+            seconds = time.perf_counter() - begun
+            print(f"trained in {seconds:.0f} s; wrote {out}: {files}, views.png")
             task = "fewshot" if label_names(dataset.classes) else "rotation"
             latest = out.resolve() == Path("runs/latest").resolve()
             print(f"next: python eval.py {task}" + ("" if latest else f" --run={out}"))
@@ -1295,7 +1296,8 @@ def place_dataset(dataset, config):
 def train_loop(state, dataset, labels, config, out, asked):
     """Do the steps that are left -> State. Logs to out/log.jsonl, saves to out/checkpoint.pt.
 
-    labels (n,) for "supervised", or None. A signal in `asked` ends it after a last checkpoint.
+    Draws curves.png when it saves. labels (n,) for "supervised", or None.
+    A signal in `asked` ends it after a last checkpoint.
     Raises NonFiniteError, before anything is saved, when the loss or a weight is not finite.
     """
     n = len(dataset.images)
@@ -1331,6 +1333,8 @@ def train_loop(state, dataset, labels, config, out, asked):
                 print_record(record, config, steps, state.step % (20 * log_every) == 0)
         if saving:
             save_checkpoint(state, config, out)
+            if rank() == 0:
+                save_curves(config, out)
         if number and state.step < steps:
             exit_for_signal(number, state.step)
     return state
@@ -1395,6 +1399,30 @@ def print_record(record, config, steps, seldom):
         print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
     elif seldom or last:
         print(text, flush=True)
+
+
+def read_curves(config, out, images=1):
+    """The log of a run, {quantity: {space: [(steps times images, value), ...]}}."""
+    spaces = get_method(config).spaces or (config["label"],)
+    panels = collections.defaultdict(lambda: collections.defaultdict(list))
+    for record in read_jsonl(out / "log.jsonl"):
+        x = record["step"] * images
+        for title, key in (("loss", "loss"), ("top-1", "win")):
+            for space, y in zip(spaces, record.get(key, ())):
+                panels[title][space].append((x, y))
+        panels["learning rate"]["all spaces"].append((x, record["lr"]))
+    return panels
+
+
+def save_curves(config, out):
+    """Draw the log in curves.png; where that fails, warn and go on."""
+    from data import draw_curves, first_line
+
+    path = out / "curves.png"
+    try:
+        draw_curves(read_curves(config, out), path, "step")
+    except Exception as error:  # no drawing is worth a training
+        print(f"warning: {path} is not drawn: {first_line(error)}", file=sys.stderr)
 
 
 class NonFiniteError(UserError):

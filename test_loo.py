@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
-from PIL import Image
+from PIL import Image, ImageColor
 from torch.testing import assert_close
 
 import data
@@ -61,7 +61,7 @@ FLIP, TURNS = torch.arange(8) < 4, torch.arange(8) % 4
 COMMANDS = {
     loo: "train show_methods bench",
     data: "stylize pack check",
-    eval: "embed linear rotation fewshot knn robust spaces retrieve table claims",
+    eval: "linear rotation fewshot knn robust spaces retrieve embed table curves claims",
 }
 
 
@@ -798,6 +798,33 @@ def test_a_ruined_checkpoint_gives_way_to_the_one_before(ruin, here, capsys):
     assert "resuming run at step 3" in out
     assert "warning: run/checkpoint.pt is" in err
     assert not (here / "bomb").exists()
+
+
+def test_curves_cover_the_whole_log_and_never_end_a_training(here, capsys, monkeypatch):
+    drawn, draw, step = [], data.draw_curves, loo.train_step
+    line = f"train --out=run --epochs=2 --save_every=2 {SMALL}"
+
+    def draw_or_fail(panels, *rest):
+        drawn.append([x for x, _ in panels["loss"]["color"]])
+        if len(drawn) < 3:
+            raise RuntimeError("no font")
+        draw(panels, *rest)
+
+    def step_or_stop(state, *rest):
+        if state.step == 5:
+            raise InterruptedError
+        return step(state, *rest)
+
+    monkeypatch.setattr(data, "draw_curves", draw_or_fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(loo, "train_step", step_or_stop)
+        with pytest.raises(SystemExit):
+            run(loo, line)
+    assert drawn == [[1, 2], [1, 2, 3, 4]]
+    assert capsys.readouterr().err.count("warning: run/curves.png is not drawn: no font\n") == 2
+    run(loo, line)
+    assert drawn[-1] == list(range(1, 9))
+    assert Image.open("run/curves.png").width > 1200
 
 
 def test_a_second_trainer_is_refused(here, capsys):
@@ -1597,6 +1624,54 @@ def test_what_is_written_is_not_read_as_a_class(here, capsys):
     assert sorted(p.name for p in (here / "photos").iterdir()) == ["class0", "class1", "class2"]
 
 
+def pixels_of(path, color):
+    """Where an image has nearly this color -> (n 2), x and y."""
+    image = np.asarray(Image.open(path)).astype(int)
+    near = abs(image - ImageColor.getrgb(color)).max(2) < 24
+    return np.argwhere(near)[:, ::-1]
+
+
+def test_curves_are_where_their_points_are(tmp_path):
+    """A flat line, a step and what is not finite, in panels whose box is known."""
+    path, (first, second, *_) = tmp_path / "x.png", data.COLORS
+    flat = [(x, 1) for x in range(11)] + [(99, math.nan), (99, math.inf)]
+    step = [(0, 0), (5, 0), (5, 2), (10, 2)]
+    data.draw_curves({"a": {"flat": flat, "step": step}, "b": {"step": step[:1]}}, path, "step")
+    size = Image.open(path).size
+    left, right, top, bottom = 55, 405, 30, 245  # of the panel, in the final pixels
+    x, y = pixels_of(path, first).T
+    x, y = x[x < right + 20], y[x < right + 20]  # not the legend's
+    inside = (right - left) / 22  # a twentieth of the range is room, on both sides
+    assert x.min() == pytest.approx(left + inside, abs=2)
+    assert x.max() == pytest.approx(right - inside, abs=4)  # with its last dot
+    assert abs(y - (top + bottom) / 2).max() < 4
+    x, y = pixels_of(path, second).T
+    middle = abs(x - (left + right) / 2) < 2
+    inside = (bottom - top) / 22
+    assert y[middle].min() == pytest.approx(top + inside, abs=2)
+    assert y[middle].max() == pytest.approx(bottom - inside, abs=2)
+    single = (x > 420) & (x < 840)  # a dot in the middle of the other panel
+    assert x[single].mean() == pytest.approx(420 + (left + right) / 2, abs=1)
+    assert y[single].mean() == pytest.approx((top + bottom) / 2, abs=1)
+    assert (x[~single & (x > right)] > 840).all()  # the legend has room of its own
+    assert size[0] > 840 + 60
+
+
+def test_axis_has_a_few_round_numbers_within():
+    for values in ([0, 1], [3], [0], [-2e-9, 5e-9], [1e9, 1e9 + 7], [0.02, 0.03, 5]):
+        low, high, ticks = data.axis(values)
+        assert low < min(values) <= max(values) < high
+        assert low <= ticks[0] <= ticks[-1] <= high
+        assert 2 <= len(ticks) <= 7
+    assert data.axis([0, 100])[2] == [0, 20, 40, 60, 80, 100]
+
+
+def test_curves_of_nothing_are_drawn(tmp_path):
+    data.draw_curves({}, tmp_path / "x.png", "step")
+    data.draw_curves({"loss": {"all": [(1, math.nan)]}}, tmp_path / "x.png", "step")
+    assert Image.open(tmp_path / "x.png").size > (420, 280)
+
+
 def disk_is_full(*_):
     raise OSError(28, "No space left on device")
 
@@ -1813,6 +1888,7 @@ def test_bad_evaluations_are_one_clear_line(line, hint, untrained, capsys):
 def test_train_then_evaluate(method, here, capsys):
     run(loo, f"train --method={method} --epochs=2 --out=run {SMALL}")
     files = {"config.json", "log.jsonl", "views.png", "checkpoint.pt", "backbone.pt", "heads.pt"}
+    files.add("curves.png")
     assert {path.name for path in (here / "run").iterdir()} - {"checkpoint.old.pt"} == files
     log = loo.read_jsonl(here / "run" / "log.jsonl")
     assert [line["step"] for line in log] == list(range(1, 9))
@@ -2047,6 +2123,36 @@ def test_table_names_what_was_trained_unlike(here, capsys):
     assert hue == ("| supervised (hue)", "always default", "1")
     assert both[0] == ("| supervised (object)", "always default", "1")
     assert both[1] == ("| supervised (object)", "always default -blur", "1")
+
+
+def test_curves_lay_runs_side_by_side(here, capsys, monkeypatch):
+    (here / "runs").mkdir()
+    records = [dict(step=step, loss=[3.0, 2.0, 1.0], win=[0.5] * 3, lr=0.1) for step in (5, 10)]
+    for name, config in (("a", dict(batch=8)), ("b", dict(batch=16)), ("empty", {})):
+        write_run(here / "runs" / name, config)
+        log = to_jsonl(records[: len(records) * (name != "empty")])
+        (here / "runs" / name / "log.jsonl").write_text(log)
+    write_run(here / "runs" / "c", dict(method="supervised", label="hue"))
+    log = to_jsonl([dict(step=1, loss=[1.0], lr=0.1)]) + '{"step": 2, "lo'
+    (here / "runs" / "c" / "log.jsonl").write_text(log)
+    (here / "runs" / "latest").symlink_to("b")
+    drawn, draw = [], data.draw_curves
+    monkeypatch.setattr(eval, "draw_curves", lambda *given: drawn.append(given) or draw(*given))
+    run(eval, "curves --out=x.png")
+    out, err = capsys.readouterr()
+    assert out == "wrote x.png\n"
+    assert "line 2 is not whole" in err
+    panels, *_, columns = drawn[0]
+    of_spaces = [f"loss of {space}" for space in ("all", "color", "rotation", "hue")]
+    assert list(panels)[:columns] == of_spaces
+    assert panels["loss of color"] == {"a": [(40, 2.0), (80, 2.0)], "b": [(80, 2.0), (160, 2.0)]}
+    assert panels["loss of hue"] == {"c": [(16, 1.0)]}
+    assert not panels["top-1 of hue"]
+    assert list(panels["learning rate of all spaces"]) == ["a", "b", "c"]
+    for color in data.COLORS[:3]:
+        assert len(pixels_of("x.png", color))
+    assert "is a folder" in refused(capsys, eval, "curves --out=runs")
+    assert "python loo.py train" in refused(capsys, eval, "curves --runs=nope,runs/empty")
 
 
 def test_claims_name_rows_and_columns_that_there_are():
