@@ -1135,7 +1135,7 @@ ALL3 = ("color", "rotation", "texture")
 SPACES = ["all", "all+color", "all+rotation", "all+texture", "all+color+rotation"]
 SPACES += ["all+color+texture", "all+rotation+texture", "all+color+rotation+texture"]
 
-# Tables 1 to 5 of the paper, {row: (method, groups, feature, reported figures)}.
+# The rows of tables 1 to 5 of the paper, {name: (method, groups, feature, reported figures)}.
 TABLE1 = {
     "MoCo": ("moco", ("color",), "v", 61.1, 81.0),
     "MoCo + rotation": ("moco", PAIR, "v", 43.3, 79.4),
@@ -1167,10 +1167,9 @@ TABLE4 = {
 }
 TABLE5 = {name: ("looc++", ALL3, name) for name in SPACES}
 
-# Their columns.
 FEW_SHOT = ("Flowers 5-shot", "Flowers 10-shot")
 TRANSFER = ("iNat-1k top-1", "CUB-200 top-1")
-TABLES = (
+TABLES = (  # title, columns, rows
     ("Table 1: rotation", ("rotation", "IN-100 top-1"), TABLE1),
     ("Table 2: transfer", (*TRANSFER, *FEW_SHOT, "IN-100 top-1"), TABLE2),
     ("Table 3: robustness", ("ON-13 top-1", "ON-13 top-5", *CORRUPTED), TABLE3),
@@ -1236,8 +1235,8 @@ for label in ("object", "hue", "texture", "species"):
     ON_FACTORS[label] = ("linear", "factors", label, None, None, "top1")
 for n in (5, 10):
     ON_FACTORS[f"species {n}-shot"] = ("fewshot", "factors", "species", n, None, "top1")
-ROBUST = ("new viewpoint", *IMAGENETC, "all corruptions")
-for on in ROBUST:
+SHIFTS = ("new viewpoint", *IMAGENETC, "all corruptions")
+for on in SHIFTS:
     ON_FACTORS[f"object, {on}"] = ("robust", "factors", "object", None, on, "top1")
 
 # What the paper says of each table, {claim: [(row, sign, other rows, columns), ...]}, said of each
@@ -1305,7 +1304,7 @@ CLAIMS5[claim] = [(SPACES[-1], ">=", SPACES[:-1], LABELS5)]
 CLAIMS = (
     (("rotation", "object"), CLAIMS1),
     (LABELS2, CLAIMS2),
-    (("object", *(f"object, {on}" for on in ROBUST)), CLAIMS3),
+    (("object", *(f"object, {on}" for on in SHIFTS)), CLAIMS3),
     (("object", "hue", "species", "texture", "rotation"), CLAIMS4),
     (LABELS5, CLAIMS5),
 )
@@ -1462,8 +1461,7 @@ def run_all(chains):
 
 def run_command(command, asked):
     """Run one command until it ends, or until a signal is in the list `asked` -> code, output."""
-    script = Path(__file__).with_name(command[0])
-    words = [sys.executable, script, *command[1:]]
+    words = [sys.executable, Path(__file__).with_name(command[0]), *command[1:]]
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True)
         try:
