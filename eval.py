@@ -696,18 +696,11 @@ def fewshot(ctx, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
 
 
 CELLS = list(itertools.product(CORRUPTIONS, range(1, 6)))
-
-
-def summarized_cells():
-    """{summary: which of CELLS it is the mean of}."""
-    found = {name: [n == name for n, _ in CELLS] for name in CORRUPTIONS}
-    for name, members in (*IMAGENETC.items(), ("all corruptions", tuple(CORRUPTIONS))):
-        found[name] = [n in members for n, _ in CELLS]
-        found[f"{name}, severity 3+"] = [n in members and level >= 3 for n, level in CELLS]
-    return found
-
-
-SUMMARIES = summarized_cells()
+# {summary: which of CELLS it is the mean of}
+SUMMARIES = {name: [n == name for n, _ in CELLS] for name in CORRUPTIONS}
+for name, members in {**IMAGENETC, "all corruptions": CORRUPTIONS}.items():
+    SUMMARIES[name] = [n in members for n, _ in CELLS]
+    SUMMARIES[f"{name}, severity 3+"] = [n in members and level >= 3 for n, level in CELLS]
 
 
 def corrupted_images(ctx, published, count=None):
@@ -716,17 +709,15 @@ def corrupted_images(ctx, published, count=None):
     published: an ImageSet for each cell; where there are none, the (first `count`) test images are
     corrupted here, a batch at a time.
     """
-    for cell, dataset in enumerate(published):
+    for i, dataset in enumerate(published or [ctx.split["test"]]):
         for rows, images in on_device(ctx.encoder, dataset, ctx.workers, count=count):
-            yield cell, rows, images, {name: y[rows] for name, y in dataset.labels.items()}
-    if published:
-        return
-    dataset = ctx.split["test"]
-    for rows, images in on_device(ctx.encoder, dataset, ctx.workers, count=count):
-        labels = {name: y[rows] for name, y in dataset.labels.items()}
-        for cell, (name, severity) in enumerate(CELLS):
-            generator = loo.make_generator("corrupt", name, severity, int(rows[0]))
-            yield cell, rows, corrupt(images, name, severity, generator), labels
+            labels = {name: y[rows] for name, y in dataset.labels.items()}
+            if published:
+                yield i, rows, images, labels
+                continue
+            for cell, (name, severity) in enumerate(CELLS):
+                generator = loo.make_generator("corrupt", name, severity, int(rows[0]))
+                yield cell, rows, corrupt(images, name, severity, generator), labels
 
 
 @task
@@ -770,12 +761,9 @@ def robust(
     if not published:
         lengths = f"{ctx.config['size']} / {REFERENCE_SIZE}"
         clean[-1]["note"] = f"the lengths in the corruptions' constants are scaled by {lengths}"
-    parts = (
-        clean,
-        shifted_results(ctx, shifted, labels, logits_of),
-        corrupted_results(ctx, published, labels, logits_of, pictures),
-    )
-    for found in itertools.chain(*parts):
+    on_shifted = shifted_results(ctx, shifted, labels, logits_of)
+    on_corrupted = corrupted_results(ctx, published, labels, logits_of, pictures)
+    for found in itertools.chain(clean, on_shifted, on_corrupted):
         yield found | dict(protocol=source, n_train=len(train))
 
 
@@ -797,12 +785,11 @@ def check_source(data, source, corrupted, objectnet, pictures):
 def robust_datasets(ctx, corrupted, objectnet):
     """The published ImageSet of each of CELLS, or none, and {name: ImageSet} of new viewpoints."""
     where = dict(size=ctx.config["size"], central=True)
-    published, shifted = [], {}
-    if corrupted:
-        published = [
-            open_dataset("imagenetc100", f"{name}/{severity}", root=corrupted, **where)
-            for name, severity in CELLS
-        ]
+    cells = CELLS if corrupted else []
+    published = [
+        open_dataset("imagenetc100", f"{c}/{i}", root=corrupted, **where) for c, i in cells
+    ]
+    shifted = {}
     if objectnet:
         shifted["objectnet13"] = open_dataset("objectnet13", "test", root=objectnet, **where)
     elif ctx.data == "factors":
@@ -1255,7 +1242,7 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
     cells = defaultdict(dict)
     for config, line in lines:
         row, column = row_key(config, line, differs), column_key(config, line)
-        cells[row, column][config["seed"]] = line["top1"]
+        cells[row, column][line["seed"]] = line["top1"]
     rows, columns = sorted({r for r, _ in cells}), sorted({c for _, c in cells})
     several = len({data for data, *_ in columns}) > 1
     heads = ["method", "groups", "feature", "differs in", "seeds"]
@@ -1263,8 +1250,7 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
         heads.append(column_name(*column) + (f" on {data}" if several else ""))
     print(table_head(heads))
     for row in rows:
-        values = [list(cells[row, c].values()) for c in columns]
-        print(table_row([*row, count_seeds(values), *map(mean_cell, values)]))
+        print(table_row([*row, *row_cells(cells, row, columns)]))
 
 
 def read_results(runs):
@@ -1272,11 +1258,17 @@ def read_results(runs):
     found = find_files(runs, "results.jsonl")
     if not found:
         raise UserError(f"--runs={','.join(runs)}: no results; `python eval.py linear` writes some")
-    lines = []
-    for path in sorted(found, key=lambda path: path.stat().st_mtime):
-        config = loads((path.parent / "config.json").read_text())
-        lines += [(config, line) for line in loo.read_jsonl(path)]
-    return lines
+    folders = [path.parent for path in sorted(found, key=os.path.getmtime)]
+    return list(itertools.chain.from_iterable(map(results_of, folders)))
+
+
+def results_of(run):
+    """(config, line) for each result in a run folder, `seed` the training's."""
+    path = run / "results.jsonl"
+    if not path.exists():
+        return []
+    config = loads((run / "config.json").read_text())
+    return [(config, line | {"seed": config["seed"]}) for line in loo.read_jsonl(path)]
 
 
 def find_files(runs, name):
@@ -1324,16 +1316,14 @@ def differing_settings(configs):
 
 def setting(config, key):
     """A setting as `table` compares it."""
-    # A published set is the same wherever it is.
     if key == "root" and config["data"] != "folder":
-        return None
+        return None  # a published set is the same wherever it is
     if key != "always":
         return config.get(key)
     # A named group leaves this list: only what is there beside the groups tells runs apart.
-    groups = set(config["groups"])
-    always, default = set(config["always"]) | groups, set(ALWAYS) | groups
-    added = {name: "+" if name in config["always"] else "-" for name in always ^ default}
-    return " ".join(["default", *(added[name] + name for name in sorted(added))])
+    changed = set(config["always"]).symmetric_difference(ALWAYS) - set(config["groups"])
+    signs = [("+" if name in config["always"] else "-") + name for name in sorted(changed)]
+    return " ".join(["default", *signs])
 
 
 def row_key(config, line, differs):
@@ -1361,10 +1351,12 @@ def column_name(task, label, shots, on, protocol):
     return f"{name} ({protocol})" if protocol in ("paper", "folder") else name
 
 
-def count_seeds(cells):
-    """How many values the filled cells of a row have: "5", or "4 to 5" where they differ."""
-    counts = [len(values) for values in cells if values] or [0]
-    return " to ".join(map(str, sorted({min(counts), max(counts)})))
+def row_cells(cells, row, columns):
+    """A row of {(row, column): {seed: value}}: how many seeds ("4 to 5" if they differ), means."""
+    values = [list(cells[row, column].values()) for column in columns]
+    counts = [len(some) for some in values if some] or [0]
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    return [seeds, *map(mean_cell, values)]
 
 
 def mean_cell(values):
@@ -1386,11 +1378,9 @@ COLUMNS = {
     "ON-13 top-5": ("robust", "imagenet100", "class", None, "objectnet13", "top5"),
 }
 CORRUPTED = []
-for category in (*IMAGENETC, "all"):
-    for severity in ("", ", severity 3+"):
-        on = ("all corruptions" if category == "all" else category) + severity
-        CORRUPTED.append(f"IN-C {category}{severity}")
-        COLUMNS[CORRUPTED[-1]] = ("robust", "imagenet100", "class", None, on, "top1")
+for on in list(SUMMARIES)[len(CORRUPTIONS) :]:
+    CORRUPTED.append("IN-C " + on.replace("all corruptions", "all"))
+    COLUMNS[CORRUPTED[-1]] = ("robust", "imagenet100", "class", None, on, "top1")
 
 PAIR = ("color", "rotation")
 RT = ("rotation", "texture")
@@ -1398,58 +1388,46 @@ ALL3 = ("color", "rotation", "texture")
 SPACES = ["all", "all+color", "all+rotation", "all+texture", "all+color+rotation"]
 SPACES += ["all+color+texture", "all+rotation+texture", "all+color+rotation+texture"]
 
-# Tables 1 to 5 of the paper: title, columns, {row: (method, groups, feature, reported figures)}.
-TABLES = (
-    (
-        "Table 1: rotation",
-        ("rotation", "IN-100 top-1"),
-        {
-            "MoCo": ("moco", ("color",), "v", 61.1, 81.0),
-            "MoCo + rotation": ("moco", PAIR, "v", 43.3, 79.4),
-            "MoCo + rotation, same for q and k": ("moco_same", PAIR, "v", 45.5, 77.5),
-            "LooC + rotation": ("looc", ("rotation",), "v", 65.2, 80.2),
-        },
-    ),
-    (
-        "Table 2: transfer",
-        ("iNat-1k top-1", "CUB-200 top-1", "Flowers 5-shot", "Flowers 10-shot", "IN-100 top-1"),
-        {
-            "MoCo (color)": ("moco", ("color",), "v", 36.2, 36.7, 67.9, 77.3, 81.0),
-            "LooC (color)": ("looc", ("color",), "v", 41.2, 40.1, 68.2, 77.6, 81.1),
-            "LooC (rotation)": ("looc", ("rotation",), "v", 40.0, 38.8, 70.1, 79.3, 80.2),
-            "LooC (color, rotation)": ("looc", PAIR, "v", 44.0, 39.6, 70.9, 80.8, 79.2),
-            "LooC++ (color, rotation)": ("looc++", PAIR, "v", 46.1, 39.3, 68.1, 78.8, 81.2),
-        },
-    ),
-    (
-        "Table 3: robustness",
-        ("ON-13 top-1", "ON-13 top-5", *CORRUPTED),
-        {
-            "supervised": ("supervised", None, "v"),
-            "MoCo": ("moco", ("color",), "v"),
-            "LooC (rotation)": ("looc", ("rotation",), "v"),
-            "LooC (texture)": ("looc", ("texture",), "v"),
-            "LooC (rotation, texture)": ("looc", RT, "v"),
-            "LooC++ (rotation, texture)": ("looc++", RT, "v"),
-        },
-    ),
-    (
-        "Table 4: all augmentations",
-        ("IN-100 top-1", "iNat-1k top-1", "Flowers 5-shot", "Flowers 10-shot"),
-        {
-            "MoCo (color)": ("moco", ("color",), "v"),
-            "MoCo (color, rotation)": ("moco", PAIR, "v"),
-            "MoCo (all)": ("moco", ALL3, "v"),
-            "MoCo++ (color, rotation)": ("moco++", PAIR, "v"),
-            "LooC (color, rotation)": ("looc", PAIR, "v"),
-            "LooC++ (color, rotation)": ("looc++", PAIR, "v"),
-        },
-    ),
-    (
-        "Table 5: spaces of LooC++",
-        ("rotation", "IN-100 top-1", "iNat-1k top-1", "CUB-200 top-1"),
-        {name: ("looc++", ALL3, name) for name in SPACES},
-    ),
+# The rows of tables 1 to 5 of the paper, {name: (method, groups, feature, reported figures)}.
+TABLE1 = {
+    "MoCo": ("moco", ("color",), "v", 61.1, 81.0),
+    "MoCo + rotation": ("moco", PAIR, "v", 43.3, 79.4),
+    "MoCo + rotation, same for q and k": ("moco_same", PAIR, "v", 45.5, 77.5),
+    "LooC + rotation": ("looc", ("rotation",), "v", 65.2, 80.2),
+}
+TABLE2 = {
+    "MoCo (color)": ("moco", ("color",), "v", 36.2, 36.7, 67.9, 77.3, 81.0),
+    "LooC (color)": ("looc", ("color",), "v", 41.2, 40.1, 68.2, 77.6, 81.1),
+    "LooC (rotation)": ("looc", ("rotation",), "v", 40.0, 38.8, 70.1, 79.3, 80.2),
+    "LooC (color, rotation)": ("looc", PAIR, "v", 44.0, 39.6, 70.9, 80.8, 79.2),
+    "LooC++ (color, rotation)": ("looc++", PAIR, "v", 46.1, 39.3, 68.1, 78.8, 81.2),
+}
+TABLE3 = {
+    "supervised": ("supervised", None, "v"),
+    "MoCo": ("moco", ("color",), "v"),
+    "LooC (rotation)": ("looc", ("rotation",), "v"),
+    "LooC (texture)": ("looc", ("texture",), "v"),
+    "LooC (rotation, texture)": ("looc", RT, "v"),
+    "LooC++ (rotation, texture)": ("looc++", RT, "v"),
+}
+TABLE4 = {
+    "MoCo (color)": ("moco", ("color",), "v"),
+    "MoCo (color, rotation)": ("moco", PAIR, "v"),
+    "MoCo (all)": ("moco", ALL3, "v"),
+    "MoCo++ (color, rotation)": ("moco++", PAIR, "v"),
+    "LooC (color, rotation)": ("looc", PAIR, "v"),
+    "LooC++ (color, rotation)": ("looc++", PAIR, "v"),
+}
+TABLE5 = {name: ("looc++", ALL3, name) for name in SPACES}
+
+FEW_SHOT = ("Flowers 5-shot", "Flowers 10-shot")
+TRANSFER = ("iNat-1k top-1", "CUB-200 top-1")
+TABLES = (  # title, columns, rows
+    ("Table 1: rotation", ("rotation", "IN-100 top-1"), TABLE1),
+    ("Table 2: transfer", (*TRANSFER, *FEW_SHOT, "IN-100 top-1"), TABLE2),
+    ("Table 3: robustness", ("ON-13 top-1", "ON-13 top-5", *CORRUPTED), TABLE3),
+    ("Table 4: all augmentations", ("IN-100 top-1", "iNat-1k top-1", *FEW_SHOT), TABLE4),
+    ("Table 5: spaces of LooC++", ("rotation", "IN-100 top-1", *TRANSFER), TABLE5),
 )
 
 
@@ -1458,11 +1436,10 @@ def print_papers_tables(lines):
 
     lines: (config, result).
     """
-    if differs := differing_settings([config for config, _ in lines]):
-        raise UserError(
-            f"--paper: these runs differ in {', '.join(differs)}: name fewer with --runs"
-        )
-    results = [line | {"seed": config["seed"]} for config, line in lines]
+    differs = ", ".join(differing_settings([config for config, _ in lines]))
+    if differs:
+        raise UserError(f"--paper: these runs differ in {differs}: name fewer with --runs")
+    results = [line for _, line in lines]
     for title, columns, rows in TABLES:
         heads = ["method"]
         for column in columns:
@@ -1471,8 +1448,7 @@ def print_papers_tables(lines):
         for name, row in rows.items():
             cells = [name]
             for column, reported in itertools.zip_longest(columns, row[3:]):
-                cells += ["-" if reported is None else str(reported)]
-                cells += [papers_cell(results, row, column)]
+                cells += [format_value(reported), papers_cell(results, row, column)]
             print(table_row(cells))
         print()
 
@@ -1492,10 +1468,11 @@ def by_protocol(lines, row, column):
     """The results of a cell of TABLES, {protocol: {seed: value}}; the last line counts."""
     method, groups, feature, *_ = row
     task, data, label, shots, on, value = column
-    wanted = [method, task if feature == "v" else "spaces", data, label, shots, on]
+    wanted = dict(method=method, data=data, label=label, shots=shots, on=on)
+    wanted["task"] = task if feature == "v" else "spaces"
     found = defaultdict(dict)
     for line in lines:
-        same = [line.get(k) for k in ("method", "task", "data", "label", "shots", "on")] == wanted
+        same = all(line.get(key) == wanted[key] for key in wanted)
         same_feature = set(line["feature"].split("+")) == set(feature.split("+"))
         same_groups = groups is None or set(groups) == set(line["groups"])
         if same and same_feature and same_groups:
@@ -1506,108 +1483,83 @@ def by_protocol(lines, row, column):
 # ---------------------------------------------------------------- claims
 
 # The columns of TABLES on factors.
-ON_FACTORS = {
-    "object": ("linear", "factors", "object", None, None, "top1"),
-    "hue": ("linear", "factors", "hue", None, None, "top1"),
-    "texture": ("linear", "factors", "texture", None, None, "top1"),
-    "species": ("linear", "factors", "species", None, None, "top1"),
-    "rotation": ("rotation", "factors", "rotation", None, None, "top1"),
-    "species 5-shot": ("fewshot", "factors", "species", 5, None, "top1"),
-    "species 10-shot": ("fewshot", "factors", "species", 10, None, "top1"),
-    "object, new viewpoint": ("robust", "factors", "object", None, "new viewpoint", "top1"),
-    "object, noise": ("robust", "factors", "object", None, "noise", "top1"),
-    "object, blur": ("robust", "factors", "object", None, "blur", "top1"),
-    "object, weather": ("robust", "factors", "object", None, "weather", "top1"),
-    "object, digital": ("robust", "factors", "object", None, "digital", "top1"),
-    "object, all corruptions": ("robust", "factors", "object", None, "all corruptions", "top1"),
-}
+ON_FACTORS = {"rotation": ("rotation", "factors", "rotation", None, None, "top1")}
+for label in ("object", "hue", "texture", "species"):
+    ON_FACTORS[label] = ("linear", "factors", label, None, None, "top1")
+for n in (5, 10):
+    ON_FACTORS[f"species {n}-shot"] = ("fewshot", "factors", "species", n, None, "top1")
+SHIFTS = ("new viewpoint", *IMAGENETC, "all corruptions")
+for on in SHIFTS:
+    ON_FACTORS[f"object, {on}"] = ("robust", "factors", "object", None, on, "top1")
 
-# For each of TABLES: its columns on factors, and what the paper says of it,
-# {claim: [(row, sign, other rows, columns), ...]}, said of each of these rows and columns.
-# The sign is > for more than, >= for at most MARGIN points less.
+# What the paper says of each table, {claim: [(row, sign, other rows, columns), ...]}, said of each
+# of these rows and columns. The sign is > for more than, >= for at most MARGIN points less.
 MARGIN = 1
 LABELS2 = ("hue", "species", "species 5-shot", "species 10-shot", "rotation", "texture", "object")
-OTHERS2 = ("MoCo (color)", "LooC (color)", "LooC (rotation)", "LooC (color, rotation)")
+LABELS5 = ("rotation", "object", "hue", "texture")
 NEW_VIEW, CORRUPTED_ALL = "object, new viewpoint", "object, all corruptions"
 CHANGED = ["hue", "species", "rotation"]
+CLAIMS1 = {
+    "adding rotation to MoCo lowers rotation accuracy": [
+        ("MoCo", ">", ["MoCo + rotation"], ["rotation"])
+    ],
+    "sharing the rotation between query and key does not bring it back": [
+        ("MoCo", ">", ["MoCo + rotation, same for q and k"], ["rotation"])
+    ],
+    "LooC brings it back": [
+        ("LooC + rotation", ">", ["MoCo + rotation"], ["rotation"]),
+        ("LooC + rotation", ">", ["MoCo + rotation, same for q and k"], ["rotation"]),
+        ("LooC + rotation", ">=", ["MoCo"], ["rotation"]),
+    ],
+}
+CLAIMS2 = {
+    "LooC (color) beats MoCo on what color changes, without losing object": [
+        ("LooC (color)", ">", ["MoCo (color)"], ["hue", "species"]),
+        ("LooC (color)", ">=", ["MoCo (color)"], ["object"]),
+    ],
+    "LooC (color, rotation) beats MoCo on what color and rotation change, without losing object": [
+        ("LooC (color, rotation)", ">", ["MoCo (color)"], CHANGED),
+        ("LooC (color, rotation)", ">=", ["MoCo (color)"], ["object"]),
+    ],
+    "LooC++, all spaces side by side, is best or tied on all labels at once": [
+        ("LooC++ (color, rotation)", ">=", list(TABLE2)[:-1], LABELS2)
+    ],
+}
+CLAIMS3 = {
+    "rotation helps under new viewpoints": [("LooC (rotation)", ">", ["MoCo"], [NEW_VIEW])],
+    "texture helps under corruptions": [("LooC (texture)", ">", ["MoCo"], [CORRUPTED_ALL])],
+    "both together help on both": [
+        ("LooC (rotation, texture)", ">", ["MoCo"], [NEW_VIEW, CORRUPTED_ALL])
+    ],
+}
+CLAIMS4 = {
+    "LooC beats MoCo with the same groups, without losing object": [
+        ("LooC (color, rotation)", ">", ["MoCo (color, rotation)"], CHANGED),
+        ("LooC (color, rotation)", ">=", ["MoCo (color, rotation)"], ["object"]),
+    ],
+    "LooC (color, rotation) beats MoCo with all groups, without losing object": [
+        ("LooC (color, rotation)", ">", ["MoCo (all)"], CHANGED),
+        ("LooC (color, rotation)", ">=", ["MoCo (all)"], ["object"]),
+    ],
+    "MoCo++, as wide as LooC++, does not close the gap": [
+        ("LooC++ (color, rotation)", ">", ["MoCo++ (color, rotation)"], CHANGED),
+        ("LooC++ (color, rotation)", ">=", ["MoCo++ (color, rotation)"], ["object"]),
+    ],
+}
+CLAIMS5 = {}
+for label, group in (("hue", "color"), ("rotation", "rotation"), ("texture", "texture")):
+    others = [f"all+{other}" for other in ALL3 if other != group]
+    claim = f"of two spaces, {label} prefers {group} for the second"
+    CLAIMS5[claim] = [(f"all+{group}", ">", others, [label])]
+claim = "all spaces side by side are best or tied on all labels at once"
+CLAIMS5[claim] = [(SPACES[-1], ">=", SPACES[:-1], LABELS5)]
+# For each of TABLES: its columns on factors, and the claims.
 CLAIMS = (
-    (
-        ("rotation", "object"),
-        {
-            "adding rotation to MoCo lowers rotation accuracy": [
-                ("MoCo", ">", ["MoCo + rotation"], ["rotation"])
-            ],
-            "sharing the rotation between query and key does not bring it back": [
-                ("MoCo", ">", ["MoCo + rotation, same for q and k"], ["rotation"])
-            ],
-            "LooC brings it back": [
-                ("LooC + rotation", ">", ["MoCo + rotation"], ["rotation"]),
-                ("LooC + rotation", ">", ["MoCo + rotation, same for q and k"], ["rotation"]),
-                ("LooC + rotation", ">=", ["MoCo"], ["rotation"]),
-            ],
-        },
-    ),
-    (
-        LABELS2,
-        {
-            "LooC (color) beats MoCo on what color changes, without losing object": [
-                ("LooC (color)", ">", ["MoCo (color)"], ["hue", "species"]),
-                ("LooC (color)", ">=", ["MoCo (color)"], ["object"]),
-            ],
-            "LooC (color, rotation) beats MoCo on what color and rotation change, "
-            "without losing object": [
-                ("LooC (color, rotation)", ">", ["MoCo (color)"], CHANGED),
-                ("LooC (color, rotation)", ">=", ["MoCo (color)"], ["object"]),
-            ],
-            "LooC++, all spaces side by side, is best or tied on all labels at once": [
-                ("LooC++ (color, rotation)", ">=", OTHERS2, LABELS2)
-            ],
-        },
-    ),
-    (
-        ("object", *(column for column in ON_FACTORS if column.startswith("object, "))),
-        {
-            "rotation helps under new viewpoints": [("LooC (rotation)", ">", ["MoCo"], [NEW_VIEW])],
-            "texture helps under corruptions": [("LooC (texture)", ">", ["MoCo"], [CORRUPTED_ALL])],
-            "both together help on both": [
-                ("LooC (rotation, texture)", ">", ["MoCo"], [NEW_VIEW, CORRUPTED_ALL])
-            ],
-        },
-    ),
-    (
-        ("object", "hue", "species", "texture", "rotation"),
-        {
-            "LooC beats MoCo with the same groups, without losing object": [
-                ("LooC (color, rotation)", ">", ["MoCo (color, rotation)"], CHANGED),
-                ("LooC (color, rotation)", ">=", ["MoCo (color, rotation)"], ["object"]),
-            ],
-            "LooC (color, rotation) beats MoCo with all groups, without losing object": [
-                ("LooC (color, rotation)", ">", ["MoCo (all)"], CHANGED),
-                ("LooC (color, rotation)", ">=", ["MoCo (all)"], ["object"]),
-            ],
-            "MoCo++, as wide as LooC++, does not close the gap": [
-                ("LooC++ (color, rotation)", ">", ["MoCo++ (color, rotation)"], CHANGED),
-                ("LooC++ (color, rotation)", ">=", ["MoCo++ (color, rotation)"], ["object"]),
-            ],
-        },
-    ),
-    (
-        ("rotation", "object", "hue", "texture"),
-        {
-            "of two spaces, hue prefers color for the second": [
-                ("all+color", ">", ["all+rotation", "all+texture"], ["hue"])
-            ],
-            "of two spaces, rotation prefers rotation for the second": [
-                ("all+rotation", ">", ["all+color", "all+texture"], ["rotation"])
-            ],
-            "of two spaces, texture prefers texture for the second": [
-                ("all+texture", ">", ["all+color", "all+rotation"], ["texture"])
-            ],
-            "all spaces side by side are best or tied on all labels at once": [
-                (SPACES[-1], ">=", SPACES[:-1], ["rotation", "object", "hue", "texture"])
-            ],
-        },
-    ),
+    (("rotation", "object"), CLAIMS1),
+    (LABELS2, CLAIMS2),
+    (("object", *(f"object, {on}" for on in SHIFTS)), CLAIMS3),
+    (("object", "hue", "species", "texture", "rotation"), CLAIMS4),
+    (LABELS5, CLAIMS5),
 )
 
 BUDGETS = {"small": {}, "large": dict(arch="resnet18", size=64, epochs=100)}  # flags of `train`
@@ -1658,7 +1610,7 @@ def claims(
         lines = []
         for run in sorted(folder.glob("*/")):
             if not run.suffix:  # --fresh moves a run aside to NAME.1
-                lines += [line | {"budget": budget} for line in results_of(run)]
+                lines += [line | {"budget": budget} for _, line in results_of(run)]
         text = "".join(dumps(line) + "\n" for line in lines)
         write_atomic(Path(out) / f"{budget}.jsonl", text.encode())
         if lines := [line for line in lines if line["seed"] in chosen]:
@@ -1672,20 +1624,10 @@ def chosen_results(path, budget, seeds):
     there = loo.read_jsonl(Path(path))
     lines = [line for line in there if line.get("budget") == budget and line["seed"] in seeds]
     if not lines:
-        held = sorted({f"{line.get('budget')} {line['seed']}" for line in there})
-        raise UserError(
-            f"--results={path} has nothing of --budget={budget} "
-            f"and seeds {seeds[0]} to {seeds[-1]}; it holds {', '.join(held) or 'no results'}"
-        )
+        asked = f"--budget={budget} and seeds {seeds[0]} to {seeds[-1]}"
+        held = ", ".join(sorted({f"{line.get('budget')} {line['seed']}" for line in there}))
+        raise UserError(f"--results={path} has nothing of {asked}; it holds {held or 'no results'}")
     return lines
-
-
-def results_of(run):
-    """The results in a run folder, `seed` the training's."""
-    if not (run / "results.jsonl").exists():
-        return []
-    seed = loads((run / "config.json").read_text())["seed"]
-    return [line | {"seed": seed} for line in loo.read_jsonl(run / "results.jsonl")]
 
 
 def missing_commands(out, seeds, flags):
@@ -1705,7 +1647,7 @@ def missing_commands(out, seeds, flags):
             saved = loads((run / "config.json").read_text())
             loo.check_same_config(loo.default_config(**given), saved, run)
         chain = [] if (run / "heads.pt").exists() else [command_of("loo.py", "train", **given)]
-        lines = results_of(run)
+        lines = [line for _, line in results_of(run)]
         for name, cells in wanted[method, groups].items():
             if all(seed in factors_cell(lines, row, column) for row, column in cells):
                 continue
@@ -1772,16 +1714,14 @@ def run_all(chains):
 
 def run_command(command, asked):
     """Run one command until it ends, or until a signal is in the list `asked` -> code, output."""
-    script = Path(__file__).with_name(command[0])
-    words = [sys.executable, script, *command[1:]]
+    words = [sys.executable, Path(__file__).with_name(command[0]), *command[1:]]
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True)
         try:
             while process.poll() is None and not asked:
                 time.sleep(0.1)
         finally:
-            if process.poll() is None:
-                process.terminate()  # a trainer saves its last step first
+            process.terminate()  # if it still runs; a trainer saves its last step first
             process.wait()
         output.seek(0)
         return process.returncode, output.read()
@@ -1794,13 +1734,12 @@ def print_claims(lines):
     """
     verdicts = []
     for (title, _, rows), (columns, said) in zip(TABLES, CLAIMS):
-        cells = {}
-        for (name, row), column in itertools.product(rows.items(), columns):
-            cells[name, column] = factors_cell(lines, row, ON_FACTORS[column])
         print(f"{title}, on factors\n\n{table_head(['method', 'seeds', *columns])}")
-        for name in rows:
-            values = [list(cells[name, column].values()) for column in columns]
-            print(table_row([name, count_seeds(values), *map(mean_cell, values)]))
+        cells = {}
+        for name, row in rows.items():
+            for column in columns:
+                cells[name, column] = factors_cell(lines, row, ON_FACTORS[column])
+            print(table_row([name, *row_cells(cells, name, columns)]))
         print()
         for claim, comparisons in said.items():
             decision, evidence = judge_claim(cells, comparisons)
