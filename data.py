@@ -1359,9 +1359,9 @@ def stylize(
     features, name = style_features(features, device)
     targets = [copy_paths(path, top, out, copies) for path in images.source]
     jobs = [(i, copy) for i, found in enumerate(targets) for copy in found if not copy.exists()]
-    total, how = len(targets) * copies, f"features {name}, {device}"
-    there = f"{total - len(jobs)} of {total} copies are there"
-    print(f"{there}; styles from {styles or 'code'}, {how}", flush=True)
+    total = len(targets) * copies
+    print(f"{total - len(jobs)} of {total} copies are there", end="; ")
+    print(f"styles from {styles or 'code'}, features {name}, {device}", flush=True)
     begun, shown = time.perf_counter(), 0
     for start in range(0, len(jobs), batch):
         some = jobs[start : start + batch]
@@ -1501,8 +1501,8 @@ def check(data: str = "factors", root: str = None, sample: int = 64, download: b
         known = not source.address or source.address in problems[0]
         where = "" if known else f"; get it at {source.address}"
         raise UserError(f"{data} is not whole: {problems[0]}{others}{where}")
-    opened = f"{data}: every file that was opened is an image"
-    print(f"{data} is whole" if source.address else opened)
+    whole = f"{data} is whole"
+    print(whole if source.address else f"{data}: every file that was opened is an image")
 
 
 def image_grid(images, row_names, column_names, path, zoom=1):
