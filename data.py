@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import torchvision
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin, UnidentifiedImageError
-from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 
 from loo import UserError, grayscale, make_generator, uniform
 
@@ -747,8 +747,8 @@ def cub200(split, root):
         for i, file in table("images.txt").items()
         if (train[i] == "1") == (split == "train")
     ]
-    classes = sorted(table("classes.txt").items(), key=lambda row: int(row[0]))
-    return pairs, [name for _, name in classes]
+    classes = table("classes.txt")
+    return pairs, [classes[i] for i in sorted(classes, key=int)]
 
 
 def flowers102(split, root):
@@ -757,11 +757,9 @@ def flowers102(split, root):
     # since torchvision 0.22
     names = getattr(torchvision.datasets.Flowers102, "classes", range(1, 103))
     key = {"train": "trnid", "val": "valid", "test": "tstid"}[split]
-    ids = read_mat(top / "setid.mat")[key].ravel().tolist()
+    ids = read_mat(top / "setid.mat")[key].ravel().astype(int)
     labels = read_mat(first_existing("flowers102", top, "imagelabels.mat"))["labels"].ravel()
-    return [
-        (top / "jpg" / f"image_{i:05d}.jpg", int(labels[i - 1]) - 1) for i in map(int, ids)
-    ], names
+    return [(top / f"jpg/image_{i:05d}.jpg", int(labels[i - 1]) - 1) for i in ids], names
 
 
 def objectnet13(split, root):
@@ -769,9 +767,8 @@ def objectnet13(split, root):
     places = "images/bench", "objectnet-1.0/images/bench", "bench"
     top = first_existing("objectnet13", root, *places).parent
     labels = {name: IMAGENET100.index(wnid) for name, wnid in OBJECTNET13.items()}
-    return [
-        (path, i) for name, i in labels.items() for path in image_paths(top / name)
-    ], IMAGENET100
+    pairs = [(path, i) for name, i in labels.items() for path in image_paths(top / name)]
+    return pairs, IMAGENET100
 
 
 def imagenetc100(split, root):
@@ -790,41 +787,28 @@ def read_mat(path):
     """A MATLAB file -> {name: array}."""
     try:
         from scipy.io import loadmat
+
+        return loadmat(str(path))
     except ImportError:
         raise UserError(f"{path}: a MATLAB file needs scipy: pip install scipy") from None
-    try:
-        return loadmat(str(path))
     except Exception as error:  # whatever a broken file raises
         problem = f"cannot be read as a MATLAB file ({first_line(error)})"
         raise UserError(f"{path}: {problem}; download it again") from None
-
-
-def missing_files(paths):
-    """The paths that do not exist, found by listing each folder once."""
-
-    @functools.cache
-    def names(folder):
-        return set(os.listdir(folder)) if folder.is_dir() else set()
-
-    return [path for path in paths if path.name not in names(path.parent)]
 
 
 def check_complete(name, split, paths, labels):
     """UserError unless all images of the published set are there."""
     source = DATASETS[name]
     classes, count = source.splits[split]
-    if missing := missing_files(paths):
-        raise UserError(
-            f"{name} {split}: {len(missing)} of {len(paths)} images are missing, "
-            f"the first is {missing[0]}; get them at {source.address}"
-        )
+    if missing := [path for path in paths if not path.exists()]:
+        problem = f"{len(missing)} of {len(paths)} images are missing, the first is {missing[0]}"
+        raise UserError(f"{name} {split}: {problem}; get them at {source.address}")
     found = len(set(labels))
     if found != classes or count and len(paths) != count:
-        raise UserError(
-            f"{name} {split}: found {len(paths)} images of {found} classes under "
-            f"{paths[0].parent.parent}, published are {count or 'images'} of {classes}; "
-            f"`python data.py check --data={name} --root=DIR` says more"
-        )
+        here = f"found {len(paths)} images of {found} classes under {paths[0].parent.parent}"
+        problem = f"{here}, published are {count or 'images'} of {classes}"
+        advice = f"`python data.py check --data={name} --root=DIR` says more"
+        raise UserError(f"{name} {split}: {problem}; {advice}")
 
 
 def fetch_archives(name, root):
@@ -833,7 +817,6 @@ def fetch_archives(name, root):
     if not source.fetched:
         where = f"get it at {source.address}" if source.address else "leave the flag out"
         raise UserError(f"--download: --data={name} cannot be fetched: {where}")
-    Path(root).mkdir(parents=True, exist_ok=True)
     try:
         torchvision.datasets.Flowers102(root, download=True)
     except ModuleNotFoundError:  # all is fetched when it looks for scipy
@@ -960,30 +943,20 @@ def motion_blur(images, generator, radius, sigma):
     return motion_blur_kernel(images, angle, radius, sigma)
 
 
-def warp(images, grid, padding):
-    """images (b c h w) at the points grid (b h w 2), in [-1, 1] -> (b c h w)."""
-    return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
-
-
-def affine_grid(images, theta):
-    """theta (2 3) or (b 2 3) -> sampling grid (b h w xy)"""
+def warp(images, theta, padding, shift=0):
+    """images (b c h w), every pixel from where theta (2 3) or (b 2 3) and then shift (b h w xy)
+    lead from it, in coordinates of [-1, 1] -> (b c h w)."""
     theta = theta.expand(len(images), 2, 3).to(images)
-    return F.affine_grid(theta, images.shape, align_corners=False)
+    grid = F.affine_grid(theta, images.shape, align_corners=False) + shift
+    return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
 
 
 def zoom_blur(images, generator, step, count):
     """The average of the image and `count` zooms into its center: by 1, 1 + step, 1 + 2 step ..."""
     total = images
     for i in range(count):
-        total = total + warp(
-            images, affine_grid(images, torch.eye(2, 3) / (1 + i * step)), "border"
-        )
+        total = total + warp(images, torch.eye(2, 3) / (1 + i * step), "border")
     return total / (count + 1)
-
-
-def resize(images, size):
-    """(b c h w) -> (b c size size), antialiased."""
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def snow(images, generator, mean, std, zoom, threshold, radius, sigma, keep):
@@ -1067,8 +1040,8 @@ def elastic_transform(images, generator, alpha, sigma, shift):
     noise = uniform(-1, 1, b, 2, *images.shape[2:], generator=generator).to(images)
     local = gaussian_filter(noise, sigma * s) * alpha * s * 2 / REFERENCE_SIZE
     local = rearrange(local, "b xy h w -> b h w xy")
-    images = warp(images, affine_grid(images, theta), "reflection")
-    return warp(images, affine_grid(images, torch.eye(2, 3)) + local, "reflection")
+    images = warp(images, theta, "reflection")
+    return warp(images, torch.eye(2, 3), "reflection", local)
 
 
 def pixelate(images, generator, share):
@@ -1126,11 +1099,11 @@ CORRUPTIONS = {  # name: (function, its constants at severity 1 to 5)
 
 def fractal_noise(n, size, decay, generator):
     """Smooth noise of all scales -> (n size size), mean 0, deviation 1; more decay is softer."""
-    out = 0
-    for k in (4 << i for i in range(12)):
-        if k <= size:
-            octave = torch.randn(n, 1, k, k, generator=generator) * k**-decay
-            out = out + F.interpolate(octave, size=size, mode="bicubic", align_corners=False)[:, 0]
+    out, k = 0, 4
+    while k <= size:
+        octave = torch.randn(n, 1, k, k, generator=generator) * k**-decay
+        out = out + F.interpolate(octave, size=size, mode="bicubic", align_corners=False)[:, 0]
+        k *= 2
     return (out - out.mean((1, 2), keepdim=True)) / out.std((1, 2), keepdim=True)
 
 
@@ -1280,14 +1253,7 @@ def relative_error(x, goal):
 
 
 def style_transfer(
-    images,
-    styles,
-    features=random_features,
-    steps=10,
-    lr=0.01,
-    content=0.1,
-    strength=0.7,
-    keep_color=False,
+    images, styles, features=random_features, steps=10, content=0.1, strength=0.7, keep_color=False
 ):
     """Another texture, the same shape (Gatys et al. 2016): images, styles (b 3 h w) in [0, 1].
 
@@ -1312,10 +1278,10 @@ def style_transfer(
         loss = sum(relative_error(gram(m), goal) for m, goal in zip(maps, goals))
         loss = loss + content * relative_error(maps[at], structure)
         (gradient,) = torch.autograd.grad(loss, out)
-        with torch.no_grad():  # steps of one size for each image
+        with torch.no_grad():  # steps of one size for each image, from 0.01 down to 0
             norm = gradient.square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-12
             push = 0.8 * push + 0.2 * gradient / norm
-            out = (out - lr * (1 - i / steps) * push).clamp(0, 1)
+            out = (out - 0.01 * (1 - i / steps) * push).clamp(0, 1)
     return out.detach()
 
 
@@ -1335,18 +1301,17 @@ def with_textures(name, files, dataset, root, textures, cache, workers=2, device
         raise UserError(f"--data={name}: torchvision's sets have no stylized copies; use a folder")
     command = f"`python data.py stylize --data={name} --root={root}"
     if not textures:
-        raise UserError(
-            f"--groups=texture needs --textures=DIR; {command} --seed={seed}` writes it"
-        )
+        needs = "--groups=texture needs --textures=DIR"
+        raise UserError(f"{needs}; {command} --seed={seed}` writes it")
     side, top, unread = dataset.images.shape[-1], check_root(root, name), set(dataset.missing)
     paths = [path for i, path in enumerate(files.images.source) if i not in unread]
     count = 1
     while copy_paths(paths[0], top, textures, count + 1)[-1].exists():
         count += 1
     copies = [copy for path in paths for copy in copy_paths(path, top, textures, count)]
-    if gone := missing_files(copies):
+    if lost := [path for path in copies if not path.exists()]:
         command += f" --out={textures} --copies={count} --seed={seed}`"
-        raise UserError(f"{gone[0]}: no such file; {command} (and its --styles) writes it")
+        raise UserError(f"{lost[0]}: no such file; {command} (and its --styles) writes it")
     advice = "remove it: `python data.py stylize` writes it again"
     copies = ImageFiles(copies, read_image, side, advice=advice)
     copies = ImageSet(copies, torch.ones(len(copies)), {}, {})
@@ -1413,9 +1378,8 @@ def stylize(
         flags = f"--copies={copies} --size={size} --steps={steps} --batch={batch}"
         raise UserError(f"{flags}: expected 1 or more, --size=16 or more")
     if check_choice("data", data, NAMES) == "factors" or DATASETS[data].torchvision:
-        raise UserError(
-            f"--data={data} is no tree of images (factors makes copies when trained on)"
-        )
+        hint = "factors makes copies when trained on"
+        raise UserError(f"--data={data} is no tree of images ({hint})")
     images = open_dataset(data, split, root=root, size=size, canvas=size, seed=seed).images
     top = check_root(root, data)
     if data == "folder":
@@ -1426,10 +1390,8 @@ def stylize(
     targets = [copy_paths(path, top, out, copies) for path in images.source]
     jobs = [(i, copy) for i, found in enumerate(targets) for copy in found if not copy.exists()]
     total = len(targets) * copies
-    print(
-        f"{total - len(jobs)} of {total} copies are there; styles from {styles or 'code'}, ", end=""
-    )
-    print(f"features {name}, {device}", flush=True)
+    print(f"{total - len(jobs)} of {total} copies are there", end="; ")
+    print(f"styles from {styles or 'code'}, features {name}, {device}", flush=True)
     begun, shown = time.perf_counter(), 0
     for start in range(0, len(jobs), batch):
         some = jobs[start : start + batch]
@@ -1442,10 +1404,11 @@ def stylize(
                 print(f"warning: unreadable: {error}", file=sys.stderr)
             else:
                 save_copy(copy, image, aspect)
-        end, seconds = start + len(some), time.perf_counter() - begun
+        end = start + len(some)
         if end * 10 // len(jobs) > shown or sys.stdout.isatty():
             shown = end * 10 // len(jobs)
-            rate, left = end / seconds, seconds / end * (len(jobs) - end) / 60
+            rate = end / (time.perf_counter() - begun)
+            left = (len(jobs) - end) / rate / 60
             print(f"{end}/{len(jobs)}  {rate:.1f} images/s  {left:.0f} minutes left", flush=True)
     print(f"wrote {out}; train with --groups=color,rotation,texture --textures={out}")
 
@@ -1517,8 +1480,8 @@ def pack(
     n, _, side, _ = images.shape
     seconds, gib = time.perf_counter() - begun, images.numel() / 2**30
     flags = " ".join(f"--{name}={value}" for name, value in where.items() if value)
-    print(f"{n} images of {side} x {side} ({gib:.2f} GiB) in {out}, in {seconds:.0f} s; ", end="")
-    print(f"train with --data={data} {flags} --packed={out}")
+    done = f"{n} images of {side} x {side} ({gib:.2f} GiB) in {out}, in {seconds:.0f} s"
+    print(f"{done}; train with --data={data} {flags} --packed={out}")
 
 
 def check(data: str = "factors", root: str = None, sample: int = 64, download: bool = False):
@@ -1541,24 +1504,23 @@ def check(data: str = "factors", root: str = None, sample: int = 64, download: b
     print("|---" * 7 + "|")
     for split in splits:
         classes, count = source.splits[split] if source.address else (None, None)
-        row = "| {} | {} | " + f"{classes or '-'}" + " | {} | " + f"{count or '-'}" + " | {} | {} |"
         try:
             found = open_dataset(data, split, root=root, download=download, whole=False)
         except UserError as error:
             problems.append(str(error))
-            print(row.format(split, 0, 0, "all", "-"))
+            print(f"| {split} | 0 | {classes or '-'} | 0 | {count or '-'} | all | - |")
             continue
-        n, labels = len(found.images), next(iter(found.labels.values()))
-        seen = len(labels.unique())
-        missing = missing_files(found.images.source) if source.address else []
-        opened = range(0, 0 if torch.is_tensor(found.images) else n, max(1, n // sample))
-        errors = [error for i in opened if (error := found.images[i][2])]
+        files, n = found.images, len(found.images)
+        seen = len(next(iter(found.labels.values())).unique())
+        missing = [path for path in files.source if not path.exists()] if source.address else []
+        opened = range(0, 0 if torch.is_tensor(files) else n, max(1, n // sample))
+        errors = [error for i in opened if (error := files[i][2])]
         good = f"{len(opened) - len(errors)} of {len(opened)}"
-        print(row.format(split, seen, n - len(missing), len(missing), good), flush=True)
+        counts = f"{seen} | {classes or '-'} | {n - len(missing)} | {count or '-'}"
+        print(f"| {split} | {counts} | {len(missing)} | {good} |", flush=True)
         if missing:
-            problems.append(
-                f"{split}: {len(missing)} images are missing, the first is {missing[0]}"
-            )
+            gone = f"{len(missing)} images are missing, the first is {missing[0]}"
+            problems.append(f"{split}: {gone}")
         if classes not in (None, seen):
             problems.append(f"{split}: {seen} classes, published are {classes}")
         if count not in (None, n):
@@ -1725,15 +1687,22 @@ def parse_flags(function, flags):
     }
 
 
-def check_flags(command, names, words):
-    """UserError for a word that is no flag of the command and no value of one."""
-    for before, word in zip(["", *words], words):
-        name = word[2:].partition("=")[0].replace("-", "_")
+def check_words(commands, argv):
+    """UserError for a word that is no command, no flag of it and no value of one."""
+    command, *words = argv
+    if command not in commands:
+        hint = f"{suggest(command, commands)}there are {', '.join(commands)}"
+        raise UserError(f"{command}: no such command; {hint}")
+    if "--help" in words:
+        return
+    flags = [f"--{name}" for name in inspect.signature(commands[command]).parameters]
+    for before, word in zip(argv, words):
         is_value = before.startswith("--") and "=" not in before  # --flag value
-        if word.startswith("--") and name not in names and name.removeprefix("no") not in names:
-            flags = [f"--{other}" for other in names]
-            hint = suggest(f"--{name}", flags) or f"it has {', '.join(flags)}"
-            raise UserError(f"--{name}: {command} has no such flag; {hint.strip()}")
+        flag = "--" + word[2:].partition("=")[0].replace("-", "_")
+        known = flag in flags or flag.replace("--no", "--") in flags
+        if word.startswith("--") and not known:
+            hint = suggest(flag, flags) or f"it has {', '.join(flags)}"
+            raise UserError(f"{flag}: {command} has no such flag; {hint.strip()}")
         if not word.startswith("--") and not is_value and (word[:1] == "-" or "=" in word):
             raise UserError(f"{word}: flags begin with two dashes, as in --{word.lstrip('-')}")
 
@@ -1753,21 +1722,15 @@ def command_line(commands, argv=None):
         def call(*args, **flags):
             calls.append(functools.partial(function, *args, **flags))
 
-        parsers = {
-            name: functools.partial(parse_flag, name, parameter.annotation)
-            for name, parameter in inspect.signature(function).parameters.items()
-        }
+        flags = inspect.signature(function).parameters.values()
+        parsers = {p.name: functools.partial(parse_flag, p.name, p.annotation) for p in flags}
         return fire.decorators.SetParseFns(**parsers)(call)
 
     try:
-        command = argv[0] if argv and not argv[0].startswith("-") else None
-        if command and command not in commands:
-            hint = f"{suggest(command, commands)}there are {', '.join(commands)}"
-            raise UserError(f"{command}: no such command; {hint}")
-        if command and "--help" not in argv:
-            check_flags(command, inspect.signature(commands[command]).parameters, argv[1:])
+        if argv and not argv[0].startswith("-"):
+            check_words(commands, argv)
         collectors = {name: collect(function) for name, function in commands.items()}
-        fire.Fire(collectors, argv, name=Path(sys.argv[0]).name, serialize=lambda _: None)
+        fire.Fire(collectors, argv, serialize=lambda _: None)
         for call in calls:
             call()
     except (UserError, OSError) as error:  # OSError: a full disk, a folder without write access
