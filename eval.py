@@ -770,6 +770,11 @@ def shifted_results(ctx, shifted, labels, logits_of):
 def corrupted_results(ctx, published, labels, logits_of, count):
     """For each label and each of SUMMARIES a result, over the images that could be read."""
     test = published[0] if published else ctx.split["test"]
+    for name in labels:
+        if (test.labels[name][:count] < 0).all():
+            raise UserError(
+                f"--pictures={count}: none of these test images has a {name}, take more"
+            )
     n = len(test.images)
     right = {name: torch.zeros(len(CELLS), n, 2) for name in labels}  # top-1 and top-5
     seen = torch.zeros(n)  # an image is there in all cells or in none

@@ -2080,6 +2080,7 @@ def gaps(factors, split, *rest):
 
 
 def test_every_task_takes_the_images_that_have_the_label(untrained, capsys, monkeypatch):
+    monkeypatch.setattr(data, "FACTORS", data.FACTORS | {"val": 32})
     monkeypatch.setattr(data, "factors", functools.partial(gaps, data.factors))
     titles = []
     monkeypatch.setattr(eval, "image_grid", lambda _, names, *rest, **zoom: titles.extend(names))
@@ -2087,7 +2088,11 @@ def test_every_task_takes_the_images_that_have_the_label(untrained, capsys, monk
     run(eval, "knn")
     run(eval, "fewshot --label=hue --shots=2 --trials=2")
     run(eval, "spaces --label=hue")
-    run(eval, "robust --label=hue --pictures=16")
+    run(eval, "robust --label=hue --pictures=5")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(eval, "robust --label=hue --pictures=1")
+    assert "none of these test images has a hue" in capsys.readouterr().err
     run(eval, "retrieve --label=hue --queries=32")
     counts = {
         split: int((data.factors(split).labels["hue"] >= 0).sum()) for split in ("train", "test")
@@ -2097,7 +2102,7 @@ def test_every_task_takes_the_images_that_have_the_label(untrained, capsys, monk
     trained = [line for line in hue if line["task"] in ("linear", "knn", "spaces", "robust")]
     assert {line["n_train"] for line in trained} == {counts["train"]}
     corrupted = [line for line in hue if line["task"] == "robust" and line["on"] in eval.SUMMARIES]
-    assert {line["n_test"] for line in corrupted} == {10}
+    assert {line["n_test"] for line in corrupted} == {3}
     others = [line for line in hue if line["task"] in ("linear", "knn", "fewshot", "spaces")]
     assert {line["n_test"] for line in others} == {counts["test"]}
     assert "" in titles and set(titles) - {""}
