@@ -971,7 +971,9 @@ def test_tables_in_another_encoding_or_without_test_rows_are_refused(tmp_path):
 
 def test_check_counts_the_images_of_each_label(tmp_path, capsys):
     run(data, f"check --data=folder --root={write_table(tmp_path, *KINDS)}")
-    assert "label tone: 2 classes, 1 of 3 in train, 1 of 1 in test" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "label tone: 2 classes, 1 of 3 in train, 1 of 1 in test" in out
+    assert "| train | 0 | - | 3 |" in out  # no class folders
 
 
 def test_cifar10_in_its_published_layout(tmp_path, monkeypatch):
