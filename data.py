@@ -11,6 +11,7 @@ channel), n queue slot or sample, t trial, h w pixel.
 """
 
 import contextlib
+import csv
 import difflib
 import functools
 import hashlib
@@ -26,6 +27,7 @@ import struct
 import sys
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +50,7 @@ class ImageSet(NamedTuple):
     # (n 3 h w) uint8, h == w: an image that is not square is squashed. Or ImageFiles.
     images: torch.Tensor
     aspect: torch.Tensor  # (n,) float, width / height before squashing; 1 until it is decoded
-    labels: dict  # {label: (n,) int64}
+    labels: dict  # {label: (n,) int64}, -1 where an image does not have the label
     classes: dict  # {label: class names}
     missing: tuple = ()  # indices of images that could not be read and were left out
     textures: torch.Tensor = None  # (n copy 3 h w) uint8, stylized copies of the images
@@ -145,7 +147,8 @@ def open_dataset(
         read = functools.partial(read_image, border=source.border)
         root = check_root(fetch_archives(name, root) if download else root, name)
         if name == "folder":
-            files, labels, classes = folder(split, root, seed)
+            read_folder = table_folder if (root / TABLE).is_file() else folder
+            files, labels, classes = read_folder(split, root, seed)
         else:
             files, labels, classes = published(name, split, root)
             if whole:
@@ -155,8 +158,10 @@ def open_dataset(
         side, share = size, source.crop_pct
     advice = "download it again, an incomplete published set gives meaningless numbers"
     images = ImageFiles(files, read, side, share, advice if source.address else "")
-    labels = {"class": torch.as_tensor(labels).long()}
-    return ImageSet(images, torch.ones(len(images)), labels, {"class": list(classes)})
+    if not isinstance(labels, dict):
+        labels, classes = {"class": labels}, {"class": list(classes)}
+    labels = {label: torch.as_tensor(y).long() for label, y in labels.items()}
+    return ImageSet(images, torch.ones(len(images)), labels, classes)
 
 
 def load_dataset(
@@ -190,11 +195,16 @@ def dataset_splits(name, root=None):
     """The splits a data set has, in order; evaluations test on the last one."""
     if name != "folder":
         return tuple(split for split in DATASETS[name].splits if split != "pretrain")
-    if not (check_root(root) / "train").is_dir():
+    root = check_root(root)
+    if (root / TABLE).is_file():
+        found = {row["split"] for row in read_table(root)[1].values()}
+    elif (root / "train").is_dir():
+        found = class_folders(root)
+    else:
         return ("train", "val")
-    others = tuple(split for split in ("val", "test") if (Path(root) / split).is_dir())
+    others = tuple(split for split in ("val", "test") if split in found)
     if not others:
-        raise UserError(f"{root} has a train folder: evaluations need val or test beside it")
+        raise UserError(f"{root} has images to train on alone: evaluations need val or test too")
     return ("train", *others)
 
 
@@ -211,7 +221,7 @@ def check_root(root, name="folder"):
     if not root or not Path(root).is_dir():
         problem = f"--root={root}: no such folder; " if root else ""
         content = source.address and f"what {source.address} gives"
-        content = content or "one sub-folder of images for each class"
+        content = content or f"one sub-folder of images for each class, or a {TABLE}"
         raise UserError(f"{problem}--data={name} needs --root=DIR with {content}")
     return Path(root)
 
@@ -219,7 +229,8 @@ def check_root(root, name="folder"):
 def forbid_inside(flag, out, root):
     """UserError where folder `out` lies in a tree of classes and would become one of them."""
     folder, tree = Path(out).resolve(), Path(root).resolve()
-    if (tree / "train").is_dir() or not folder.is_relative_to(tree):
+    apart = (tree / "train").is_dir() and not (tree / TABLE).is_file()
+    if apart or not folder.is_relative_to(tree):
         return
     if not is_hidden(folder.relative_to(tree)):
         raise UserError(
@@ -271,15 +282,117 @@ def folder(split, root, seed=0):
             raise UserError(f"{top / name}: no images (expected {', '.join(sorted(SUFFIXES))})")
 
     def in_split(path):
-        key = f"{seed}/{path.relative_to(root).as_posix()}"
-        place = int(hashlib.sha1(key.encode()).hexdigest()[:8], 16) / 2**32
-        return (place < 0.8) == (split == "train")
+        drawn = hashed_split(path.relative_to(root).as_posix(), seed)
+        return (drawn == "train") == (split == "train")
 
     pairs = [(path, i) for i, name in enumerate(classes) for path in files.get(name, ())]
     pairs = [pair for pair in pairs if not one_tree or in_split(pair[0])]
     if not pairs:
         raise UserError(f"{root}: too few images to split into train and val")
     return *zip(*pairs), classes
+
+
+def hashed_split(key, seed):
+    """ "train" for a fixed 80% of all keys, else "val"."""
+    place = int(hashlib.sha1(f"{seed}/{key}".encode()).hexdigest()[:8], 16) / 2**32
+    return "train" if place < 0.8 else "val"
+
+
+TABLE = "labels.csv"  # at the top of a folder: a row for each image, a column for each label
+# how people spell the splits, in lower case
+SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val")
+SPLITS |= dict(dev="val", test="test", testing="test")
+
+
+def table_rows(path):
+    """Yield the line number and the cells of each row that is not blank."""
+    try:
+        text = path.read_text("utf-8-sig")
+        delimiter = max(",;\t", key=text.lstrip().partition("\n")[0].count)
+        reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if any(cells):
+                yield reader.line_num, cells
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: {first_line(error)}; save it as CSV in UTF-8") from None
+
+
+def read_table(root, seed=0):
+    """labels.csv -> its columns, {file: {column: cell}} of all images, listed or not.
+
+    A file is a path below root. "split" is the column's, else the folder's (train/, val/ or test/),
+    else a hash of "group" or of the path; images not listed are for training. "class" is the
+    column's, else the folder's name."""
+    rows = table_rows(root / TABLE)
+
+    def refuse(problem):
+        raise UserError(f"{root / TABLE}, line {line}: {problem}")
+
+    line, columns = next(rows, (1, []))
+    if "file" not in columns:
+        refuse(f"expected a column file, found {', '.join(columns) or 'none'}")
+    for name in filter(None, columns):
+        if columns.count(name) > 1:
+            refuse(f"two columns are named {name}")
+        if name in ("rotation", "image"):
+            refuse(f"evaluations use the name {name} themselves: rename this column")
+    links = [root / name for name in class_folders(root) if (root / name).is_symlink()]
+    paths = [path for top in (root, *links) for path in image_paths(top)]
+    table, lost = {path.relative_to(root).as_posix(): {} for path in sorted(paths)}, []
+    for line, cells in rows:
+        if len(cells) != len(columns):
+            refuse(f"{len(cells)} cells, the header has {len(columns)}")
+        row = dict(zip(columns, cells))
+        file = Path(row["file"].replace("\\", "/")).as_posix()
+        if table.get(file):
+            refuse(f"{file} is listed twice")
+        if "split" in row:
+            word = (row["split"] or "train").lower()
+            if word not in SPLITS:
+                refuse(f"split {word}: expected one of {', '.join(SPLITS)}")
+            row["split"] = SPLITS[word]
+        if file in table:
+            table[file] = row
+        else:
+            lost.append((line, file))
+    if lost:
+        line, file = lost[0]
+        refuse(f"{file}: no such image in {root}; {len(lost)} files of this table are missing")
+    in_folders = (root / "train").is_dir()
+    for file, row in table.items():
+        folders, split = file.split("/")[:-1], "train"
+        if in_folders:
+            top, *folders = folders or [""]
+            split = top if top in ("val", "test") else "train"
+        elif row:
+            split = hashed_split(row.get("group") or file, seed)
+        row.setdefault("split", split)
+        row.setdefault("class", folders[0] if folders and "class" not in columns else "")
+    return columns, table
+
+
+def table_folder(split, root, seed=0):
+    """Images with a labels.csv -> paths, {label: (n,)}, -1 where not labeled, {label: classes}."""
+    columns, table = read_table(root, seed)
+    files = [file for file, row in table.items() if row["split"] == split]
+    if not files:
+        raise UserError(f"{root}: no images for {split}; name some in a column split of {TABLE}")
+    splits = defaultdict(set)
+    for row in table.values():
+        splits[row.get("group")].add(row["split"])
+    torn = [group for group, where in splits.items() if group and len(where) > 1]
+    if torn and split == "train":
+        count = f"warning: {len(torn)} groups in {TABLE} are in more than one split"
+        print(f"{count}, the first is {torn[0]}", file=sys.stderr)
+    labels, classes = {}, {}
+    for label in dict.fromkeys(["class", *columns]):
+        if label not in ("", "file", "split", "group"):
+            # of all splits, so that a class has the same number in each
+            classes[label] = sorted({row.get(label, "") for row in table.values()} - {""})
+            number = {name: i for i, name in enumerate(classes[label])}
+            labels[label] = [number.get(table[file].get(label), -1) for file in files]
+    return [root / file for file in files], labels, classes
 
 
 def from_torchvision(name, split, root, download):
@@ -1497,7 +1610,7 @@ def check(data: str = "factors", root: str = None, sample: int = 64, download: b
     if sample < 1:
         raise UserError(f"--sample={sample}: expected 1 or more")
     problems, source = [], DATASETS[check_choice("data", data, NAMES)]
-    splits = dataset_splits(data, root)
+    splits, label_counts = dataset_splits(data, root), defaultdict(list)
     if source.address and not download:
         check_root(root, data)
     print("| split | classes | published | images | published | missing | opened |")
@@ -1511,7 +1624,11 @@ def check(data: str = "factors", root: str = None, sample: int = 64, download: b
             print(f"| {split} | 0 | {classes or '-'} | 0 | {count or '-'} | all | - |")
             continue
         files, n = found.images, len(found.images)
-        seen = len(next(iter(found.labels.values())).unique())
+        labels = next(iter(found.labels.values()))
+        seen = len(labels[labels >= 0].unique())
+        for label in label_names(found.classes) if data == "folder" else ():
+            of_label = int((found.labels[label] >= 0).sum())
+            label_counts[label].append(f"{of_label} of {n} in {split}")
         missing = [path for path in files.source if not path.exists()] if source.address else []
         opened = range(0, 0 if torch.is_tensor(files) else n, max(1, n // sample))
         errors = [error for i in opened if (error := files[i][2])]
@@ -1526,6 +1643,8 @@ def check(data: str = "factors", root: str = None, sample: int = 64, download: b
         if count not in (None, n):
             problems.append(f"{split}: {n} images, published are {count}")
         problems += errors
+    for label, of_splits in label_counts.items():
+        print(f"label {label}: {len(found.classes[label])} classes, {', '.join(of_splits)}")
     if problems:
         others = f" (and {len(problems) - 1} more findings)" if problems[1:] else ""
         known = not source.address or source.address in problems[0]

@@ -309,7 +309,8 @@ def sgd_probe(ctx, dataset, label, k, d, epochs, lr, batch=256):
 
     lr x0.1 at 60% and 80%, no weight decay; k classes of `label`, features of d -> w (k d), b (k,)
     """
-    n = len(dataset.images)
+    usable = loo.training_rows(dataset, dataset.labels.get(label))
+    n = len(usable)
     if n < batch:
         raise UserError(f"--protocol=paper takes {batch} images or more, not {n}: leave it out")
     layer = torch.nn.Linear(d, k, device=ctx.device)
@@ -323,7 +324,7 @@ def sgd_probe(ctx, dataset, label, k, d, epochs, lr, batch=256):
         optimizer.param_groups[0]["lr"] = lr * 0.1**drops
         for i, rows in enumerate(epoch_batches(n, batch, ctx.seed, epoch)):
             generator = loo.make_generator("probe", ctx.seed, epoch, i)
-            x, y = augmented_batch(ctx, dataset, label, rows, generator)
+            x, y = augmented_batch(ctx, dataset, label, usable[rows], generator)
             loo.optimizer_step(optimizer, F.cross_entropy(layer(x), y))
     return layer.weight.detach(), layer.bias.detach()
 
@@ -369,16 +370,17 @@ def fit_few_shot(x, y, k, iterations=250, lr=0.03):
     return w.detach(), b.detach()
 
 
-def sample_shots(y, k, shots, trials, seed):
+def sample_shots(y, k, shots, trials, seed, label="the label"):
     """Rows of `shots` samples of each of k classes, drawn anew for each trial -> (t n).
 
-    n = k shots. UserError if a class has fewer.
+    n = k shots; a class without any image is left out. UserError if one has fewer than `shots`.
     """
-    fewest = int(torch.bincount(y, minlength=k).min())
+    of_class = [(y == c).nonzero().squeeze(1) for c in range(k) if (y == c).any()]
+    fewest = min(map(len, of_class))
     if fewest < shots:
-        raise UserError(f"--shots={shots}: a class has only {fewest} training images")
+        few = f"a class of {label} has only {fewest} training images"
+        raise UserError(f"--shots={shots}: {few}; take fewer, or other labels by --label")
     generator = loo.make_generator("shots", seed, shots)
-    of_class = [(y == c).nonzero().squeeze(1) for c in range(k)]
     drawn = [
         rows[torch.randperm(len(rows), generator=generator)[:shots]]
         for _ in range(trials)
@@ -415,6 +417,11 @@ def restrict_classes(logits, classes):
     return torch.full_like(logits, -math.inf).index_copy(1, classes, logits[:, classes])
 
 
+def labeled(x, y):
+    """x (n ...), y (n,) -> both, of the samples that have the label alone."""
+    return x[y >= 0], y[y >= 0]
+
+
 def standardize(train, *others):
     """All by the training samples' mean and deviation, (n d) each."""
     mean, deviation = moments(train)
@@ -431,7 +438,7 @@ def moments(x):
 
 def ci95(values):
     """Half of the 95% interval of the mean of many values, (n,)."""
-    return 1.96 * values.std().item() / math.sqrt(len(values))
+    return 1.96 * values.std().item() / math.sqrt(max(1, len(values)))
 
 
 def t_ci95(values, of=1):
@@ -498,14 +505,26 @@ def class_names(ctx, label):
         raise UserError(
             f"--label={label}: the images of {ctx.data} are all of one class, name another"
         )
+    if not is_labeled(ctx, label):
+        raise UserError(
+            f"--label={label}: no image of train, or none of test, has it: name another"
+        )
     return names
+
+
+def is_labeled(ctx, label):
+    """Whether images of both train and test have the label."""
+    return all((ctx.split[split].labels[label] >= 0).any() for split in ("train", "test"))
 
 
 def select_labels(ctx, label, more=(), least=1):
     """The named labels, or else all that tell images apart and `more`; UserError below `least`."""
     classes = ctx.split["train"].classes
     labels = [check_choice("label", name, (*classes, *more)) for name in label]
-    labels = labels or [*label_names(classes), *more]
+    for name in labels:
+        class_names(ctx, name)
+    known = [name for name in label_names(classes) if is_labeled(ctx, name)]
+    labels = labels or [*known, *more]
     if len(labels) < least:
         raise UserError(
             f"the images of {ctx.root or ctx.data} have no labels: give each class a sub-folder; "
@@ -515,7 +534,11 @@ def select_labels(ctx, label, more=(), least=1):
 
 
 def result(logits, y, label, turns=1, **more):
-    """logits ((r n) k), y ((r n),) -> a result; its interval is over images, all turns of each."""
+    """logits ((r n) k), y ((r n),) -> a result; its interval is over images, all turns of each.
+
+    Images without the label do not count.
+    """
+    logits, y = labeled(logits, y)
     right = correct(logits, y).view(turns, -1).mean(0) * 100
     top5 = accuracy(logits, y, 5) if logits.shape[1] > 5 else None
     found = dict(label=label, top1=right.mean().item(), top5=top5, ci95=ci95(right), n_test=len(y))
@@ -558,26 +581,27 @@ def probe(ctx, labels, turns, protocol, epochs, lr, per_class=False, save=None):
         train, y = load_features(ctx, "train", turns)
         mean, deviation = moments(train)
         train = (train - mean) / deviation
-        n_train = len(train)
     else:
         # Where training left the decoded images, if it did.
         with ctx.leader_first():
             shared = loo.world_size() > 1
             train = decode_all(ctx.find("train"), ctx.workers, ctx.run.parent, shared=shared)
-        n_train = len(train.images)
     for label in labels:
         classes = class_names(ctx, label)
         k = len(classes)
         if fast:
-            w, b = lbfgs_probe(train, y[label], k, ctx.seed, len(turns))
+            x, y_x = labeled(train, y[label])
+            n_train = len(x)
+            w, b = lbfgs_probe(x, y_x, k, ctx.seed, len(turns))
             logits = F.linear((test - mean) / deviation, w, b)
             w, b = w / deviation, b - w @ (mean / deviation)
         else:
+            n_train = len(loo.training_rows(train, train.labels.get(label)))
             w, b = sgd_probe(ctx, train, label, k, test.shape[1], epochs, lr)
             logits = F.linear(test, w, b)
         found = result(logits, y_test[label], label, len(turns), n_train=n_train, protocol=protocol)
         if per_class:
-            found |= class_table(logits, y_test[label], classes)
+            found |= class_table(*labeled(logits, y_test[label]), classes)
         if save and loo.rank() == 0:
             head = dict(label=label, classes=list(map(str, classes)), w=w.cpu(), b=b.cpu())
             write_tensors(Path(save), head | dict(feature=ctx.feature, weights=ctx.weights))
@@ -650,8 +674,9 @@ def knn(ctx, label: tuple = (), neighbours: int = 20):
         raise UserError(f"--neighbours={neighbours}: expected 1 or more")
     (x, y), (test, y_test) = load_features(ctx, "train"), load_features(ctx, "test")
     for name in select_labels(ctx, label):
-        votes = knn_predict(x, y[name], len(class_names(ctx, name)), test, neighbours)
-        found = result(votes, y_test[name], name, n_train=len(x), protocol="knn")
+        known, y_known = labeled(x, y[name])
+        votes = knn_predict(known, y_known, len(class_names(ctx, name)), test, neighbours)
+        found = result(votes, y_test[name], name, n_train=len(known), protocol="knn")
         yield found | {"top5": None}  # fewer than five classes may have a vote
 
 
@@ -681,18 +706,19 @@ def fewshot(ctx, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
     for name in dict.fromkeys(select_labels(ctx, label)):
         y, k = torch.cat([labels[name] for _, labels in pool]), len(class_names(ctx, name))
         for n in dict.fromkeys(map(int, words)):
-            drawn.append((name, k, n, y, sample_shots(y, k, n, trials, ctx.seed)))
+            drawn.append((name, k, n, y, sample_shots(y, k, n, trials, ctx.seed, name)))
     for name, k, n, y, rows in drawn:
         w, b = fit_few_shot(x[rows], y[rows], k)
-        logits = [test @ w[t] + b[t] for t in range(trials)]
-        top1 = [accuracy(one, y_test[name]) for one in logits]
-        top5 = [accuracy(one, y_test[name], 5) for one in logits]
+        known, y_known = labeled(test, y_test[name])
+        logits = [known @ w[t] + b[t] for t in range(trials)]
+        top1 = [accuracy(one, y_known) for one in logits]
+        top5 = [accuracy(one, y_known, 5) for one in logits]
         found = dict(label=name, shots=n, top1=sum(top1) / trials, ci95=t_ci95(top1))
         found["top5"] = sum(top5) / trials if k > 5 else None
-        answers = [constant_answer(one, y_test[name]) for one in logits]
+        answers = [constant_answer(one, y_known) for one in logits]
         found["largest"] = answers[0]["largest"]
         found["balanced"] = sum(one["balanced"] for one in answers) / trials
-        yield found | dict(n_train=n * k, n_test=len(test), protocol="adam")
+        yield found | dict(n_train=rows.shape[1], n_test=len(known), protocol="adam")
 
 
 CELLS = list(itertools.product(CORRUPTIONS, range(1, 6)))
@@ -751,7 +777,8 @@ def robust(
     mean, deviation = moments(train)
     x = (train - mean) / deviation
     heads = {
-        name: lbfgs_probe(x, y[name], len(class_names(ctx, name)), ctx.seed) for name in labels
+        name: lbfgs_probe(*labeled(x, y[name]), len(class_names(ctx, name)), ctx.seed)
+        for name in labels
     }
 
     def logits_of(name, x):
@@ -764,7 +791,7 @@ def robust(
     on_shifted = shifted_results(ctx, shifted, labels, logits_of)
     on_corrupted = corrupted_results(ctx, published, labels, logits_of, pictures)
     for found in itertools.chain(clean, on_shifted, on_corrupted):
-        yield found | dict(protocol=source, n_train=len(train))
+        yield found | dict(protocol=source, n_train=int((y[found["label"]] >= 0).sum()))
 
 
 def check_source(data, source, corrupted, objectnet, pictures):
@@ -812,7 +839,13 @@ def shifted_results(ctx, shifted, labels, logits_of):
 
 def corrupted_results(ctx, published, labels, logits_of, count):
     """For each label and each of SUMMARIES a result, over the images that could be read."""
-    n = len((published[0] if published else ctx.split["test"]).images)
+    test = published[0] if published else ctx.split["test"]
+    for name in labels:
+        if (test.labels[name][:count] < 0).all():
+            raise UserError(
+                f"--pictures={count}: none of these test images has a {name}, take more"
+            )
+    n = len(test.images)
     right = {name: torch.zeros(len(CELLS), n, 2) for name in labels}  # top-1 and top-5
     seen = torch.zeros(n)  # an image is there in all cells or in none
     for cell, rows, images, y in corrupted_images(ctx, published, count):
@@ -826,7 +859,8 @@ def corrupted_results(ctx, published, labels, logits_of, count):
                 right[name][cell, rows, i] = correct(logits, y[name], top).float()
     seen = loo.all_reduce_sum(seen) > 0
     for name in labels:
-        of_cells = loo.all_reduce_sum(right[name])[:, seen].double() * 100
+        known = seen & (test.labels[name] >= 0)
+        of_cells = loo.all_reduce_sum(right[name])[:, known].double() * 100
         for on, cells in SUMMARIES.items():
             each = of_cells[cells].mean(0)  # (n 2)
             top1, top5 = each.mean(0).tolist()
@@ -893,13 +927,14 @@ def probe_spaces(ctx, name, subsets, layer):
         x = torch.cat([train[space] for space in subset], 1).to(ctx.device)
         x_test = torch.cat([test[space] for space in subset], 1).to(ctx.device)
         x, x_test = standardize(x, x_test)
-        head = lbfgs_probe(x, y, len(class_names(ctx, name)), ctx.seed, len(turns))
-        logits = F.linear(x_test, *head).cpu()
-        right = correct(logits, y_test).view(len(turns), -1).mean(0)
+        x, y_x = labeled(x, y)
+        head = lbfgs_probe(x, y_x, len(class_names(ctx, name)), ctx.seed, len(turns))
+        logits, y_logits = labeled(F.linear(x_test, *head).cpu(), y_test)
+        right = correct(logits, y_logits).view(len(turns), -1).mean(0)
         baseline = right if baseline is None else baseline
         gain, half = paired_ci95(right, baseline)
         more = dict(n_train=len(x), feature="+".join(subset), on=on, gain=gain, gain95=half)
-        yield subset, result(logits, y_test, name, len(turns), **more)
+        yield subset, result(logits, y_logits, name, len(turns), **more)
 
 
 def verdict(group, gain, half, margin):
@@ -927,7 +962,8 @@ def retrieve(
 ):
     """Nearest neighbors among the test images by cosine similarity: RUN/retrieve.png (section 4).
 
-    top-1 is the share of neighbors that have the query's label, over all test images.
+    top-1 is the share of neighbors that have the query's label, over all test images. Images that
+    are not labeled do not count.
 
     Args:
         against: another run, shown beside this one; its numbers are printed, not kept
@@ -958,7 +994,7 @@ def retrieve(
         of_run = {key: run.config[key] for key in ("method", "groups")} | {"run": run.run.name}
         of_run |= dict(on="turned" if turn else None, protocol="cosine")
         for name in labels:
-            same = (known[name][rows] == known[name][:, None]).double().mean(1) * 100  # (m,)
+            same = label_share(known[name], rows)
             found = dict(label=name, top1=same.mean().item(), ci95=ci95(same), n_test=len(same))
             # The other run may have been trained on some of these images.
             yield found | of_run | dict(keep=run is ctx)
@@ -996,6 +1032,16 @@ def nearest_images(ctx, k, turn):
     return torch.cat(near), {name: labels[chosen] for name, labels in y.items()}
 
 
+def label_share(y, near):
+    """y (n,), near (n k) -> (m,) percent of an image's labeled neighbors that have its label.
+
+    m: the images that have a label, and neighbors with one.
+    """
+    known = (y[near] >= 0) & (y >= 0)[:, None]
+    share = ((y[near] == y[:, None]) & known).double().sum(1) / known.sum(1) * 100
+    return share[known.any(1)]
+
+
 def save_neighbors(ctx, near, y, labels, queries, heads, path):
     """Write a PNG: some test images, and their neighbors (m k) in each run of `near`."""
     images = ctx.split["test"].images
@@ -1009,7 +1055,10 @@ def save_neighbors(ctx, near, y, labels, queries, heads, path):
     rows = torch.randperm(len(near[0]), generator=generator)[:queries]
     shown = torch.cat([rows[:, None], *(one[rows] for one in near)], 1)  # (queries 1+runs*k)
     grid = torch.stack([display_image(i) for i in shown.flatten()])
-    names = [[str(class_names(ctx, name)[c]) for c in y[name][rows]] for name in labels]
+    names = []
+    for name in labels:
+        words = [*class_names(ctx, name), ""]  # -1, not labeled, is the last
+        names.append([str(words[c]) for c in y[name][rows]])
     titles = [", ".join(words) for words in zip(*names)] if names else [""] * len(rows)
     zoom = max(1, 64 // ctx.config["size"])
     image_grid(grid.unflatten(0, shown.shape), titles, heads, path, zoom=zoom)

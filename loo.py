@@ -1040,6 +1040,13 @@ def training_labels(dataset, config):
     return None, 4, label
 
 
+def training_rows(dataset, labels):
+    """The images to train on -> rows (m,): all of them, or those that have the label to learn."""
+    if labels is None:
+        return torch.arange(len(dataset.images))
+    return (labels >= 0).nonzero().squeeze(1)
+
+
 # ---------------------------------------- the loop and its log
 
 
@@ -1141,9 +1148,11 @@ def train(
             dataset = load_dataset(data, split, shared=shared, **where)
             dataset, place = place_dataset(dataset, config)
             labels, classes, config["label"] = training_labels(dataset, config)
-            if (n := len(dataset.images)) < (b := config["batch"]):
+            if (n := len(training_rows(dataset, labels))) < (b := config["batch"]):
                 smaller = f"take a smaller multiple of --splits={config['splits']}"
-                raise UserError(f"--batch={b} is more than the {n} training images: {smaller}")
+                having = "" if labels is None else f" that have a {config['label']}"
+                many = f"the {n} training images{having}"
+                raise UserError(f"--batch={b} is more than {many}: {smaller}")
             if rank() == 0:
                 if fresh and out.exists():
                     with lock_folder(out):
@@ -1154,7 +1163,7 @@ def train(
         all_reduce_max(0)  # wait until every rank has read what was there
         if rank() == 0:
             prepare_folder(state, dataset, config, out)
-            print_header(state, dataset, place, config)
+            print_header(state, dataset, n, place, config)
         begun = time.perf_counter()
         state = train_loop(state, dataset, labels, config, out, asked)
         if rank() == 0:
@@ -1179,13 +1188,12 @@ def prepare_folder(state, dataset, config, out):
     write_atomic(out / "log.jsonl", "".join(dumps(record) + "\n" for record in kept).encode())
 
 
-def print_header(state, dataset, place, config):
-    """Print the first lines of a run. place: where the images are, see `place_dataset`."""
+def print_header(state, dataset, n, place, config):
+    """Print the first lines of a run on n images, which are in `place`, see `place_dataset`."""
     from data import label_names
 
     batch, queue, out = config["batch"], config["queue"], config["out"]
     spaces = get_method(config).spaces
-    n = len(dataset.images)
     steps = config["epochs"] * (n // batch)
     among = f" on {world_size()} processes" if world_size() > 1 else ""
     if state.step == steps:
@@ -1296,19 +1304,19 @@ def place_dataset(dataset, config):
 def train_loop(state, dataset, labels, config, out, asked):
     """Do the steps that are left -> State. Logs to out/log.jsonl, saves to out/checkpoint.pt.
 
-    Draws curves.png when it saves. labels (n,) for "supervised", or None.
-    A signal in `asked` ends it after a last checkpoint.
+    Draws curves.png when it saves. labels (n,) for "supervised", -1 where an image has none; or
+    None. A signal in `asked` ends it after a last checkpoint.
     Raises NonFiniteError, before anything is saved, when the loss or a weight is not finite.
     """
-    n = len(dataset.images)
-    per_epoch = n // config["batch"]
+    usable = training_rows(dataset, labels)
+    per_epoch = len(usable) // config["batch"]
     steps = config["epochs"] * per_epoch
     log_every = max(1, steps // 200)
     save_every = config["save_every"] or 20 * log_every
     marks = [(time.perf_counter(), state.step)]
     # On a CPU a second thread would only be in the way.
     map_ahead = prefetch if on_gpu(config) else map
-    batches = batch_rows(config, n, state.step, steps)
+    batches = (usable[rows] for rows in batch_rows(config, len(usable), state.step, steps))
     for rows, images, aspect, textures in map_ahead(partial(get_batch, dataset, config), batches):
         state.optimizer.param_groups[0]["lr"] = learning_rate(config, state.step / per_epoch)
         if config["method"] == "supervised":

@@ -637,6 +637,20 @@ def test_supervised_learns_a_label_that_tells_images_apart():
         loo.training_labels(dataset, config | dict(groups=["color"]))
 
 
+def test_supervised_learns_from_the_images_that_have_the_label(here, capsys):
+    lines = [f"x{i}.png,{i % 2 if i % 4 else ''},train" for i in range(32)]
+    write_table(here / "photos", "file,odd,split", *lines, images=[f"x{i}" for i in range(32)])
+    flags = "--data=folder --root=photos --epochs=2 --size=16 --splits=2 --out=run --method="
+    run(loo, f"train {flags}supervised --label=odd --batch=8")  # -1 is no class of cross-entropy
+    out = capsys.readouterr().out
+    assert "24 training images" in out
+    assert "6 steps of 8" in out
+    err = refused(capsys, loo, f"train {flags}supervised --label=odd --batch=26 --fresh")
+    assert "--batch=26 is more than the 24 training images that have a odd" in err
+    run(loo, f"train {flags}moco --batch=8 --fresh {TINY}")
+    assert "32 training images" in capsys.readouterr().out
+
+
 def test_learning_rate_falls_as_the_paper_says():
     config = dict(lr=0.03, schedule="300,400", epochs=500)
     rates = [loo.learning_rate(config, epoch) for epoch in (0, 299.9, 300, 400)]
@@ -883,6 +897,133 @@ def test_images_that_lie_flat_beside_classes_are_named(tmp_path):
     write_image(tmp_path / "val" / "x.png")
     with pytest.raises(UserError, match="no sub-folders; it needs those of .*train"):
         data.open_dataset("folder", "val", root=tmp_path)
+
+
+KINDS = ("file,split,kind,tone", "a.png,Train,x,", "b.png,test,y,1", "c.png,,x,2")
+
+
+def write_table(root, *lines, images="abcd"):
+    """A folder of flat images and its labels.csv."""
+    for color, name in enumerate(images):
+        write_image(root / f"{name}.png", (color * 60, 0, 0))
+    (root / "labels.csv").write_text("\n".join(lines))
+    return root
+
+
+def opened(root, split="train"):
+    """-> the names of the files, {label: (n,) as a list}, classes."""
+    found = data.open_dataset("folder", split, root=root)
+    labels = {name: y.tolist() for name, y in found.labels.items()}
+    return (
+        [path.relative_to(root).as_posix() for path in found.images.source],
+        labels,
+        found.classes,
+    )
+
+
+def test_a_table_gives_several_labels(tmp_path):
+    files, labels, classes = opened(write_table(tmp_path, *KINDS))
+    assert files == ["a.png", "c.png", "d.png"]  # d is not listed: it is for training
+    assert labels["kind"] == [0, 0, -1]
+    assert labels["tone"] == [-1, 1, -1]
+    assert classes == {"class": [], "kind": ["x", "y"], "tone": ["1", "2"]}
+    # A class has the same number in every split.
+    assert opened(tmp_path, "test")[:2] == (["b.png"], {"class": [-1], "kind": [1], "tone": [0]})
+    assert data.dataset_splits("folder", tmp_path) == ("train", "test")
+
+
+@pytest.mark.parametrize("separator", ";\t,")
+def test_tables_of_spreadsheets_are_read(separator, tmp_path):
+    lines = "file , kind,", "", ".\\a.png, x,", ",,", '"./b.png","y",'
+    write_table(tmp_path, images="ab")
+    text = "\r\n".join(lines).replace(",", separator)
+    (tmp_path / "labels.csv").write_text(text, encoding="utf-8-sig")
+    columns, table = data.read_table(tmp_path)
+    assert columns == ["file", "kind", ""]
+    assert [table[file]["kind"] for file in ("a.png", "b.png")] == ["x", "y"]
+
+
+def test_a_table_beside_class_folders_adds_labels(tmp_path):
+    photo_tree(tmp_path, classes=2, each=10)
+    lines = [f"class{c}/{i}.png,{i % 2}" for c in range(2) for i in range(10)]
+    lines = [line for line in lines if (tmp_path / line.split(",")[0]).exists()]
+    write_table(tmp_path, "file,odd", *lines, images="")
+    files, labels, classes = opened(tmp_path)
+    assert classes == {"class": ["class0", "class1"], "odd": ["0", "1"]}
+    assert labels["class"] == [int(file[5]) for file in files]
+    assert data.dataset_splits("folder", tmp_path) == ("train", "val")
+    others = opened(tmp_path, "val")[0]
+    assert len(set(files + others)) == len(files + others) == 20
+    # The split of a listed image is what it was without a table.
+    kept = {str(p.relative_to(tmp_path)) for p in data.folder("val", tmp_path)[0]}
+    assert set(others) == kept & {line.split(",")[0] for line in lines}
+
+
+def test_a_table_beside_train_and_val_keeps_their_splits(tmp_path):
+    for name in ("train/x/a", "train/y/b", "val/x/c"):
+        write_image(tmp_path / f"{name}.png")
+    write_table(tmp_path, "file,kind", "train/x/a.png,1", "val/x/c.png,2", images="")
+    assert opened(tmp_path, "val") == (
+        ["val/x/c.png"],
+        {"class": [0], "kind": [1]},
+        {"class": ["x", "y"], "kind": ["1", "2"]},
+    )
+    assert data.dataset_splits("folder", tmp_path) == ("train", "val")
+    with pytest.raises(UserError, match="choose one outside"):  # all of it is read
+        data.forbid_inside("out", tmp_path / "runs", tmp_path)
+
+
+def test_groups_stay_on_one_side(tmp_path, capsys):
+    groups = {f"x{i}.png": f"g{i // 4}" for i in range(40)}
+    lines = [f"{file},{group}" for file, group in groups.items()]
+    write_table(tmp_path, "file,group", *lines, images=[file[:-4] for file in groups])
+    sides = [{groups[file] for file in opened(tmp_path, split)[0]} for split in ("train", "val")]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+    assert "group" not in opened(tmp_path)[2]
+    assert not capsys.readouterr().err
+    lines = ["file,split,group", "x0.png,train,g", "x1.png,test,g", "x2.png,train,h"]
+    write_table(tmp_path, *lines, images="")
+    assert data.dataset_splits("folder", tmp_path) == ("train", "test")
+    opened(tmp_path), opened(tmp_path, "test")
+    assert capsys.readouterr().err == (
+        "warning: 1 groups in labels.csv are in more than one split, the first is g\n"
+    )
+
+
+BAD_TABLES = [("name,kind", "line 1: expected a column file, found name, kind")]
+BAD_TABLES += [("", "line 1: expected a column file, found none")]
+BAD_TABLES += [("file,kind,kind", "line 1: two columns are named kind")]
+BAD_TABLES += [("file,rotation", "line 1: evaluations use the name rotation")]
+BAD_TABLES += [("file,kind\n\na.png,1,2", "line 3: 3 cells, the header has 2")]
+BAD_TABLES += [("file,kind\na.png", "line 2: 1 cells, the header has 2")]
+BAD_TABLES += [("file,kind\na.png,1\n./a.png,2", "line 3: a.png is listed twice")]
+BAD_TABLES += [("file,split\na.png,trian", "line 2: split trian: expected one of train")]
+BAD_TABLES += [("file\na.png\nx.png\nlabels.csv", "line 3: x.png: no such image in .*; 2 files")]
+BAD_TABLES += [("file,split\na.png,test\nb.png,test", "no images for train")]
+BAD_TABLES += [('file\n"' + "x" * 200_000, "larger than field limit.*UTF-8")]
+
+
+@pytest.mark.parametrize("text, hint", BAD_TABLES)
+def test_bad_tables_are_named_by_line(text, hint, tmp_path):
+    with pytest.raises(UserError, match=hint):
+        opened(write_table(tmp_path, *text.split("\n"), images="ab"))
+
+
+def test_tables_in_another_encoding_or_without_test_rows_are_refused(tmp_path):
+    write_table(tmp_path, "file,split", "a.png,train", images="a")
+    with pytest.raises(UserError, match="evaluations need val or test"):
+        data.dataset_splits("folder", tmp_path)
+    (tmp_path / "labels.csv").write_bytes(b"file,kind\na.png,caf\xe9\n")
+    with pytest.raises(UserError, match="UTF-8"):
+        opened(tmp_path)
+
+
+def test_check_counts_the_images_of_each_label(tmp_path, capsys):
+    run(data, f"check --data=folder --root={write_table(tmp_path, *KINDS)}")
+    out = capsys.readouterr().out
+    assert "label tone: 2 classes, 1 of 3 in train, 1 of 1 in test" in out
+    assert "| train | 0 | - | 3 |" in out  # no class folders
 
 
 def test_cifar10_in_its_published_layout(tmp_path, monkeypatch):
@@ -1824,6 +1965,27 @@ def test_a_constant_answer_and_the_mean_of_classes():
     assert eval.constant_answer(right, y) == dict(largest=75, balanced=100)
 
 
+def test_images_without_the_label_do_not_count():
+    logits, y = torch.randn(60, 7, generator=make_generator(0)), torch.arange(60) % 8 - 1
+    known = y >= 0
+    assert eval.result(logits, y, "kind") == eval.result(logits[known], y[known], "kind")
+    near = torch.randint(60, (60, 4), generator=make_generator(1))
+    want = []
+    for i in range(60):
+        neighbors = [int(y[j]) for j in near[i] if y[j] >= 0]
+        if y[i] >= 0 and neighbors:
+            want.append(100 * neighbors.count(int(y[i])) / len(neighbors))
+    assert eval.label_share(y, near).tolist() == pytest.approx(want)
+    y = torch.arange(60) % 4
+    assert torch.equal(eval.label_share(y, near), (y[near] == y[:, None]).double().mean(1) * 100)
+
+
+def test_shots_leave_out_a_class_without_images():
+    y = torch.arange(40) % 4 - 1  # of four classes, the last has none
+    rows = eval.sample_shots(y, 4, 5, 2, seed=0)
+    assert [torch.bincount(y[drawn]).tolist() for drawn in rows] == [[5, 5, 5]] * 2
+
+
 def test_interval_is_students():
     assert eval.t_ci95([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-3)
     assert eval.t_ci95([5.0]) == math.inf
@@ -2085,6 +2247,71 @@ def test_retrieve_counts_neighbors_and_draws_them(untrained, capsys):
     for line, label in ((found[0], test.labels["object"]), (found[4], turns)):
         same = (label[neighbors] == label[:, None]).float().mean().item()
         assert line["top1"] == pytest.approx(same * 100, abs=0.5)
+
+
+def gaps(factors, split, *rest):
+    """factors, but some images have no hue, none of training the last, none of test a texture."""
+    found = factors(split, *rest)
+    hue = found.labels["hue"].clone()
+    hue[::3] = -1
+    if split == "train":
+        hue[hue == 3] = -1
+    texture = torch.full_like(hue, -1) if split == "test" else found.labels["texture"]
+    return found._replace(labels=found.labels | dict(hue=hue, texture=texture))
+
+
+def test_every_task_takes_the_images_that_have_the_label(untrained, capsys, monkeypatch):
+    monkeypatch.setattr(data, "FACTORS", data.FACTORS | {"val": 32})
+    monkeypatch.setattr(data, "factors", functools.partial(gaps, data.factors))
+    titles = []
+    monkeypatch.setattr(eval, "image_grid", lambda _, names, *rest, **zoom: titles.extend(names))
+    run(eval, "linear --label=hue")
+    run(eval, "knn")
+    run(eval, "fewshot --label=hue --shots=2 --trials=2")
+    run(eval, "spaces --label=hue")
+    run(eval, "robust --label=hue --pictures=5")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(eval, "robust --label=hue --pictures=1")
+    assert "none of these test images has a hue" in capsys.readouterr().err
+    run(eval, "retrieve --label=hue --queries=32")
+    counts = {
+        split: int((data.factors(split).labels["hue"] >= 0).sum()) for split in ("train", "test")
+    }
+    found = results(untrained)
+    hue = [line for line in found if line["label"] == "hue"]
+    trained = [line for line in hue if line["task"] in ("linear", "knn", "spaces", "robust")]
+    assert {line["n_train"] for line in trained} == {counts["train"]}
+    corrupted = [line for line in hue if line["task"] == "robust" and line["on"] in eval.SUMMARIES]
+    assert {line["n_test"] for line in corrupted} == {3}
+    others = [line for line in hue if line["task"] in ("linear", "knn", "fewshot", "spaces")]
+    assert {line["n_test"] for line in others} == {counts["test"]}
+    assert "" in titles and set(titles) - {""}
+    assert [x["label"] for x in found if x["task"] == "knn"] == ["object", "hue", "species"]
+    assert "none of test, has it" in refused(capsys, eval, "knn --label=texture")
+    # As if the others were not there.
+    full = data.factors
+
+    def fewer(split, *rest):
+        found = full(split, *rest)
+        known = found.labels["hue"] >= 0
+        labels = {name: y[known] for name, y in found.labels.items()}
+        return found._replace(images=found.images[known], labels=labels)
+
+    monkeypatch.setattr(data, "factors", fewer)
+    run(eval, "knn --label=hue")
+    first, second = [
+        x["top1"] for x in results(untrained) if (x["task"], x["label"]) == ("knn", "hue")
+    ]
+    assert first == pytest.approx(second)
+
+
+def test_papers_protocol_takes_the_images_that_have_the_label(untrained, monkeypatch):
+    monkeypatch.setattr(data, "FACTORS", data.FACTORS | {"train": 600})
+    monkeypatch.setattr(data, "factors", functools.partial(gaps, data.factors))
+    run(eval, "linear --label=hue --protocol=paper --epochs=1")
+    known = int((data.factors("train").labels["hue"] >= 0).sum())
+    assert results(untrained)[0]["n_train"] == known < 400
 
 
 # ---------------------------------------------------------------- eval.py: table and claims
