@@ -490,19 +490,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     Running statistics move once a pass, towards the mean over the splits.
     """
 
-    def __init__(self, features, splits=1, **kwargs):
-        super().__init__(features, **kwargs)
+    def __init__(self, features, splits=1):
+        super().__init__(features)
         self.splits = splits
-
-    @classmethod
-    def convert(cls, module, splits):
-        """Replace each BatchNorm2d inside a new network by one with `splits`."""
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                norm = cls(child.num_features, splits, eps=child.eps, momentum=child.momentum)
-                norm.load_state_dict(child.state_dict())
-                setattr(module, name, norm)
-            cls.convert(child, splits)
 
     def forward(self, x):  # ((splits b) f h w)
         if not self.training or self.splits == 1:
@@ -549,7 +539,8 @@ def backbone(arch, stem="imagenet", splits=1, size=224):
     for module in net.modules():
         if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
             module.p = 0.0
-    SplitBatchNorm2d.convert(net, splits)
+        if isinstance(module, nn.BatchNorm2d):  # which keeps its eps and momentum
+            module.__class__, module.splits = SplitBatchNorm2d, splits
     return net
 
 
@@ -1812,13 +1803,13 @@ def imagenet_weights(arch):
         ) from None
 
 
-def flatten(content, name=""):
+def flatten(content, prefix=""):
     """Tensors in nested dicts -> {"outer.inner.conv1.weight": tensor}; the rest is left out."""
-    if torch.is_tensor(content):
-        return {name: content}
+    if not isinstance(content, dict):
+        return {prefix[:-1]: content} if torch.is_tensor(content) else {}
     flat = {}
-    for key, x in content.items() if isinstance(content, dict) else ():
-        flat |= flatten(x, f"{name}.{key}" if name else str(key))
+    for key, x in content.items():
+        flat |= flatten(x, f"{prefix}{key}.")
     return flat
 
 
