@@ -443,7 +443,8 @@ def encode(encoder, images):
 class Encoder(nn.Module):
     """Backbone and heads (section 3). The spaces share layer4 ("mlp"), or each has one ("conv5").
 
-    arch, stem: see resnet; hidden: width of a head's hidden layer, 0 for linear heads; dim: c.
+    arch, stem, splits, size: see backbone; "conv5" needs a ResNet.
+    hidden: width of a head's hidden layer, 0 for linear heads; dim: c.
     """
 
     def __init__(
@@ -455,16 +456,24 @@ class Encoder(nn.Module):
         hidden=2048,
         dim=128,
         splits=1,
+        size=224,
     ):
         super().__init__()
-        norm = partial(SplitBatchNorm2d, splits=splits)
         # Build each layer4 separately: copies would start identical.
-        nets = [resnet(arch, stem, norm) for _ in range(spaces if heads == "conv5" else 1)]
-        names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
-        layers = {name: getattr(nets[0], name) for name in names}
-        self.trunk = nn.Sequential(collections.OrderedDict(layers))
-        self.tops = nn.ModuleList(net.layer4 for net in nets)
-        d = nets[0].fc.in_features
+        count = spaces if heads == "conv5" else 1
+        nets = [backbone(arch, stem, splits, size) for _ in range(count)]
+        linear = {name: x for name, x in nets[0].named_modules() if isinstance(x, nn.Linear)}
+        self.classifier = list(linear)[-1]  # its name in the network; we have none
+        d = linear[self.classifier].in_features
+        if heads == "conv5" or isinstance(nets[0], torchvision.models.ResNet):
+            names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
+            layers = {name: getattr(nets[0], name) for name in names}
+            self.trunk = nn.Sequential(collections.OrderedDict(layers))
+            self.tops = nn.ModuleList(net.layer4 for net in nets)
+        else:
+            self.trunk = nets[0]
+            self.trunk.set_submodule(self.classifier, nn.Identity())
+            self.tops = nn.ModuleList([nn.Unflatten(1, (d, 1, 1))])  # the feature as a map
         self.features = d * len(nets)
         self.w1, self.b1 = init_linear(spaces, d, hidden)
         self.w2, self.b2 = init_linear(spaces, hidden or d, dim)
@@ -527,22 +536,34 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(parts)
 
 
-def resnet(arch, stem, norm):
-    """A torchvision ResNet, or "small": a quarter of ResNet-18's width, one block a stage."""
+def backbone(arch, stem="imagenet", splits=1, size=224):
+    """A classification network of torchvision, or "small": a quarter of ResNet-18's width, one
+    block a stage.
+
+    stem: "cifar" is SimCLR's for small images, ResNets only; splits: see SplitBatchNorm2d;
+    size: of the images. Without dropout and stochastic depth, whose draws would not be a function
+    of (seed, step).
+    """
     if arch == "small":
         block = torchvision.models.resnet.BasicBlock
-        net = torchvision.models.ResNet(block, [1, 1, 1, 1], norm_layer=norm)
+        net = torchvision.models.ResNet(block, [1, 1, 1, 1])
         net.inplanes = 16
         net.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
-        net.bn1, net.maxpool = norm(16), nn.Identity()
+        net.bn1, net.maxpool = nn.BatchNorm2d(16), nn.Identity()
         for i, stride in enumerate((1, 2, 2, 1)):
             setattr(net, f"layer{i + 1}", net._make_layer(block, 16 << i, 1, stride=stride))
         net.fc = nn.Linear(128, 1)
     else:
-        net = torchvision.models.get_model(arch, norm_layer=norm)
-    if stem == "cifar":  # SimCLR's stem for small images: no stride before layer2
+        sized = {"vit": {"image_size": size}, "maxvit": {"input_size": (size, size)}}
+        net = torchvision.models.get_model(arch, **sized.get(arch.split("_")[0], {}))
+    if stem == "cifar":  # no stride before layer2
         net.conv1 = nn.Conv2d(3, net.bn1.num_features, 3, padding=1, bias=False)
         net.maxpool = nn.Identity()
+    for module in net.modules():
+        if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
+            module.p = 0.0
+        if isinstance(module, nn.BatchNorm2d):  # which keeps its eps and momentum
+            module.__class__, module.splits = SplitBatchNorm2d, splits
     return net
 
 
@@ -838,11 +859,14 @@ RECIPES = {
     | dict(queue=16384, tau=0.2, momentum=0.999),
 }
 
-RESNETS = [name for name in torchvision.models.list_models(torchvision.models) if "resne" in name]
+# Squeezenets have no last linear layer, the other two have several outputs in training.
+NETWORKS = torchvision.models.list_models(
+    torchvision.models, exclude=("squeezenet*", "googlenet", "inception*")
+)
 CHOICES = {
     "recipe": tuple(RECIPES),
     "method": tuple(methods(())),
-    "arch": ("small", *RESNETS),
+    "arch": ("small", *NETWORKS),
     "stem": ("imagenet", "cifar"),
     "precision": ("auto", "float32", "bfloat16", "float64"),
     "cache": ("auto", "device", "host", "none"),
@@ -907,6 +931,9 @@ def make_config(*, packed, fresh, **flags):
         forbid_inside("out", config["out"], flags["root"])
     for folder in ("root", "textures"):
         config[folder] = config[folder] and str(Path(config[folder]).resolve())
+    if config["init"] not in (None, "imagenet"):
+        # Links stay: runs/latest will be another run when this one goes on.
+        config["init"] = os.path.abspath(config["init"])
     return config
 
 
@@ -942,6 +969,7 @@ def check_config(config, packed):
         )
     if Path(config["out"]).is_file():
         raise UserError(f"--out={config['out']} is a file; name a folder")
+    check_network(config)
     if batch % splits or batch == splits:
         raise UserError(f"--batch={batch} is not --splits={splits} parts of two images or more")
     if splits % processes:
@@ -954,6 +982,22 @@ def check_config(config, packed):
     except ValueError:
         message = "expected cosine, or epochs with commas between, as 300,400"
         raise UserError(f"--schedule={config['schedule']}: {message}") from None
+
+
+def check_network(config):
+    """UserError where a network has no such heads or stem, or cannot see views of this size."""
+    from data import first_line
+
+    method, arch, stem, size = (config[name] for name in ("method", "arch", "stem", "size"))
+    resnet = arch == "small" or "resne" in arch
+    if not resnet and (stem == "cifar" or get_method(config).heads == "conv5"):
+        raise UserError(f"--method={method} --stem={stem} --arch={arch}: expected a ResNet")
+    try:
+        encode(meta_encoder(config), torch.empty(2, 3, size, size, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"--arch={arch} cannot see views of --size={size} ({first_line(error)}); 224 will do"
+        ) from None
 
 
 def default_config(**flags):
@@ -994,7 +1038,23 @@ def build_encoder(config, splits=1):
     """The encoder that a configuration names, before any training."""
     method = get_method(config)
     arch, stem, hidden, dim = (config[name] for name in ("arch", "stem", "hidden", "dim"))
-    return Encoder(arch, stem, len(method.spaces), method.heads, hidden, dim, splits)
+    spaces, size = len(method.spaces), config["size"]
+    return Encoder(arch, stem, spaces, method.heads, hidden, dim, splits, size)
+
+
+def meta_encoder(config):
+    """The encoder that a configuration names, as shapes without numbers."""
+
+    def to_meta(module, name, parameter):
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    # Under torch.device("meta") RegNet could not compute its widths.
+    hook = nn.modules.module.register_module_parameter_registration_hook(to_meta)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return build_encoder(config).to("meta")
+    finally:
+        hook.remove()
 
 
 def init_state(config, classes=0):
@@ -1063,6 +1123,7 @@ def train(
     label: str = None,
     download: bool = False,
     arch: str = None,
+    init: str = None,
     stem: str = None,
     size: int = None,
     canvas: int = None,
@@ -1106,8 +1167,9 @@ def train(
         same: moco_same only: the groups whose draw query and key share
         label: supervised only: the label to learn, or rotation
         download: let torchvision fetch the data
-        arch: small, or a torchvision ResNet such as resnet18
-        stem: imagenet, or cifar for small images
+        arch: small, or a torchvision network such as resnet18 or vit_b_16, without its dropout
+        init: weights to start from: a state dict's file, a run folder, or imagenet (torchvision's)
+        stem: imagenet, or cifar for small images (ResNets only)
         size: side of a view in pixels
         canvas: side of the stored images
         epochs: passes over the data
@@ -1142,8 +1204,11 @@ def train(
     where |= {k: config[k] for k in ("size", "canvas", "seed", "download", "workers", "device")}
     where["texture"] = "texture" in config["groups"] + config["always"]
     split = "train" if method == "supervised" else "pretrain"
+    start = {}
     with init_distributed(config["device"]) as leader_first, contextlib.ExitStack() as stack:
         with leader_first():
+            if config["init"] and (fresh or not any(out.glob("checkpoint*.pt"))):
+                start = start_weights(config)
             shared = world_size() > 1 or cache == "none" or bool(packed)
             dataset = load_dataset(data, split, shared=shared, **where)
             dataset, place = place_dataset(dataset, config)
@@ -1160,10 +1225,13 @@ def train(
                 stack.enter_context(lock_folder(out))
         asked = stack.enter_context(catch_signals())
         state = load_checkpoint(init_state(config, classes), config, out)
+        if start and state.step == 0:
+            for encoder in (state.encoder_q, state.encoder_k):
+                unwrap_model(encoder).load_state_dict(start, strict=False)  # see check_fit
         all_reduce_max(0)  # wait until every rank has read what was there
         if rank() == 0:
             prepare_folder(state, dataset, config, out)
-            print_header(state, dataset, n, place, config)
+            print_header(state, dataset, n, place, config, start)
         begun = time.perf_counter()
         state = train_loop(state, dataset, labels, config, out, asked)
         if rank() == 0:
@@ -1188,8 +1256,11 @@ def prepare_folder(state, dataset, config, out):
     write_atomic(out / "log.jsonl", "".join(dumps(record) + "\n" for record in kept).encode())
 
 
-def print_header(state, dataset, n, place, config):
-    """Print the first lines of a run on n images, which are in `place`, see `place_dataset`."""
+def print_header(state, dataset, n, place, config, start):
+    """Print the first lines of a run on n images, which are in `place`, see `place_dataset`.
+
+    start: see `start_weights`.
+    """
     from data import label_names
 
     batch, queue, out = config["batch"], config["queue"], config["out"]
@@ -1206,9 +1277,11 @@ def print_header(state, dataset, n, place, config):
         labels = "" if known else ", no labels"
         if "class" in known:
             labels = f", {len(dataset.classes['class'])} classes"
+        parts = "backbone and heads" if "w2" in start else "backbone"
+        source = f" ({parts} from {config['init']})" if start else ""
         print(
             f"{config['method']} on {config['data']}: {n} training images {where}{labels}; "
-            f"{config['arch']} on views of {config['size']} pixels, "
+            f"{config['arch']}{source} on views of {config['size']} pixels, "
             f"{steps} steps of {batch}{among}, spaces {', '.join(spaces) or config['label']}; "
             f"{config['device']}, {config['precision']}; see {out}/views.png"
         )
@@ -1740,14 +1813,110 @@ def export(encoder, out):
     from data import write_tensors
 
     state = {name: x.cpu() for name, x in unwrap_model(encoder).state_dict().items()}
+    backbone, heads = split_state(state)
+    write_tensors(out / "backbone.pt", backbone)
+    write_tensors(out / "heads.pt", heads)
+
+
+def split_state(state):
+    """An encoder's state dict -> those of backbone.pt and of heads.pt, see `export`."""
     heads = {name: x for name, x in state.items() if not name.startswith("trunk.")}
     backbone = {
         name.removeprefix("trunk.").replace("tops.0.", "layer4."): x
         for name, x in state.items()
         if name.startswith(("trunk.", "tops.0."))
     }
-    write_tensors(out / "backbone.pt", backbone)
-    write_tensors(out / "heads.pt", heads)
+    return backbone, heads
+
+
+def join_state(backbone, heads, spaces):
+    """The inverse of split_state. Without heads, every space's layer4 is the backbone's."""
+    state = {}
+    for name, x in backbone.items():
+        copies = [f"trunk.{name}"]
+        if name.startswith("layer4."):
+            copies = [name.replace("layer4", f"tops.{space}", 1) for space in range(spaces)]
+        state |= dict.fromkeys(copies, x)
+    return state | heads
+
+
+def start_weights(config):
+    """The weights that --init names, as an encoder's state dict. UserError if they do not fit.
+
+    A run with the same method, groups and head sizes gives its heads too. The classifier goes.
+    """
+    from data import read_tensors
+
+    init, heads, encoder = config["init"], {}, meta_encoder(config)
+    expected, own_heads = split_state(encoder.state_dict())
+    if init == "imagenet":
+        tensors = imagenet_weights(config["arch"])
+    elif Path(init).is_dir():
+        other, saved = load_encoder(init)
+        tensors, heads = split_state(other.state_dict())
+        if any(saved[name] != config[name] for name in ("method", "groups", "hidden", "dim")):
+            heads = {}
+    elif Path(init).exists():
+        tensors = strip_prefix(flatten(read_tensors(init)), expected)
+    else:
+        raise UserError(f"--init={init}: no such file; expected a file, a run folder or imagenet")
+    if "encoder.pos_embedding" in tensors and config["arch"].startswith("vit"):
+        resize = torchvision.models.vision_transformer.interpolate_embeddings
+        with contextlib.suppress(ValueError):  # no square of patches: check_fit names it
+            tensors = resize(config["size"], encoder.trunk.patch_size, dict(tensors))
+    check_fit(tensors | heads, expected | (own_heads if heads else {}), encoder.classifier, config)
+    return join_state(tensors, heads, len(encoder.tops))
+
+
+def imagenet_weights(arch):
+    """The state dict of torchvision's own weights."""
+    from data import first_line
+
+    try:
+        return torchvision.models.get_model(arch, weights="DEFAULT").state_dict()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--init=imagenet: torchvision has no weights of --arch={arch}, or cannot fetch them "
+            f"({first_line(error)}): name a file that holds them, --init=FILE"
+        ) from None
+
+
+def flatten(content, prefix=""):
+    """Tensors in nested dicts -> {"outer.inner.conv1.weight": tensor}; the rest is left out."""
+    if not isinstance(content, dict):
+        return {prefix[:-1]: content} if torch.is_tensor(content) else {}
+    flat = {}
+    for key, x in content.items():
+        flat |= flatten(x, f"{prefix}{key}.")
+    return flat
+
+
+def strip_prefix(tensors, expected):
+    """The tensors under the prefix, such as "module.encoder_q.", with the most expected names."""
+    first = next(iter(expected))
+    prefixes = [name.removesuffix(first) for name in tensors if name.endswith(first)]
+    prefix = max(prefixes, key=lambda p: sum(p + name in tensors for name in expected), default="")
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
+def check_fit(tensors, expected, classifier, config):
+    """UserError where tensors, but for the classifier's, have other names or shapes."""
+    # Older files do not count batches, nor do we read the count.
+    needed = [name for name in expected if not name.endswith("num_batches_tracked")]
+    extra = [name for name in tensors if not name.startswith(f"{classifier}.")]
+    problems = {
+        "missing": [name for name in needed if name not in tensors],
+        "unknown": [name for name in extra if name not in expected],
+        "of another shape": [
+            f"{name} {list(tensors[name].shape)}, not {list(expected[name].shape)}"
+            for name in needed
+            if name in tensors and tensors[name].shape != expected[name].shape
+        ],
+    }
+    words = [f"{len(x)} {kind} ({', '.join(x[:3])})" for kind, x in problems.items() if x]
+    if words:
+        flags = " ".join(f"--{flag}={config[flag]}" for flag in ("init", "arch", "stem", "size"))
+        raise UserError(f"{flags}: these weights do not fit: {'; '.join(words)}")
 
 
 def load_encoder(run, device="cpu"):
@@ -1760,14 +1929,13 @@ def load_encoder(run, device="cpu"):
         if not path.exists() and (run / "checkpoint.pt").exists():
             raise UserError(f"{run} has not finished training: give its command again to go on")
         if not path.exists():
-            raise UserError(f"{path}: no such file; --run=DIR names a folder that loo.py trained")
+            raise UserError(f"{path}: no such file; expected a folder that loo.py trained")
     try:
         config = loads((run / "config.json").read_text())
         backbone = read_tensors(run / "backbone.pt")
-        state = read_tensors(run / "heads.pt")
-        state |= {f"trunk.{k}": x for k, x in backbone.items() if not k.startswith("layer4.")}
+        heads = read_tensors(run / "heads.pt")
         encoder = build_encoder(config)
-        encoder.load_state_dict(state)
+        encoder.load_state_dict(join_state(backbone, heads, len(encoder.tops)))
     # UserError is a ValueError.
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(
@@ -1816,7 +1984,7 @@ def bench(
         method: a contrastive one
         groups: augmentation groups
         recipe: whose defaults to take: factors, or imagenet100 (ResNet-50, 224 pixels, batch 256)
-        arch: small, or a torchvision ResNet
+        arch: small, or a torchvision network
         size: side of a view in pixels
         batch: images a step
         queue: keys kept in each space

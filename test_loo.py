@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,9 @@ GREEN, RED = (0, 200, 0), (200, 0, 0)
 ONE_SPACE = torch.ones(1, 1, dtype=torch.long)  # MoCo's role
 ENCODERS, POINTER = ("encoder_q", "encoder_k"), "queue_ptr"  # a checkpoint's names
 TRAINED = ("moco", "looc", "looc++", "supervised")
+# Small ones of some families.
+FAMILIES = ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "regnet_y_400mf"]
+FAMILIES += ["efficientnet_b0", "densenet121", "swin_t", "vit_b_32"]
 BOXES = [(0, 0, 40, 40), (3, 5, 20, 30), (10, 0, 30, 12), (0, 20, 9, 20)]
 BOXES += [(25, 25, 15, 15), (1, 2, 38, 37), (5, 30, 35, 10), (17, 3, 21, 23)]
 FLIP, TURNS = torch.arange(8) < 4, torch.arange(8) % 4
@@ -101,6 +105,15 @@ def untrained(here):
     config = CONFIG | dict(data="factors", root=None, canvas=None, groups=list(GROUPS))
     (run_folder / "config.json").write_text(json.dumps(config))
     return here
+
+
+@pytest.fixture
+def shallow_vit(monkeypatch):
+    """Vision transformers have one layer: the others only take time."""
+    module = torchvision.models.vision_transformer
+    real = module.VisionTransformer
+    shallow = lambda num_layers, **kwargs: real(num_layers=1, **kwargs)  # noqa: E731
+    monkeypatch.setattr(module, "VisionTransformer", shallow)
 
 
 def results(here):
@@ -474,6 +487,42 @@ def test_any_torchvision_resnet_gives_a_backbone_that_torchvision_loads(tmp_path
     assert_close(v[:, :512], theirs, atol=1e-5, rtol=1e-4)  # Z_0's
 
 
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_any_torchvision_network_trains_and_comes_back(arch, tmp_path, shallow_vit):
+    config = CONFIG | dict(arch=arch, batch=4, splits=1, queue=4, groups=("color",), lr=1e-6)
+    state, global_draws = loo.init_state(config), torch.get_rng_state()
+    state, (loss, *_) = loo.train_step(state, noise(4), None, config)
+    assert loss.isfinite().all()
+    assert torch.equal(torch.get_rng_state(), global_draws)  # no dropout
+    loo.export(state.encoder_q, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    encoder, _ = loo.load_encoder(tmp_path)
+    v, z = loo.encode(encoder, noise(4))
+    want_v, want_z = loo.encode(state.encoder_q.eval(), noise(4))
+    assert torch.equal(v, want_v)
+    assert torch.equal(z, want_z)
+    sized = {"image_size": 32} if "vit" in arch else {}
+    net = torchvision.models.get_model(arch, **sized)
+    backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    missing, unexpected = net.load_state_dict(backbone, strict=False)
+    assert {name.rpartition(".")[0] for name in missing} == {encoder.classifier}
+    assert not unexpected
+    net.set_submodule(encoder.classifier, torch.nn.Identity())
+    theirs = net.eval()(TF.normalize(noise(4), *IMAGENET_NORM))
+    assert_close(v, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_batchnorm_of_any_network_is_split_and_keeps_its_settings():
+    def norms(net):
+        modules = net.modules()
+        return [m for m in modules if isinstance(m, torch.nn.BatchNorm2d)]
+
+    ours = norms(loo.backbone("mobilenet_v3_small", splits=4))
+    theirs = norms(torchvision.models.mobilenet_v3_small())
+    assert [(m.eps, m.momentum) for m in ours] == [(m.eps, m.momentum) for m in theirs]
+    assert {getattr(m, "splits", 1) for m in ours} == {4}
+
+
 # ---------------------------------------------------------------- loo.py: augmentation operations
 
 
@@ -607,7 +656,10 @@ BAD_FLAGS += [("--device=gpu", "cuda"), ("--device=cuda:99", "CUDA devices")]
 BAD_FLAGS += [("--method=moco_same --groups=color", "--same=rotation"), ("--cache=disk", "device")]
 BAD_FLAGS += [("--weight_decay=-1", "0 or more"), ("--textures=.", "--groups=color,texture")]
 BAD_FLAGS += [("--packed=nope", "data.py pack"), ("--method=supervised --label=hues", "hue")]
-BAD_FLAGS += [("--batch=100000 --splits=1", "smaller")]
+BAD_FLAGS += [("--batch=100000 --splits=1", "smaller"), ("--arch=squeezenet1_0", "resnet18")]
+BAD_FLAGS += [("--arch=vgg11 --size=16", "--size=16"), ("--arch=vit_b_16 --size=40", "patch")]
+BAD_FLAGS += [("--arch=swin_t --method=looc++", "ResNet"), ("--arch=swin_t --stem=cifar", "ResNet")]
+BAD_FLAGS += [("--init=nope", "no such file"), ("--init=imagenet", "--arch=small")]
 
 
 @pytest.mark.parametrize("flags, hint", BAD_FLAGS)
@@ -690,6 +742,86 @@ def test_your_own_images_are_trained_on_and_judged(here, capsys):
     run(eval, "linear --json")
     assert "broken.png" in capsys.readouterr().err
     assert loo.read_jsonl(here / "run" / "results.jsonl")[0]["label"] == "class"
+
+
+def init_config(init, **changes):
+    return loo.default_config(**dict(init=str(init), arch="resnet18", hidden=8, dim=4) | changes)
+
+
+@pytest.mark.parametrize("prefix", ["", "state_dict.module.encoder_q.", "model."])
+def test_start_weights_of_a_state_dict_whatever_it_is_nested_in(prefix, tmp_path):
+    net, content = torchvision.models.resnet18(), {"epoch": 3, "queue": torch.zeros(2)}
+    content = net.state_dict()
+    if prefix:
+        outer, _, inner = prefix.partition(".")
+        content = {outer: {inner + name: x for name, x in content.items()}, "queue": torch.ones(2)}
+    torch.save(content, tmp_path / "net.pt")
+    config = init_config(tmp_path / "net.pt", method="looc++")
+    state = loo.start_weights(config)
+    missing, unexpected = loo.build_encoder(config).load_state_dict(state, strict=False)
+    assert set(missing) == {"w1", "b1", "w2", "b2"}
+    assert set(unexpected) == {"trunk.fc.weight", "trunk.fc.bias"}
+    assert torch.equal(state["trunk.conv1.weight"], net.conv1.weight)
+    for space in range(3):
+        assert torch.equal(state[f"tops.{space}.1.conv2.weight"], net.layer4[1].conv2.weight)
+
+
+def test_start_weights_of_a_vision_transformer_at_another_size(tmp_path, shallow_vit):
+    net = torchvision.models.get_model("vit_b_32", image_size=96)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    state = loo.start_weights(init_config(tmp_path / "net.pt", arch="vit_b_32", size=64))
+    position = net.encoder.pos_embedding
+    assert state["trunk.encoder.pos_embedding"].shape == (1, 5, 768)
+    assert_close(state["trunk.encoder.pos_embedding"][:, :2], position[:, :2])  # class, corner
+
+
+def test_start_weights_that_do_not_fit_are_named(tmp_path, monkeypatch):
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "net.pt")
+    names = r"96 unknown \(layer1.2.conv1.weight, layer1.2.bn1.weight"
+    with pytest.raises(UserError, match=names):
+        loo.start_weights(init_config(tmp_path / "net.pt"))
+    shapes = r"1 of another shape \(conv1.weight \[64, 3, 7, 7\], not \[64, 3, 3, 3\]\)"
+    with pytest.raises(UserError, match=shapes):
+        loo.start_weights(init_config(tmp_path / "net.pt", arch="resnet34", stem="cifar"))
+    torch.save([1], tmp_path / "net.pt")
+    with pytest.raises(UserError, match=r"100 missing \(conv1.weight"):
+        loo.start_weights(init_config(tmp_path / "net.pt"))
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="no route.*--init=FILE"):
+        loo.start_weights(init_config("imagenet"))
+
+
+def test_a_run_starts_from_another_and_goes_on_without_it(here, capsys, monkeypatch):
+    line = f"train --epochs=1 {SMALL}"
+    run(loo, f"{line} --out=first")
+    begun, loop = [], loo.train_loop
+
+    def watched(state, *rest):
+        begun.append({name: x.clone() for name, x in state.encoder_q.state_dict().items()})
+        begun.append({name: x.clone() for name, x in state.encoder_k.state_dict().items()})
+        return loop(state, *rest)
+
+    monkeypatch.setattr(loo, "train_loop", watched)
+    first = loo.load_encoder("first")[0].state_dict()
+    run(loo, f"{line} --out=second --init=first")
+    assert f"small (backbone and heads from {here / 'first'}) on views" in capsys.readouterr().out
+    for state in begun:
+        assert all(torch.equal(state[name], x) for name, x in first.items())
+    run(loo, f"{line} --out=third --init=first --dim=8")
+    assert "small (backbone from" in capsys.readouterr().out
+    assert "dim" in refused(capsys, loo, f"{line} --out=third --init=first")
+    assert "other settings: --init" in refused(capsys, loo, f"{line} --out=second")
+    line = f"{line} --out=second --init=first"
+    shutil.rmtree("first")
+    run(loo, line)
+    assert "second is trained already" in capsys.readouterr().out
+    assert "no such file" in refused(capsys, loo, f"{line} --fresh")
+    assert not Path("second.1").exists()
 
 
 @pytest.mark.parametrize("ruin, hint", [("empty", "class9"), ("broken", "none of")])
