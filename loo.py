@@ -429,6 +429,9 @@ def supervised_step(state, images, aspect, labels, config, textures=None):
 # ---------------------------------------- encoder: a backbone, and a head for each space
 
 
+IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation
+
+
 def encode(encoder, images):
     """images (b c h w) in [0, 1] -> feature v (b d), embeddings z (s b c) of unit norm.
 
@@ -436,7 +439,7 @@ def encode(encoder, images):
     ValueError for images that are not in [0, 1] or not floating point.
     """
     check_images(images, FLOATS, margin=0.5)  # views may leave [0, 1] a little
-    mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+    mean, std = images.new_tensor(IMAGENET_NORM)[:, :, None, None]
     return encoder((images - mean) / std)
 
 

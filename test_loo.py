@@ -871,8 +871,12 @@ def test_readmes_examples_run(here, monkeypatch):
     monkeypatch.setattr(loo, "GROUPS", dict(loo.GROUPS))
     train, tiny = loo.train, dict(epochs=1, queue=16, hidden=16, dim=8)
     monkeypatch.setattr(loo, "train", functools.partial(train, **tiny))
-    exec(own, {})
+    exec(own, {"__name__": "__main__"})
     assert loo.load_encoder("runs/latest")[1]["groups"] == ["color", "invert"]
+    names = {"images": noise(2)}
+    for part in next(block for block in blocks if "loo.load_encoder(" in block).split("\n\n")[:2]:
+        exec(part, names)
+    assert names["features"].shape == (2, 128)
     names = {"loader": [noise(8, seed=i) for i in range(2)]}
     exec(loop, names)
     assert names["pointer"] == 16
