@@ -27,7 +27,7 @@ import struct
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,10 +198,8 @@ def dataset_splits(name, root=None):
     root = check_root(root)
     if (root / TABLE).is_file():
         found = {row["split"] for row in read_table(root)[1].values()}
-    elif (root / "train").is_dir():
-        found = class_folders(root)
     else:
-        return ("train", "val")
+        found = split_folders(root) or ("train", "val")
     others = tuple(split for split in ("val", "test") if split in found)
     if not others:
         raise UserError(f"{root} has images to train on alone: evaluations need val or test too")
@@ -229,72 +227,143 @@ def check_root(root, name="folder"):
 def forbid_inside(flag, out, root):
     """UserError where folder `out` lies in a tree of classes and would become one of them."""
     folder, tree = Path(out).resolve(), Path(root).resolve()
-    apart = (tree / "train").is_dir() and not (tree / TABLE).is_file()
-    if apart or not folder.is_relative_to(tree):
-        return
-    if not is_hidden(folder.relative_to(tree)):
-        raise UserError(
-            f"--{flag}={out} lies in --root={root} and would be read as a class: choose one outside"
-        )
+    splits = {} if (tree / TABLE).is_file() else split_folders(tree)
+    for top in splits.values() if len(splits) > 1 else [tree]:
+        if folder.is_relative_to(top) and not is_hidden(folder.relative_to(top)):
+            problem = f"--{flag}={out} lies in --root={root} and would be read as a class"
+            raise UserError(f"{problem}: choose one outside")
 
 
 # ---------------------------------------------------------------- reading and decoding
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # read_image says what is wrong
+Image.MAX_IMAGE_PIXELS = None  # open_image has a limit that can be lifted
+MEGAPIXELS = 64  # of an image; decoded, as RGBA and on white they take 1 GB
 CHANNELS = TiffImagePlugin.SAMPLESPERPIXEL
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+Image.init()
+# no pixels of their own, or another program is started
+NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+FORMATS = tuple(set(Image.OPEN) & set(Image.registered_extensions().values()) - NOT_IMAGES)
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+SUFFIXES |= {".mpo"}  # opened as JPEG
+# what systems leave in folders, in lower case
+SYSTEM_FILES = {"@eadir", "#recycle", "__macosx", "$recycle.bin", "system volume information"}
+SYSTEM_FILES |= {"lost+found", "thumbs.db", "desktop.ini"}
 
 
 def is_hidden(path):
-    return any(part.startswith(".") for part in path.parts)
+    return any(part.startswith(".") or part.lower() in SYSTEM_FILES for part in path.parts)
+
+
+def files_below(top, above=()):
+    """Yield the files in a folder and below, sorted, no hidden ones; links are followed, no loops.
+
+    above: the real paths of the folders that `top` is in."""
+    above = *above, os.path.realpath(top)
+    for path in sorted(top.iterdir()) if top.is_dir() else ():
+        if is_hidden(Path(path.name)):
+            continue
+        if not path.is_dir():
+            yield path
+        elif os.path.realpath(path) not in above:
+            yield from files_below(path, above)
+
+
+def is_image(path):
+    """Is this an image by its name? A broken link is one, so that reading names it; no device."""
+    return path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())
 
 
 def image_paths(top):
-    """The image files in a folder and below, sorted; no hidden ones, such as macOS's ._NAME."""
-    found = (p for p in top.rglob("*") if p.suffix.lower() in SUFFIXES)
-    return sorted(p for p in found if not is_hidden(p.relative_to(top)))
+    """The image files in a folder and below, sorted."""
+    return [path for path in files_below(top) if is_image(path)]
 
 
 def class_folders(top):
-    return sorted(p.name for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(p.name for p in top.iterdir() if p.is_dir() and not is_hidden(Path(p.name)))
+
+
+def split_folders(root):
+    """The folders of a root's splits -> {split: folder}; {} where its folders are classes.
+
+    They are splits where all are named so, or where one for training stands beside another."""
+    names = class_folders(root) if root.is_dir() else []
+    found = [name for name in names if name.lower() in SPLITS]
+    splits = {SPLITS[name.lower()]: root / name for name in found}
+    if len(found) < len(names) and ("train" not in splits or len(splits) == 1):
+        return {}
+    if len(splits) < len(found):
+        raise UserError(f"{root}: {', '.join(found)}: two of them are one split; join them")
+    return splits
 
 
 def folder(split, root, seed=0):
     """An ImageFolder tree -> paths, labels, class names.
 
     Either root/train and root/val, or one tree: a seeded hash of each path keeps 80% for train."""
-    one_tree = not (root / "train").is_dir()
-    train, top = (root, root) if one_tree else (root / "train", root / split)
-    if not top.is_dir():
-        raise UserError(f"{top}: no such folder; {root} has a train folder, so it needs {split}")
+    splits = split_folders(root)
+    for name in ("train", split) if splits else ():
+        if name not in splits:
+            raise UserError(f"{root}: no folder {name}, beside {', '.join(splits)} it needs one")
+    train, top = splits.get("train", root), splits.get(split, root)
     # a class has the same number in every split
     classes, here = class_folders(train), class_folders(top)
     for name in here:
         if name not in classes:
             raise UserError(f"{top / name}: a class that {train} does not have")
+        if not splits and SPLITS.get(name.lower()) == "train":
+            warn_once(f"{top / name} is read as a class: no folder val or test is beside it")
     if classes and not here:
         raise UserError(f"{top}: no sub-folders; it needs those of {train}, one for each class")
-    files = {name: image_paths(top / name) for name in here}
-    if not classes:  # images without labels, enough to train on
-        classes, files = ["."], {".": image_paths(top)}
-    for name, paths in files.items():
-        if not paths:
-            raise UserError(f"{top / name}: no images (expected {', '.join(sorted(SUFFIXES))})")
+    if len(here) == 1 and len(split_folders(top / here[0])) > 1:
+        raise UserError(f"{top}: its splits are one folder further: --root={top / here[0]}")
+    files, others = defaultdict(list), []
+    for path in files_below(top):
+        inner, *below = path.relative_to(top).parts
+        place = files[inner if below else "."] if is_image(path) else others
+        place.append(path)
+    flat = files.pop(".", []) if classes else []
+    if len(flat) > max(1, sum(map(len, files.values())) // 100):
+        problem = f"{len(flat)} images lie beside the folders {', '.join(here[:5])}"
+        raise UserError(f"{top}: {problem}: put them into a class, or move them or the folders")
+    classes = classes or ["."]  # images without labels, enough to train on
+    for name in here or classes:
+        if not files[name]:
+            raise UserError(f"{top / name}: no images{left_out(others)}")
+    if splits and split == "train":
+        for path in sorted(set(root.iterdir()) - set(splits.values())):
+            others += files_below(path) if path.is_dir() else [path]
+    if others := [path for path in others + flat if not is_hidden(path.relative_to(root))]:
+        warn_once(f"{root}: not every file is read{left_out(others)}")
 
     def in_split(path):
         drawn = hashed_split(path.relative_to(root).as_posix(), seed)
         return (drawn == "train") == (split == "train")
 
     pairs = [(path, i) for i, name in enumerate(classes) for path in files.get(name, ())]
-    pairs = [pair for pair in pairs if not one_tree or in_split(pair[0])]
+    pairs = [pair for pair in pairs if splits or in_split(pair[0])]
     if not pairs:
         raise UserError(f"{root}: too few images to split into train and val")
     return *zip(*pairs), classes
 
 
+def left_out(paths):
+    """Words for files that are left out: how many of each suffix, and the first."""
+    counts = Counter(path.suffix.lower() or path.name for path in paths).most_common(5)
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts)
+    return f"; left out: {len(paths)} files ({kinds}), the first is {paths[0]}" if paths else ""
+
+
+@functools.cache
+def warn_once(problem):
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {problem}", file=sys.stderr, flush=True)
+
+
 def hashed_split(key, seed):
     """ "train" for a fixed 80% of all keys, else "val"."""
-    place = int(hashlib.sha1(f"{seed}/{key}".encode()).hexdigest()[:8], 16) / 2**32
+    name = f"{seed}/{key}".encode("utf-8", "surrogateescape")  # a file's name may be in Latin-1
+    place = int(hashlib.sha1(name).hexdigest()[:8], 16) / 2**32
     return "train" if place < 0.8 else "val"
 
 
@@ -337,9 +406,13 @@ def read_table(root, seed=0):
             refuse(f"two columns are named {name}")
         if name in ("rotation", "image"):
             refuse(f"evaluations use the name {name} themselves: rename this column")
-    links = [root / name for name in class_folders(root) if (root / name).is_symlink()]
-    paths = [path for top in (root, *links) for path in image_paths(top)]
-    table, lost = {path.relative_to(root).as_posix(): {} for path in sorted(paths)}, []
+    paths, others = [], []
+    for path in files_below(root):
+        (paths if is_image(path) else others).append(path)
+    others.remove(root / TABLE)
+    if others:
+        warn_once(f"{root}: not every file is read{left_out(others)}")
+    table, lost = {path.relative_to(root).as_posix(): {} for path in paths}, []
     for line, cells in rows:
         if len(cells) != len(columns):
             refuse(f"{len(cells)} cells, the header has {len(columns)}")
@@ -359,12 +432,12 @@ def read_table(root, seed=0):
     if lost:
         line, file = lost[0]
         refuse(f"{file}: no such image in {root}; {len(lost)} files of this table are missing")
-    in_folders = (root / "train").is_dir()
+    tops = {top.name: split for split, top in split_folders(root).items()}
     for file, row in table.items():
         folders, split = file.split("/")[:-1], "train"
-        if in_folders:
+        if tops:
             top, *folders = folders or [""]
-            split = top if top in ("val", "test") else "train"
+            split = tops.get(top, "train")
         elif row:
             split = hashed_split(row.get("group") or file, seed)
         row.setdefault("split", split)
@@ -417,10 +490,27 @@ def read_item(dataset, i):
     return to_rgb(dataset[i][0])
 
 
+def open_image(path):
+    """A PIL image that is not decoded yet. ValueError where it is no file, or has too many pixels.
+
+    A larger JPEG is decoded at a half, a quarter or an eighth of its size."""
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise ValueError("not a file")
+    image = Image.open(path, formats=FORMATS)
+    most = int(os.environ.get("LOOC_MEGAPIXELS", MEGAPIXELS))
+    megapixels = image.width * image.height / 1e6
+    if megapixels > most:
+        part = 2 ** math.ceil(math.log(megapixels / most, 4))
+        if not image.draft(image.mode, (image.width // part or 1, image.height // part or 1)):
+            problem = f"{megapixels:.0f} megapixels, more than {most}"
+            raise ValueError(f"{problem}: --megapixels={math.ceil(megapixels)} reads it")
+    return image
+
+
 def read_image(paths, i, border=0):
     """Image i as RGB without `border` pixels at each side; UserError names the file."""
     try:
-        with Image.open(paths[i]) as image:
+        with open_image(paths[i]) as image:
             tags = getattr(image, "tag_v2", {})
             if tags.get(CHANNELS, 0) > len(image.getbands()):
                 raise UnidentifiedImageError  # Pillow would drop the others
@@ -433,7 +523,8 @@ def read_image(paths, i, border=0):
         reason = first_line(error) if known else f"{channels} channels, expected gray or RGB"
         raise UserError(f"{paths[i]}: {reason}") from None
     except Exception as error:
-        raise UserError(f"{paths[i]}: {first_line(error)}") from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{paths[i]}: {reason}") from None
 
 
 def tiff_channels(path):
@@ -449,15 +540,27 @@ def tiff_channels(path):
 
 def to_rgb(image):
     """A PIL image of any mode -> RGB, with its EXIF orientation applied, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("floating point pixels have no known white: save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
-        image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
+    deep = image.mode == "I" or ";16" in str(getattr(image, "tile", "")[:1])  # 16 bits a channel
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        kind = "floating point" if image.mode == "F" else "32-bit integer"
+        raise ValueError(f"{kind} pixels have no known white: save it with 8 or 16 bits")
+    ImageOps.exif_transpose(image, in_place=True)
+    clear = image.info.get("transparency")
+    if image.mode.startswith("I"):  # convert() would clip, not scale
+        shades = [value // 256 for value in range(1 << 16)]
+        if image.info.pop("transparency", None) is not None:
+            shades[clear] = 255
+        image = image.convert("I").point(shades, "L")
+    elif deep and isinstance(clear, tuple):
+        image.info["transparency"] = tuple(value // 256 for value in clear)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    if deep and max(high for _, high in image.getextrema()) < 64:
+        problem = "16-bit images become almost black, as if they had fewer bits"
+        warn_once(f"{problem}: scale them to 0 to 65535")
+    return image
 
 
 class ImageFiles(torch.utils.data.Dataset):
@@ -517,13 +620,17 @@ def iter_batches(dataset, workers=2, batch=256, part=(0, 1), count=None, named=5
         batch_sampler=[rows.tolist() for rows in batches],
         num_workers=workers if n > 256 else 0,
     )
-    for rows, (images, aspect, errors) in zip(batches, loader):
-        good = torch.tensor([not error for error in errors])
-        failures += filter(None, errors)
-        if failures and files.advice:
-            raise UserError(f"{failures[0]}; {files.advice}")
-        if good.any():
-            yield rows[good], images[good], aspect[good].float()
+    try:
+        for rows, (images, aspect, errors) in zip(batches, loader):
+            good = torch.tensor([not error for error in errors])
+            failures += filter(None, errors)
+            if failures and files.advice:
+                raise UserError(f"{failures[0]}; {files.advice}")
+            if good.any():
+                yield rows[good], images[good], aspect[good].float()
+    except RuntimeError as error:  # a worker was killed
+        hint = "take --workers=0, or free some memory"
+        raise UserError(f"decoding stopped ({first_line(error)}): {hint}") from None
     if failures and len(failures) == n:
         raise UserError(f"none of the {n} images can be read; the first: {failures[0]}")
     for error in failures[:named]:
@@ -550,12 +657,7 @@ def decode_all(dataset, workers=2, cache=None, shared=False):
 
         def write(file):
             allocate(file, size)
-            try:
-                read = decode(dataset, memory_map(file.name, n, side), workers)
-            except RuntimeError as error:  # a worker was killed, which is not the disk's fault
-                hint = "take --workers=0, or free some memory"
-                raise UserError(f"decoding stopped ({first_line(error)}): {hint}") from None
-            write_tensors(index, read)
+            write_tensors(index, decode(dataset, memory_map(file.name, n, side), workers))
 
         if not (index.exists() and path.exists() and path.stat().st_size == size):
             print(f"decoding {n} images, once: {path}", file=sys.stderr, flush=True)
@@ -590,8 +692,17 @@ def memory_map(path, n, side):
     """The file as images (n 3 side side) uint8."""
     # a map shared by processes needs write access; on a read-only disk each has its own
     shared, size = os.access(path, os.W_OK), n * 3 * side * side
-    flat = torch.from_file(str(path), shared=shared, size=size, dtype=torch.uint8)
-    return flat.view(n, 3, side, side)
+    return map_file(path, size, torch.uint8, shared).view(n, 3, side, side)
+
+
+def map_file(path, size, dtype, shared=True):
+    """A file as a tensor (size,), in memory that the system writes back if it is shared."""
+    try:
+        return torch.from_file(str(path), shared=shared, size=size, dtype=dtype)
+    except (UnicodeError, RuntimeError):  # a name in Latin-1, which torch cannot read
+        with open(path, "r+b" if shared else "rb") as file:
+            name = f"/dev/fd/{file.fileno()}"
+            return torch.from_file(name, shared=shared, size=size, dtype=dtype)
 
 
 def fingerprint(dataset):
@@ -602,6 +713,8 @@ def fingerprint(dataset):
     real = functools.cache(os.path.realpath)  # of folders: a link leads to the same images
 
     def describe(path):
+        if not path.exists():  # a broken link
+            return str(path)
         stat = path.stat()
         return os.path.join(real(path.parent), path.name), stat.st_size, stat.st_mtime_ns
 
@@ -1530,6 +1643,7 @@ def save_copy(path, image, aspect):
     """image (3 size size) uint8 -> a JPEG of its original aspect, `size` its shorter side."""
     size = image.shape[-1]
     sides = round(size * max(aspect, 1)), round(size * max(1 / aspect, 1))
+    sides = [min(side, 65500) for side in sides]  # the longest JPEG
     image = to_pil_image(image).resize(sides, Image.Resampling.BICUBIC)
     write_atomic(path, functools.partial(image.save, format="JPEG", quality=95))
 
@@ -1597,18 +1711,19 @@ def pack(
     print(f"{done}; train with --data={data} {flags} --packed={out}")
 
 
-def check(data: str = "factors", root: str = None, sample: int = 64, download: bool = False):
+def check(data: str = "factors", root: str = None, sample: str = "64", download: bool = False):
     """Is a data set complete? Compares its counts with the published ones and opens a sample.
 
     Args:
         data: imagenet100, inat2019, cub200, flowers102, objectnet13, imagenetc100, folder or a
             torchvision set
         root: where it is
-        sample: files of each split to open
+        sample: files of each split to open, or all; the unreadable ones are named
         download: let torchvision fetch the data
     """
+    sample = sys.maxsize if sample == "all" else parse_flag("sample", int, sample)
     if sample < 1:
-        raise UserError(f"--sample={sample}: expected 1 or more")
+        raise UserError(f"--sample={sample}: expected 1 or more, or all")
     problems, source = [], DATASETS[check_choice("data", data, NAMES)]
     splits, label_counts = dataset_splits(data, root), defaultdict(list)
     if source.address and not download:
@@ -1642,6 +1757,8 @@ def check(data: str = "factors", root: str = None, sample: int = 64, download: b
             problems.append(f"{split}: {seen} classes, published are {classes}")
         if count not in (None, n):
             problems.append(f"{split}: {n} images, published are {count}")
+        for error in errors:
+            print(f"warning: unreadable: {error}", file=sys.stderr)
         problems += errors
     for label, of_splits in label_counts.items():
         print(f"label {label}: {len(found.classes[label])} classes, {', '.join(of_splits)}")
@@ -1826,6 +1943,19 @@ def check_words(commands, argv):
             raise UserError(f"{word}: flags begin with two dashes, as in --{word.lstrip('-')}")
 
 
+def take_megapixels(argv):
+    """The words of a command without --megapixels=N, see `open_image`; every command has it."""
+    rest = []
+    for word in argv:
+        flag, _, value = word.partition("=")
+        if flag == "--megapixels":
+            # workers and other processes inherit it
+            os.environ["LOOC_MEGAPIXELS"] = str(parse_flag("megapixels", int, value))
+        else:
+            rest.append(word)
+    return rest
+
+
 def command_line(commands, argv=None):
     """Run commands[argv[0]], flags typed by its signature. UserError: one line and exit code 2."""
     rank = os.environ.get("RANK", "0")
@@ -1833,6 +1963,9 @@ def command_line(commands, argv=None):
     # So `finally` removes what is half written. Other ranks write nothing, and wait for rank 0.
     if rank == "0" and in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not Jupyter's
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be in Latin-1
     argv = ["--help" if word == "-h" else word for word in (sys.argv[1:] if argv is None else argv)]
     calls = []  # fire only collects: a word that it cannot place stops before anything runs
 
@@ -1846,6 +1979,7 @@ def command_line(commands, argv=None):
         return fire.decorators.SetParseFns(**parsers)(call)
 
     try:
+        argv = take_megapixels(argv)
         if argv and not argv[0].startswith("-"):
             check_words(commands, argv)
         collectors = {name: collect(function) for name, function in commands.items()}

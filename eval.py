@@ -60,6 +60,7 @@ from data import (
     image_paths,
     iter_batches,
     label_names,
+    map_file,
     open_dataset,
     read_image,
     read_tensors,
@@ -1144,7 +1145,7 @@ def embed_files(encoder, config, feature, paths, part, workers, leader_first):
 
 def float_map(path, n, d):
     """A file as a float32 tensor (n d), in memory that the system writes back."""
-    return torch.from_file(str(path), shared=True, size=n * d).view(n, d)
+    return map_file(path, n * d, torch.float32).view(n, d)
 
 
 def open_classifier(path, run, feature):

@@ -686,6 +686,9 @@ def resize_matrix(start, extent, mirror, n, size):
     pixels behind output pixel i.
     """
     start, extent = start[:, None, None] * n, extent[:, None, None] * n
+    # A box of a very long image is one pixel wide at least, so that there is one inside.
+    narrow = (1 - extent).clamp(min=0)
+    start, extent = start - narrow / 2, extent + narrow
     step = extent / size
     center = torch.arange(size, device=start.device)[:, None] + 0.5
     center = torch.where(mirror[:, None, None], size - center, center)
@@ -1294,6 +1297,11 @@ def print_header(state, dataset, n, place, config, start):
     if spaces and queue > n:
         what = f"--queue={queue} is more than the {n} images, take a smaller one"
         why = "it holds keys of the query's own image as negatives"
+        print(f"warning: {what}: {why}", file=sys.stderr)
+    long = (dataset.aspect.log2().abs() > 1).double().mean().item()
+    if long >= 0.01:
+        what = f"{long:.0%} of the images are longer than 2:1"
+        why = "stored as squares they lose detail; a larger --canvas keeps more"
         print(f"warning: {what}: {why}", file=sys.stderr)
     sys.stdout.flush()
 
