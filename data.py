@@ -1891,7 +1891,7 @@ def command_line(commands, argv=None):
         if word not in commands:
             hint = f"{suggest(word, commands)}there are {', '.join(commands)}; --help says more"
             raise UserError(f"{word}: expected a command; {hint}")
-        commands[word](**parse_words(commands[word], argv[1:]))
+        typed(commands[word])(**parse_words(commands[word], argv[1:]))
     except (UserError, OSError) as error:  # OSError: a full disk, a folder without write access
         if rank != "0":  # torchrun ends the others when one ends: rank 0 says it, once
             time.sleep(5)

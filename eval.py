@@ -686,6 +686,7 @@ def fewshot(ctx, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
         shots: images of each class
         trials: independent draws
     """
+    shots = [str(n) for n in shots]
     if not shots or not all(n.isdecimal() and int(n) for n in shots):
         raise UserError(f"--shots={','.join(shots)}: expected numbers of images, as 5,10")
     pool = [load_features(ctx, s) for s in ("train", "val") if s in ctx.split]

@@ -123,14 +123,14 @@ def space_logits(q, k, queue, role, tau):
     -> own (s b v), against every key of its own image, -inf where role is 0; queued (s b n),
     against the queue; positive (s b 1), the index of the positive among own.
     """
-    positive = positive_view(role).to(q.device)[:, None, None].expand(-1, q.shape[1], 1)
-    role = torch.as_tensor(role, device=q.device)
+    role = torch.as_tensor(role)
     check_shapes(q=(q, "s b c"), k=(k, "s v b c"), queue=(queue, "s n c"), role=(role, "s v [b]"))
     if not torch.is_tensor(tau) and not 0 < tau < math.inf:
         raise ValueError(f"tau is {tau}: expected a number above 0")
+    positive = positive_view(role).to(q.device)[:, None, None].expand(-1, q.shape[1], 1)
     # Divide q and not the logits, which are many more.
     q = at_least_float32(q) / tau
-    k, queue = k.to(q.dtype), queue.to(q.dtype)
+    k, queue, role = k.to(q.dtype), queue.to(q.dtype), role.to(q.device)
     with torch.autocast(q.device.type, enabled=False):
         own = einsum(q, k, "s b c, s v b c -> s b v")
         queued = einsum(q, queue, "s b c, s n c -> s b n")
@@ -148,7 +148,7 @@ def positive_view(role):
 
     ValueError unless there is one; on a GPU that is not checked, because it must not wait.
     """
-    positive = torch.as_tensor(role) == 1
+    positive = role == 1
     if positive.ndim == 2:
         positive = positive[..., None]
     if positive.device.type == "cpu":
@@ -162,7 +162,8 @@ def positive_view(role):
 
 def positive_keys(k, role):
     """k (s v b c), role (s v) or (s v b) -> (s b c) each space's positive, which its queue gets."""
-    check_shapes(k=(k, "s v b c"), role=(torch.as_tensor(role), "s v [b]"))
+    role = torch.as_tensor(role)
+    check_shapes(k=(k, "s v b c"), role=(role, "s v [b]"))
     return k[torch.arange(len(k), device=k.device), positive_view(role).to(k.device)]
 
 
@@ -289,9 +290,9 @@ def augment_groups(
     """
     share = torch.as_tensor(share)
     known = {"g": len(set(groups))} | ({"c": 3} if "color" in {*groups, *always} else {})
-    optional = {"aspect": (aspect, "b"), "textures": (textures, "b copy c h w")}
-    optional = {name: pair for name, pair in optional.items() if pair[0] is not None}
-    check_shapes(known, images=(images, "b c h w"), share=(share, "v g"), **optional)
+    copies = (textures, "b copy c h w")
+    check_shapes(known, images=(images, "b c h w"), aspect=(aspect, "b"), textures=copies)
+    check_shapes(known, share=(share, "v g"))
     check_images(images, FLOATS[:2])
     if images.requires_grad and torch.is_grad_enabled():
         raise ValueError("images require a gradient, which views do not pass on: images.detach()")
@@ -358,12 +359,14 @@ def check_shapes(lengths=(), **tensors):
     """ValueError unless each of tensors {name: (tensor, axes)} has these axes, see the legend.
 
     An axis has one length in all of them; lengths {axis: length} are known beforehand. An axis in
-    brackets, as in "s v [b]", may be absent.
+    brackets, as in "s v [b]", may be absent, and so may a tensor (None).
     """
     lengths = dict(lengths)
     for name, (x, axes) in tensors.items():
         letters = axes.replace("[", "").replace("]", "").split()
-        fits = axes.count(" ") + 1 - axes.count("[") <= x.ndim <= len(letters)
+        if x is None:
+            continue
+        fits = len(letters) - axes.count("[") <= x.ndim <= len(letters)
         if not fits or any(lengths.setdefault(a, n) != n for a, n in zip(letters, x.shape)):
             known = " ".join(f"{a}={lengths[a]}" for a in letters if a in lengths)
             found = f"{name} has the shape {tuple(x.shape)}"
