@@ -10,6 +10,7 @@ Axes, in the whole project: b image, v key view, g group, s space, d feature, c 
 channel), n queue slot or sample, t trial, h w pixel.
 """
 
+import argparse
 import contextlib
 import csv
 import difflib
@@ -39,7 +40,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torchvision.transforms.functional import pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 
-from loo import UserError, grayscale, make_generator, uniform
+from loo import UserError, grayscale, make_generator, typed, uniform
 
 # ---------------------------------------------------------------- data sets by name
 
@@ -1564,6 +1565,7 @@ def factors_textures(dataset, cache, device):
 # ---------------------------------------------------------------- commands
 
 
+@typed
 def stylize(
     data: str = "folder",
     root: str = None,
@@ -1600,9 +1602,7 @@ def stylize(
         seed: which style each image gets
     """
     check_choice("features", features, ("auto", "vgg19", "random"))
-    if min(copies, size // 16, steps + 1, batch) < 1:
-        flags = f"--copies={copies} --size={size} --steps={steps} --batch={batch}"
-        raise UserError(f"{flags}: expected 1 or more, --size=16 or more")
+    check_choice("split", split, tuple(SPLIT))
     if check_choice("data", data, NAMES) == "factors" or DATASETS[data].torchvision:
         hint = "factors makes copies when trained on"
         raise UserError(f"--data={data} is no tree of images ({hint})")
@@ -1669,6 +1669,7 @@ def style_reader(styles, size, seed):
     return read
 
 
+@typed
 def pack(
     data: str = "folder",
     root: str = None,
@@ -1693,9 +1694,6 @@ def pack(
         download: let torchvision fetch the data
         seed: of the folder's own split
     """
-    if size < 1 or canvas is not None and canvas < 1 or workers < 0:
-        flags = f"--size={size} --canvas={canvas} --workers={workers}"
-        raise UserError(f"{flags}: expected 1 or more, and 0 workers or more")
     if data == "factors":
         raise UserError("--data=factors is drawn by code: there is nothing to decode")
     if data == "folder":
@@ -1711,6 +1709,7 @@ def pack(
     print(f"{done}; train with --data={data} {flags} --packed={out}")
 
 
+@typed
 def check(data: str = "factors", root: str = None, sample: str = "64", download: bool = False):
     """Is a data set complete? Compares its counts with the published ones and opens a sample.
 
@@ -1721,9 +1720,7 @@ def check(data: str = "factors", root: str = None, sample: str = "64", download:
         sample: files of each split to open, or all; the unreadable ones are named
         download: let torchvision fetch the data
     """
-    sample = sys.maxsize if sample == "all" else parse_flag("sample", int, sample)
-    if sample < 1:
-        raise UserError(f"--sample={sample}: expected 1 or more, or all")
+    most = parse_flag("sample", int, sample, RANGES["sample"]) if sample != "all" else sys.maxsize
     problems, source = [], DATASETS[check_choice("data", data, NAMES)]
     splits, label_counts = dataset_splits(data, root), defaultdict(list)
     if source.address and not download:
@@ -1745,7 +1742,7 @@ def check(data: str = "factors", root: str = None, sample: str = "64", download:
             of_label = int((found.labels[label] >= 0).sum())
             label_counts[label].append(f"{of_label} of {n} in {split}")
         missing = [path for path in files.source if not path.exists()] if source.address else []
-        opened = range(0, 0 if torch.is_tensor(files) else n, max(1, n // sample))
+        opened = range(0, 0 if torch.is_tensor(files) else n, max(1, n // most))
         errors = [error for i in opened if (error := files[i][2])]
         good = f"{len(opened) - len(errors)} of {len(opened)}"
         counts = f"{seen} | {classes or '-'} | {n - len(missing)} | {count or '-'}"
@@ -1859,6 +1856,7 @@ def axis(values):
     return low, high, [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
+@typed
 def sheet(out: str = "docs/factors.png", size: int = 48):
     """A labelled sheet of `factors`: a row for each object, a column for each hue.
 
@@ -1866,8 +1864,6 @@ def sheet(out: str = "docs/factors.png", size: int = 48):
         out: the image file to write
         size: of each image in it, in pixels
     """
-    if size < 8:
-        raise UserError(f"--size={size}: expected 8 or more")
     found = factors("train", size)
     species = found.labels["species"]
     first = [int((species == i).nonzero()[0]) for i in range(len(OBJECTS) * HUES)]
@@ -1878,9 +1874,32 @@ def sheet(out: str = "docs/factors.png", size: int = 48):
 
 # ---------------------------------------------------------------- shared by the three scripts
 
-fire.decorators.FIRE_METADATA = "_fire"  # under its own name, --help lists it as a sub-command
 EXPECTED = {int: "a whole number", float: "a number, such as 0.03", bool: "true or false"}
 EXPECTED |= {str: "text or a path", tuple: "words with commas between"}
+# The lowest and the highest value of numbers, and both in words: of a flag, else of its type. Some
+# commands have their own.
+COUNT = (1, 2**31 - 1, "1 or more, below 2**31")
+POSITIVE = (math.nextafter(0.0, 1.0), sys.float_info.max, "more than 0, and finite")
+RANGES = {
+    int: (-(2**63), 2**64 - 1, "a number of 64 bits"),
+    float: (-sys.float_info.max, sys.float_info.max, "a finite number"),
+    **dict.fromkeys(("epochs", "batch", "queue", "dim", "splits", "save_every"), COUNT),
+    **dict.fromkeys(("sample", "pictures", "queries", "neighbours"), COUNT),
+    **dict.fromkeys(("hidden", "steps"), (0, 2**31 - 1, "0 or more, below 2**31")),
+    **dict.fromkeys(("lr", "tau"), POSITIVE),
+    **dict.fromkeys(("size", "canvas"), (1, 2**14, "1 or more, at most 16384")),
+    **dict.fromkeys(("copies", "seeds"), (1, 1000, "1 or more, at most 1000")),
+    "weight_decay": (0, sys.float_info.max, "0 or more, and finite"),
+    "momentum": (0, 1, "0 to 1; it is the key encoder's, not SGD's"),
+    "workers": (0, 1000, "0 or more, at most 1000"),
+    "trials": (2, 10_000, "2 or more, at most 10000"),
+    "jobs": (1, 1, "1, commands run one after the other: leave the flag out"),
+    "margin": (0, 100, "0 to 100"),
+    "strength": (0, 10, "0 to 10"),
+    "sheet size": (8, 1024, "8 or more, at most 1024"),
+    "stylize size": (16, 2**14, "16 or more, at most 16384"),
+    "bench steps": (2, 2**31 - 1, "2 or more, below 2**31"),
+}
 
 
 def suggest(word, words):
@@ -1897,62 +1916,91 @@ def check_choice(flag, word, words):
     return word
 
 
-def parse_flag(flag, kind, value):
-    """A flag's value as its type, from the command line or from Python; UserError if it is none."""
+def parse_flag(flag, kind, value, limits=None):
+    """A flag's value as its type, from the command line or from Python; UserError if it is none.
+
+    limits: a row of RANGES. A name that begins with ~ is one in the home folder."""
+    expected = EXPECTED[kind]
     try:
+        if isinstance(value, bool) and kind is not bool:
+            raise ValueError
         if kind is str:
-            return os.fspath(value)
+            if text := os.path.expanduser(os.fspath(value)):
+                return text
+            raise ValueError
+        if kind is tuple:
+            words = value.split(",") if isinstance(value, str) else map(str, value)
+            return tuple(os.path.expanduser(word.strip()) for word in words if word.strip())
         if isinstance(value, str) and kind is bool:
             return {"true": True, "false": False}[value.lower()]
-        if isinstance(value, str) and kind is tuple:
-            return tuple(word for word in value.split(",") if word)
         typed = kind(value)
-        if kind is not tuple and not isinstance(value, str) and typed != value:  # int of 0.5
+        if not isinstance(value, str) and typed != value:  # int of 0.5
+            raise ValueError
+        if limits and not limits[0] <= typed <= limits[1]:
+            expected = limits[2]
             raise ValueError
         return typed
     except (ValueError, KeyError, TypeError, OverflowError):
-        raise UserError(f"--{flag}={value}: expected {EXPECTED[kind]}") from None
+        raise UserError(f"--{flag}={value}: expected {expected}") from None
 
 
 def parse_flags(function, flags):
     """Each of these flags of a command as its type; None, the default of some, stays."""
     kinds = {name: p.annotation for name, p in inspect.signature(function).parameters.items()}
-    return {
-        name: value if value is None else parse_flag(name, kinds[name], value)
-        for name, value in flags.items()
-    }
+    typed = {}
+    for name, value in flags.items():
+        of_flag = RANGES.get(f"{function.__name__} {name}") or RANGES.get(name)
+        limits = of_flag or RANGES.get(kinds[name])
+        typed[name] = value if value is None else parse_flag(name, kinds[name], value, limits)
+    return typed
 
 
-def check_words(commands, argv):
-    """UserError for a word that is no command, no flag of it and no value of one."""
-    command, *words = argv
-    if command not in commands:
-        hint = f"{suggest(command, commands)}there are {', '.join(commands)}"
-        raise UserError(f"{command}: no such command; {hint}")
-    if "--help" in words:
-        return
-    flags = [f"--{name}" for name in inspect.signature(commands[command]).parameters]
-    for before, word in zip(argv, words):
-        is_value = before.startswith("--") and "=" not in before  # --flag value
-        flag = "--" + word[2:].partition("=")[0].replace("-", "_")
-        known = flag in flags or flag.replace("--no", "--") in flags
-        if word.startswith("--") and not known:
-            hint = suggest(flag, flags) or f"it has {', '.join(flags)}"
-            raise UserError(f"{flag}: {command} has no such flag; {hint.strip()}")
-        if not word.startswith("--") and not is_value and (word[:1] == "-" or "=" in word):
-            raise UserError(f"{word}: flags begin with two dashes, as in --{word.lstrip('-')}")
+def parse_words(function, words):
+    """The words after a command -> {flag: text}.
+
+    Words that stand without a flag are its first arguments. UserError for a word that is no flag
+    of it and no value of one."""
+    parameters, words = inspect.signature(function).parameters, list(words)
+    flags = [f"--{name}" for name in parameters]
+    switches = [name for name, p in parameters.items() if p.annotation is bool]
+    negated = {f"--no{name}": f"--{name}=false" for name in switches}
+    given, unnamed = {}, []
+    while words:
+        word = words.pop(0)
+        word = negated.get(word, word)
+        if not word.startswith("--"):
+            if "=" in word or word[:1] == "-" and word[1:2].isalpha():
+                raise UserError(f"{word}: flags begin with two dashes, as in --{word.lstrip('-')}")
+            unnamed.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in parameters:
+            hint = suggest(f"--{name}", flags) or f"it has {', '.join(flags)}"
+            raise UserError(f"--{name}: {function.__name__} has no such flag; {hint.strip()}")
+        following = "--" if equals or not words else words[0]
+        if name in switches and following.lower() not in ("true", "false"):
+            value = value or "true"
+        elif not following.startswith("--"):
+            value = words.pop(0)
+        elif not equals:
+            kind = EXPECTED[parameters[name].annotation]
+            raise UserError(f"--{name}: expected a value, {kind}, as in --{name}=VALUE")
+        given[name] = value
+    free = [n for n, p in parameters.items() if p.kind != p.KEYWORD_ONLY and n not in given]
+    if unnamed[len(free) :]:
+        raise UserError(f"{unnamed[len(free)]}: one word too many; flags are --NAME=VALUE")
+    return given | dict(zip(free, unnamed))
 
 
 def take_megapixels(argv):
     """The words of a command without --megapixels=N, see `open_image`; every command has it."""
-    rest = []
-    for word in argv:
-        flag, _, value = word.partition("=")
-        if flag == "--megapixels":
-            # workers and other processes inherit it
-            os.environ["LOOC_MEGAPIXELS"] = str(parse_flag("megapixels", int, value))
-        else:
-            rest.append(word)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--megapixels", nargs="?", const="")
+    found, rest = parser.parse_known_args(argv)
+    if found.megapixels is not None:
+        megapixels = parse_flag("megapixels", int, found.megapixels, COUNT)
+        os.environ["LOOC_MEGAPIXELS"] = str(megapixels)  # workers and other processes inherit it
     return rest
 
 
@@ -1966,26 +2014,17 @@ def command_line(commands, argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not Jupyter's
             stream.reconfigure(errors="backslashreplace")  # a file's name may be in Latin-1
-    argv = ["--help" if word == "-h" else word for word in (sys.argv[1:] if argv is None else argv)]
-    calls = []  # fire only collects: a word that it cannot place stops before anything runs
-
-    def collect(function):
-        @functools.wraps(function)
-        def call(*args, **flags):
-            calls.append(functools.partial(function, *args, **flags))
-
-        flags = inspect.signature(function).parameters.values()
-        parsers = {p.name: functools.partial(parse_flag, p.name, p.annotation) for p in flags}
-        return fire.decorators.SetParseFns(**parsers)(call)
-
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*argv} or "help" in argv[:2]:
+        named = [word for word in argv if word in commands]
+        fire.Fire(commands, [*named[:1], "--help"])
     try:
         argv = take_megapixels(argv)
-        if argv and not argv[0].startswith("-"):
-            check_words(commands, argv)
-        collectors = {name: collect(function) for name, function in commands.items()}
-        fire.Fire(collectors, argv, serialize=lambda _: None)
-        for call in calls:
-            call()
+        word = argv[0] if argv else "nothing"
+        if word not in commands:
+            hint = f"{suggest(word, commands)}there are {', '.join(commands)}; --help says more"
+            raise UserError(f"{word}: expected a command; {hint}")
+        typed(commands[word])(**parse_words(commands[word], argv[1:]))
     except (UserError, OSError) as error:  # OSError: a full disk, a folder without write access
         if rank != "0":  # torchrun ends the others when one ends: rank 0 says it, once
             time.sleep(5)

@@ -68,7 +68,7 @@ from data import (
     write_atomic,
     write_tensors,
 )
-from loo import UserError
+from loo import UserError, typed
 
 # ---------------------------------------------------------------- features
 
@@ -153,8 +153,6 @@ def open_encoder(run, feature, workers, device):
         others = [str(path.parent) for path in configs if not path.parent.is_symlink()]
         there = f"; there are {', '.join(others)}" if others else ""
         raise UserError(f"--run={run}: no such run; train one with `python loo.py train`{there}")
-    if workers < 0:
-        raise UserError(f"--workers={workers}: expected 0 or more")
     encoder, config = loo.load_encoder(run, resolve_device(device))
     spaces = loo.get_method(config).spaces
     check_choice("feature", feature, ("v", "z", *spaces) if spaces else ("v",))
@@ -481,12 +479,12 @@ def task(function):
     common_names = {p.name for p in common}
 
     @functools.wraps(function)
-    def command(*args, json=False, **flags):
+    def command(json=False, **flags):
         begun = time.perf_counter()
         common_flags = {k: flags.pop(k) for k in common_names & flags.keys()}
         device = resolve_device(common_flags.get("device", "auto"))
         with loo.init_distributed(device) as leader_first:
-            ctx = open_run(*args, **common_flags)._replace(leader_first=leader_first)
+            ctx = open_run(**common_flags)._replace(leader_first=leader_first)
             report(ctx, function.__name__, function(ctx, **flags), json, begun)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -494,7 +492,7 @@ def task(function):
     own_flags = [p.replace(kind=keyword) for p in own[1:]]
     command.__signature__ = inspect.Signature([common[0], *own_flags, *common[1:], json_flag])
     command.__doc__ = f"{function.__doc__.rstrip()}\n{open_run.__doc__}"
-    return command
+    return typed(command)
 
 
 def class_names(ctx, label):
@@ -575,8 +573,6 @@ def probe(ctx, labels, turns, protocol, epochs, lr, per_class=False, save=None):
     if epochs is None:
         epochs = 100 if ctx.data == "inat2019" else 200
     lr = 30.0 if lr is None else lr
-    if epochs < 1 or lr <= 0:
-        raise UserError(f"--epochs={epochs} --lr={lr}: expected 1 or more, and more than 0")
     test, y_test = load_features(ctx, "test", turns)
     if fast:
         train, y = load_features(ctx, "train", turns)
@@ -671,8 +667,6 @@ def knn(ctx, label: tuple = (), neighbours: int = 20):
         label: labels with commas between; every label if none is named
         neighbours: how many vote
     """
-    if neighbours < 1:
-        raise UserError(f"--neighbours={neighbours}: expected 1 or more")
     (x, y), (test, y_test) = load_features(ctx, "train"), load_features(ctx, "test")
     for name in select_labels(ctx, label):
         known, y_known = labeled(x, y[name])
@@ -693,12 +687,9 @@ def fewshot(ctx, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
         shots: images of each class
         trials: independent draws
     """
-    words = [str(n) for n in shots]
-    if not words or not all(w.isdecimal() and int(w) for w in words) or trials < 2:
-        raise UserError(
-            f"--shots={','.join(words)} --trials={trials}: "
-            "expected numbers of images, as 5,10, and two trials or more"
-        )
+    shots = [str(n) for n in shots]
+    if not shots or not all(n.isdecimal() and int(n) for n in shots):
+        raise UserError(f"--shots={','.join(shots)}: expected numbers of images, as 5,10")
     pool = [load_features(ctx, s) for s in ("train", "val") if s in ctx.split]
     test, y_test = load_features(ctx, "test")
     x, test = standardize(torch.cat([x for x, _ in pool]), test)
@@ -706,7 +697,7 @@ def fewshot(ctx, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
     drawn = []
     for name in dict.fromkeys(select_labels(ctx, label)):
         y, k = torch.cat([labels[name] for _, labels in pool]), len(class_names(ctx, name))
-        for n in dict.fromkeys(map(int, words)):
+        for n in dict.fromkeys(map(int, shots)):
             drawn.append((name, k, n, y, sample_shots(y, k, n, trials, ctx.seed, name)))
     for name, k, n, y, rows in drawn:
         w, b = fit_few_shot(x[rows], y[rows], k)
@@ -770,7 +761,7 @@ def robust(
         objectnet: where ObjectNet is, to test on its 13 classes too
         pictures: how many to see corrupted, by default all
     """
-    source = check_source(ctx.data, source, corrupted, objectnet, pictures)
+    source = check_source(ctx.data, source, corrupted, objectnet)
     # Every set is opened before hours are spent on the first.
     published, shifted = robust_datasets(ctx, corrupted, objectnet)
     labels = select_labels(ctx, label)
@@ -795,10 +786,8 @@ def robust(
         yield found | dict(protocol=source, n_train=int((y[found["label"]] >= 0).sum()))
 
 
-def check_source(data, source, corrupted, objectnet, pictures):
+def check_source(data, source, corrupted, objectnet):
     """The source of corrupted images; UserError where the flags of `robust` do not fit together."""
-    if pictures is not None and pictures < 1:
-        raise UserError(f"--pictures={pictures}: expected 1 or more")
     source = source or ("folder" if data == "imagenet100" else "generated")
     check_choice("source", source, ("folder", "generated"))
     if (source == "folder") != bool(corrupted):
@@ -975,8 +964,6 @@ def retrieve(
             have the query's orientation?
         out: where to write the image
     """
-    if min(queries, neighbours) < 1:
-        raise UserError(f"--queries={queries} --neighbours={neighbours}: expected 1 or more")
     n = len(ctx.split["test"].images)
     if neighbours >= n:
         raise UserError(f"--neighbours={neighbours}: there are {n} test images")
@@ -1065,6 +1052,7 @@ def save_neighbors(ctx, near, y, labels, queries, heads, path):
     image_grid(grid.unflatten(0, shown.shape), titles, heads, path, zoom=zoom)
 
 
+@typed
 def embed(
     root: str = None,
     out: str = "features.csv",
@@ -1275,6 +1263,7 @@ NAMED |= {"device", "precision", "workers", "compile", "save_every"}
 ALWAYS = inspect.signature(loo.train).parameters["always"].default
 
 
+@typed
 def table(runs: tuple = ("runs/*",), paper: bool = False):
     """One Markdown table from the results of many runs: a row a method, a column a task and label.
 
@@ -1327,6 +1316,7 @@ def find_files(runs, name):
     return sorted({Path(file).resolve() for file in files})
 
 
+@typed
 def curves(runs: tuple = ("runs/*",), out: str = "curves.png"):
     """Draw the logs of several runs: a panel for each quantity and space, a color for each run.
 
@@ -1615,6 +1605,7 @@ CLAIMS = (
 BUDGETS = {"small": {}, "large": dict(arch="resnet18", size=64, epochs=100)}  # flags of `train`
 
 
+@typed
 def claims(
     budget: str = "small",
     *,
@@ -1643,10 +1634,6 @@ def claims(
         results: print the tables of such a file, and train nothing
     """
     check_choice("budget", budget, tuple(BUDGETS))
-    if seeds < 1:
-        raise UserError(f"--seeds={seeds}: expected 1 or more")
-    if jobs != 1:
-        raise UserError(f"--jobs={jobs}: commands run one after the other; leave the flag out")
     if "WORLD_SIZE" in os.environ:
         raise UserError("claims starts processes of its own: call it with python, not torchrun")
     chosen = range(first, first + seeds)

@@ -37,7 +37,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, wraps
 from json import dumps, loads
 from pathlib import Path
 from typing import NamedTuple
@@ -96,7 +96,9 @@ def methods(groups, same=()):
 
 def get_method(config):
     """The Method that a configuration names."""
-    return methods(config["groups"], config["same"])[config["method"]]
+    method = methods(config["groups"], config["same"])[config["method"]]
+    share, role = torch.as_tensor(method.share), torch.as_tensor(method.role)
+    return method._replace(share=share.bool(), role=role)
 
 
 # ---------------------------------------- loss and queue
@@ -121,6 +123,11 @@ def space_logits(q, k, queue, role, tau):
     -> own (s b v), against every key of its own image, -inf where role is 0; queued (s b n),
     against the queue; positive (s b 1), the index of the positive among own.
     """
+    role = torch.as_tensor(role)
+    check_shapes(q=(q, "s b c"), k=(k, "s v b c"), queue=(queue, "s n c"), role=(role, "s v [b]"))
+    if not torch.is_tensor(tau) and not 0 < tau < math.inf:
+        raise ValueError(f"tau is {tau}: expected a number above 0")
+    positive = positive_view(role).to(q.device)[:, None, None].expand(-1, q.shape[1], 1)
     # Divide q and not the logits, which are many more.
     q = at_least_float32(q) / tau
     k, queue, role = k.to(q.dtype), queue.to(q.dtype), role.to(q.device)
@@ -128,7 +135,6 @@ def space_logits(q, k, queue, role, tau):
         own = einsum(q, k, "s b c, s v b c -> s b v")
         queued = einsum(q, queue, "s b c, s n c -> s b n")
     unused = rearrange(role == 0, "s v ... -> s (...) v")  # (s 1 v) or (s b v)
-    positive = positive_view(role)[:, None, None].expand(-1, q.shape[1], 1)
     return own.masked_fill(unused, -math.inf), queued, positive
 
 
@@ -138,13 +144,26 @@ def at_least_float32(x):
 
 
 def positive_view(role):
-    """role (s v) or (s v b) -> (s,) the key view that is each space's positive, for every image."""
-    view = (role == 1).int().argmax(1)
-    return view if role.ndim == 2 else view[:, 0]
+    """role (s v) or (s v b) -> (s,) the key view that is each space's positive, for every image.
+
+    ValueError unless there is one; on a GPU that is not checked, because it must not wait.
+    """
+    positive = role == 1
+    if positive.ndim == 2:
+        positive = positive[..., None]
+    if positive.device.type == "cpu":
+        of_all = positive.all(2)
+        if not of_all.equal(positive.any(2)) or (of_all.sum(1) != 1).any():
+            raise ValueError(
+                "role must have one positive (1) in each space, for all images the same"
+            )
+    return positive[..., 0].int().argmax(1)
 
 
 def positive_keys(k, role):
     """k (s v b c), role (s v) or (s v b) -> (s b c) each space's positive, which its queue gets."""
+    role = torch.as_tensor(role)
+    check_shapes(k=(k, "s v b c"), role=(role, "s v [b]"))
     return k[torch.arange(len(k), device=k.device), positive_view(role).to(k.device)]
 
 
@@ -153,6 +172,7 @@ def queue_update(queue, pointer, keys):
 
     queue (s n c), pointer to the oldest slot, keys (s b c) -> queue, pointer. b may exceed n.
     """
+    check_shapes(queue=(queue, "s n c"), keys=(keys, "s b c"))
     n, b = queue.shape[1], keys.shape[1]
     slots = (pointer + torch.arange(b, device=queue.device))[-n:] % n
     return queue.index_copy(1, slots, keys[:, -n:].to(queue.dtype)), (pointer + b) % n
@@ -266,9 +286,16 @@ def augment_groups(
     rows: a Rows, when `images` are a part (m c h w) of a global batch
     -> query (b c size size), keys (v b c size size) and params {group: {parameter: (1+v b ...)}},
     row 0 the query's. ValueError for images that are not in [0, 1] or not float32 or float64, for
-    an unknown name, and for texture without textures.
+    an unknown name, for texture without textures, and for shapes that do not fit.
     """
+    share = torch.as_tensor(share)
+    known = {"g": len(set(groups))} | ({"c": 3} if "color" in {*groups, *always} else {})
+    copies = (textures, "b copy c h w")
+    check_shapes(known, images=(images, "b c h w"), aspect=(aspect, "b"), textures=copies)
+    check_shapes(known, share=(share, "v g"))
     check_images(images, FLOATS[:2])
+    if images.requires_grad and torch.is_grad_enabled():
+        raise ValueError("images require a gradient, which views do not pass on: images.detach()")
     if rows is None:
         every = torch.arange(len(images))
         rows = Rows(len(images), every, every, every)
@@ -293,13 +320,13 @@ def sample_groups(b, groups, share, generator, always):
     if unknown := names - GROUPS.keys():
         unknown = ", ".join(sorted(unknown))
         raise ValueError(f"no such augmentation: {unknown}; there are {', '.join(GROUPS)}")
-    params = {}
+    share, params = torch.as_tensor(share).bool().cpu(), {}
     for name in [name for name in GROUPS if name in names]:
         sample, _ = GROUPS[name]
         flat = sample((1 + len(share)) * b, generator)
         params[name] = {key: rearrange(x, "(v b) ... -> v b ...", b=b) for key, x in flat.items()}
         if name in groups:
-            copies = share[:, groups.index(name)].bool().cpu()  # (v,)
+            copies = share[:, groups.index(name)]  # (v,)
             for x in params[name].values():
                 x[1:][copies] = x[0]
     return params
@@ -326,6 +353,24 @@ def apply_groups(images, index, params, size=None, aspect=None, textures=None):
 
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_shapes(lengths=(), **tensors):
+    """ValueError unless each of tensors {name: (tensor, axes)} has these axes, see the legend.
+
+    An axis has one length in all of them; lengths {axis: length} are known beforehand. An axis in
+    brackets, as in "s v [b]", may be absent, and so may a tensor (None).
+    """
+    lengths = dict(lengths)
+    for name, (x, axes) in tensors.items():
+        letters = axes.replace("[", "").replace("]", "").split()
+        if x is None:
+            continue
+        fits = len(letters) - axes.count("[") <= x.ndim <= len(letters)
+        if not fits or any(lengths.setdefault(a, n) != n for a, n in zip(letters, x.shape)):
+            known = " ".join(f"{a}={lengths[a]}" for a in letters if a in lengths)
+            found = f"{name} has the shape {tuple(x.shape)}"
+            raise ValueError(f"{found}, expected ({axes}){' with ' * bool(known)}{known}")
 
 
 def check_images(images, dtypes, margin=0.0):
@@ -401,7 +446,7 @@ def drop_equal(role, params, groups):
     Of texture, only two plain images count as equal.
     """
     b = next(iter(params[groups[0]].values())).shape[1]
-    role = repeat(role, "s v -> s v b", b=b).clone()
+    role = repeat(torch.as_tensor(role), "s v -> s v b", b=b).clone()
     for space, group in enumerate(groups, 1):
         equal = torch.ones(role.shape[1:], dtype=torch.bool)  # (v b)
         for x in params[group].values():
@@ -438,6 +483,7 @@ def encode(encoder, images):
     Normalizes by ImageNet's mean and deviation. LooC++'s v is its spaces' Conv5 outputs, (b (s d)).
     ValueError for images that are not in [0, 1] or not floating point.
     """
+    check_shapes({"c": 3}, images=(images, "b c h w"))
     check_images(images, FLOATS, margin=0.5)  # views may leave [0, 1] a little
     mean, std = images.new_tensor(IMAGENET_NORM)[:, :, None, None]
     return encoder((images - mean) / std)
@@ -462,6 +508,10 @@ class Encoder(nn.Module):
         size=224,
     ):
         super().__init__()
+        if heads not in ("mlp", "conv5") or stem not in CHOICES["stem"]:
+            raise ValueError(
+                f"heads={heads}, stem={stem}: expected mlp or conv5, imagenet or cifar"
+            )
         # Build each layer4 separately: copies would start identical.
         count = spaces if heads == "conv5" else 1
         nets = [backbone(arch, stem, splits, size) for _ in range(count)]
@@ -878,16 +928,6 @@ CHOICES = {
     "cache": ("auto", "device", "host", "none"),
 }
 
-# flag: lowest, highest, and both in words
-POSITIVE = (math.nextafter(0.0, 1.0), math.inf, "more than 0")
-NOT_NEGATIVE = (0, math.inf, "0 or more")
-RANGES = {
-    **dict.fromkeys(("size", "canvas", "epochs", "batch", "lr", "queue", "tau"), POSITIVE),
-    **dict.fromkeys(("dim", "splits", "save_every"), POSITIVE),
-    **dict.fromkeys(("weight_decay", "hidden", "workers"), NOT_NEGATIVE),
-    "momentum": (0, 1, "0 to 1; it is the key encoder's, not SGD's"),
-}
-
 
 class UserError(ValueError):
     """Bad input: the command line prints it as one line and exits with this code."""
@@ -907,6 +947,20 @@ def check_data_module():
         raise UserError(
             f"`import data` finds {found}, not {ours}: put its folder first in sys.path"
         )
+
+
+def typed(function):
+    """Give a command's flags the types and ranges of its signature, also when Python calls it."""
+
+    @wraps(function)
+    def command(*args, **flags):
+        check_data_module()
+        from data import parse_flags
+
+        given = inspect.signature(function).bind(*args, **flags).arguments
+        return function(**parse_flags(function, given))
+
+    return command
 
 
 def make_config(*, packed, fresh, **flags):
@@ -929,9 +983,6 @@ def make_config(*, packed, fresh, **flags):
     config["device"] = resolve_device(flags["device"])
     if config["precision"] == "auto":
         config["precision"] = "bfloat16" if fast_bfloat16(config["device"]) else "float32"
-    for flag, (low, high, expected) in RANGES.items():
-        if config[flag] is not None and not low <= config[flag] <= high:
-            raise UserError(f"--{flag}={config[flag]}: expected {expected}")
     check_config(config, packed)
     if data == "folder" and flags["root"]:
         forbid_inside("out", config["out"], flags["root"])
@@ -983,11 +1034,10 @@ def check_config(config, packed):
             f"--splits={splits} does not divide among {processes} processes: start a number that "
             "divides, or change --splits, and with it the training"
         )
-    try:
-        learning_rate(config, 0.0)
-    except ValueError:
+    number = r" *\d*\.?\d+ *"
+    if not re.fullmatch(f"cosine|{number}(,{number})*", config["schedule"]):
         message = "expected cosine, or epochs with commas between, as 300,400"
-        raise UserError(f"--schedule={config['schedule']}: {message}") from None
+        raise UserError(f"--schedule={config['schedule']}: {message}")
 
 
 def check_network(config):
@@ -1095,10 +1145,10 @@ def training_labels(dataset, config):
     """What "supervised" learns -> labels (n,), None of "rotation"; number of classes; name."""
     from data import check_choice, label_names
 
-    if config["method"] != "supervised":
-        return None, 0, config["label"]
     known = (*label_names(dataset.classes), "rotation")
     label = check_choice("label", config["label"] or known[0], known)
+    if config["method"] != "supervised":
+        return None, 0, config["label"]
     if label != "rotation":
         return dataset.labels[label], len(dataset.classes[label]), label
     if "rotation" not in config["groups"]:
@@ -1116,6 +1166,7 @@ def training_rows(dataset, labels):
 # ---------------------------------------- the loop and its log
 
 
+@typed
 def train(
     method: str = "looc",
     groups: tuple = ("color", "rotation"),
@@ -1956,6 +2007,7 @@ def load_encoder(run, device="cpu"):
     return encoder.eval().to(device, memory_format=torch.channels_last), config
 
 
+@typed
 def show_methods(groups: tuple = ("color", "rotation"), same: tuple = ("rotation",)):
     """Print the methods: which groups a key view shares, and what it is to each space."""
     check_groups(groups=groups, same=same)
@@ -1970,6 +2022,7 @@ def show_methods(groups: tuple = ("color", "rotation"), same: tuple = ("rotation
 # ---------------------------------------- speed
 
 
+@typed
 def bench(
     method: str = "looc",
     groups: tuple = ("color", "rotation"),
@@ -2007,9 +2060,8 @@ def bench(
         json: print one JSON line and nothing else
     """
     given = {k: v for k, v in locals().items() if k not in ("steps", "json")}
-    if method == "supervised" or steps < 2:
-        expected = "expected a contrastive method and two steps or more"
-        raise UserError(f"--method={method} --steps={steps}: {expected}")
+    if method == "supervised":
+        raise UserError(f"--method={method}: expected a contrastive method")
     tune_malloc()
     config = default_config(**given, data=recipe)
     begun = time.perf_counter()

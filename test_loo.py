@@ -64,7 +64,7 @@ BOXES += [(25, 25, 15, 15), (1, 2, 38, 37), (5, 30, 35, 10), (17, 3, 21, 23)]
 FLIP, TURNS = torch.arange(8) < 4, torch.arange(8) % 4
 COMMANDS = {
     loo: "train show_methods bench",
-    data: "stylize pack check",
+    data: "stylize pack check sheet",
     eval: "linear rotation fewshot knn robust spaces retrieve embed table curves claims",
 }
 
@@ -640,6 +640,71 @@ def test_texture_takes_the_drawn_copy():
         loo.augment_groups(*inputs)
 
 
+def test_tables_may_be_lists_and_whole_numbers():
+    """`share` as README prints it masks; by index it would choose other views."""
+    share, role = [[0, 0], [1, 0], [0, 1]], [[1, 0, 0], [-1, 1, -1], [-1, -1, 1]]
+    q, k, queue = (
+        F.normalize(torch.randn(3, 4, 8), dim=-1),
+        torch.randn(3, 3, 4, 8),
+        torch.randn(3, 5, 8),
+    )
+    method = loo.methods(GROUPS)["looc"]
+    want = loo.augment_groups(noise(4), GROUPS, method.share, make_generator(1))[1]
+    loss = loo.multi_space_loss(q, k, queue, method.role, 0.2)
+    for change in (list, np.array, torch.tensor):
+        got = loo.augment_groups(noise(4), GROUPS, change(share), make_generator(1))[1]
+        assert torch.equal(got, want)
+        assert torch.equal(loo.multi_space_loss(q, k, queue, change(role), 0.2), loss)
+        keys = loo.positive_keys(k, change(role))
+        assert torch.equal(keys, loo.positive_keys(k, method.role))
+
+
+Q, K, QUEUE, ROLE = (2, 4, 8), (2, 2, 4, 8), (2, 5, 8), [[1, 0], [-1, 1]]
+BAD_LOSS = [(dict(q=(4, 8)), r"q has the shape \(4, 8\), expected \(s b c\)")]
+BAD_LOSS += [(dict(k=(3, 2, 4, 8)), r"k has .* expected \(s v b c\) with s=2")]
+BAD_LOSS += [(dict(queue=(2, 5, 7)), "queue has .* c=8"), (dict(queue=(5, 8)), "queue")]
+BAD_LOSS += [(dict(role=[[1, 0]]), "role has .* s=2"), (dict(role=[1, 0]), "role")]
+BAD_LOSS += [(dict(role=[[1, 0], [-1, 0]]), "one positive"), (dict(tau=0), "tau is 0")]
+BAD_LOSS += [(dict(role=[[1, 0], [1, 1]]), "one positive"), (dict(tau=math.nan), "tau is nan")]
+BAD_LOSS += [(dict(role=[[[1, 0, 1, 1], [0, 1, 0, 0]]] * 2), "for all images the same")]
+
+
+@pytest.mark.parametrize("changed, says", BAD_LOSS)
+def test_a_loss_of_shapes_or_a_role_that_cannot_be_is_refused(changed, says):
+    given = dict(q=Q, k=K, queue=QUEUE, role=ROLE, tau=0.2) | changed
+    for name in ("q", "k", "queue"):
+        given[name] = torch.ones(given[name])
+    with pytest.raises(ValueError, match=says):
+        loo.multi_space_loss(**given)
+
+
+BAD_VIEWS = [(dict(images=(3, 32, 32)), r"expected \(b c h w\)"), (dict(groups=("color",)), "g=1")]
+BAD_VIEWS += [(dict(images=(2, 1, 32, 32)), "c=3"), (dict(share=[0, 1]), r"expected \(v g\)")]
+BAD_VIEWS += [(dict(groups=("color", "color")), "share"), (dict(aspect=torch.ones(3)), "aspect")]
+BAD_VIEWS += [(dict(textures=torch.ones(2, 3, 32, 32)), "textures"), (dict(grad=True), "detach")]
+
+
+@pytest.mark.parametrize("changed, says", BAD_VIEWS)
+def test_views_of_shapes_that_cannot_be_are_refused(changed, says):
+    given = dict(images=(2, 3, 32, 32), groups=GROUPS, share=[[0, 0]], grad=False) | changed
+    images = torch.zeros(given.pop("images"), requires_grad=given.pop("grad"))
+    with pytest.raises(ValueError, match=says):
+        loo.augment_groups(images, generator=make_generator(1), **given)
+
+
+def test_other_functions_by_hand_name_what_does_not_fit():
+    encoder = loo.Encoder("small", spaces=1, hidden=8, dim=8)
+    for shape in ((3, 32, 32), (2, 1, 32, 32), (2, 4, 32, 32)):
+        with pytest.raises(ValueError, match=r"images has .* expected \(b c h w\)"):
+            loo.encode(encoder, torch.zeros(shape))
+    with pytest.raises(ValueError, match="keys has"):
+        loo.queue_update(torch.zeros(QUEUE), 0, torch.zeros(2, 4, 7))
+    with pytest.raises(ValueError, match="k has"):
+        loo.positive_keys(torch.zeros(Q), ROLE)
+    with pytest.raises(ValueError, match="expected mlp or conv5"):
+        loo.Encoder("small", heads="conv")
+
+
 # ---------------------------------------------------------------- loo.py: configuration to bench
 
 
@@ -661,6 +726,18 @@ BAD_FLAGS += [("--arch=vgg11 --size=16", "--size=16"), ("--arch=vit_b_16 --size=
 BAD_FLAGS += [("--arch=swin_t --method=looc++", "ResNet"), ("--arch=swin_t --stem=cifar", "ResNet")]
 BAD_FLAGS += [("--init=nope", "no such file"), ("--init=imagenet", "--arch=small")]
 
+BAD_FLAGS += [("--lr=nan", "more than 0"), ("--tau=inf", "finite"), ("--weight_decay=inf", "0 or")]
+BAD_FLAGS += [("--schedule=nan", "cosine"), ("--schedule=3,-5", "cosine"), ("--label=nope", "hue")]
+BAD_FLAGS += [(f"--seed={2**64}", "64 bits"), ("--queue=1e12", "whole"), ("--lr -1", "more than 0")]
+BAD_FLAGS += [(f"--{flag}={10**12}", "2**31") for flag in ("queue", "dim", "hidden", "epochs")]
+BAD_FLAGS += [
+    ("--out --fresh", "--out: expected a value"),
+    ("--out=", "--out="),
+    ("--root", "path"),
+]
+BAD_FLAGS += [("--label ''", "--label="), ("--groups", "words"), ("-5", "--method=-5")]
+BAD_FLAGS += [("moco color factors stray", "stray"), ("--nofresh=1", "no such flag")]
+
 
 @pytest.mark.parametrize("flags, hint", BAD_FLAGS)
 def test_bad_flags_are_one_clear_line_and_nothing_is_written(flags, hint, here, capsys):
@@ -670,13 +747,23 @@ def test_bad_flags_are_one_clear_line_and_nothing_is_written(flags, hint, here, 
     assert not list(here.iterdir())
 
 
+def test_a_home_folder_may_be_named_by_its_sign(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    config = loo.default_config(out="~/run", root="~/photos", data="folder")
+    assert (config["out"], config["root"]) == (f"{here}/run", f"{here}/photos")
+    assert data.parse_flags(eval.table, dict(runs="~/a*, b")) == {"runs": (f"{here}/a*", "b")}
+    run(data, "sheet --out=~/new/sheet.png --size=8")
+    assert (here / "new" / "sheet.png").exists()
+
+
 def test_flags_from_python_are_those_of_the_command_line(here):
     given = dict(groups="color", lr=np.float32(1), epochs=np.int64(3), batch=64.0, fresh=False)
     config = loo.default_config(**given, out=Path("run"), drop_equal=np.True_)
     assert config["groups"] == ["color"]
     assert [config[key] for key in ("lr", "epochs", "batch", "out")] == [1.0, 3, 64, "run"]
     assert json.loads(json.dumps(config)) == config
-    for wrong in (dict(epochs=2.5), dict(lr=math.nan), dict(root=5), dict(groups=7)):
+    refused = [dict(epochs=2.5), dict(lr=math.nan), dict(root=5), dict(groups=7), dict(out=True)]
+    for wrong in (*refused, dict(seed=2**64), dict(queue=0), dict(root=""), dict(epochs=True)):
         with pytest.raises(UserError, match="expected"):
             loo.default_config(**wrong)
 
@@ -1959,12 +2046,46 @@ def test_flags_are_typed_by_the_signature_and_commands_guessed(capsys):
     def command(out: str = "x", groups: tuple = (), lr: float = 1.0, fresh: bool = False):
         got.append((out, groups, lr, fresh))
 
-    lines = "--out=1e3 --groups=color --lr=3 --fresh", "--out runs/lr=3", "--out lr=.1 --fresh"
+    lines = ["--out=1e3 --groups=color --lr=3 --fresh", "--out runs/lr=3", "--out lr=.1 --fresh"]
+    lines += ["color --fresh false --out=x", "--fresh x color --lr 2 --nofresh"]
     for line in lines:
         data.command_line({"go": command}, ["go", *line.split()])
     assert got[0] == ("1e3", ("color",), 3.0, True)
-    assert got[1:] == [("runs/lr=3", (), 1.0, False), ("lr=.1", (), 1.0, True)]
+    assert got[1:3] == [("runs/lr=3", (), 1.0, False), ("lr=.1", (), 1.0, True)]
+    assert got[3:] == [("x", ("color",), 1.0, False), ("x", ("color",), 2.0, False)]
     assert "did you mean train" in refused(capsys, loo, "trian")
+
+
+@pytest.mark.parametrize("line", ["train --epochs=5 --help", "--lr=x train -h", "help train"])
+def test_help_explains_the_command(line, capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        run(loo, line)
+    assert "--weight_decay=" in capsys.readouterr().err
+
+
+def test_without_a_command_all_are_named(capsys):
+    for module in (loo, data, eval):
+        assert list(COMMANDS[module].split())[-1] in refused(capsys, module, "")
+    assert "expected a command" in refused(capsys, loo, "--epochs=5 train")
+
+
+BAD_NUMBERS = [(data, "sheet --size=7"), (data, "sheet --size=1000000"), (data, "check --sample=0")]
+BAD_NUMBERS += [(data, f"stylize --{flag}") for flag in ("copies=0", "size=8", "strength=nan")]
+BAD_NUMBERS += [(data, f"stylize --{flag}") for flag in ("steps=-1", "batch=0", "split=nope")]
+BAD_NUMBERS += [(data, f"pack --{flag}") for flag in ("size=0", "canvas=-3", "workers=-1")]
+BAD_NUMBERS += [(loo, "bench --steps=1"), (loo, "bench --batch=0"), (eval, "knn --neighbours=0")]
+BAD_NUMBERS += [(eval, f"spaces --margin={x}") for x in ("nan", "inf", -1, "x")]
+BAD_NUMBERS += [(eval, f"claims --{flag}") for flag in ("jobs=2", "seeds=0", "seeds=1000000000")]
+BAD_NUMBERS += [(eval, "fewshot --trials=1"), (eval, "retrieve --queries=0")]
+BAD_NUMBERS += [(eval, "robust --pictures=0"), (eval, "linear --protocol=paper --lr=inf")]
+BAD_NUMBERS += [(eval, "embed --workers=-1"), (eval, f"linear --seed={-(10**20)}")]
+
+
+@pytest.mark.parametrize("module, line", BAD_NUMBERS)
+def test_a_number_out_of_its_range_is_one_clear_line(module, line, here, capsys):
+    flag = line.split()[-1]
+    assert refused(capsys, module, line).startswith(f"error: {flag}: expected")
+    assert not list(here.iterdir())
 
 
 def test_a_full_disk_leaves_what_was_there(here, monkeypatch):
