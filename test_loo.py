@@ -957,7 +957,7 @@ def test_readmes_examples_run(here, monkeypatch):
     loop = next(block for block in blocks if "loo.multi_space_loss(" in block)
     monkeypatch.setattr(loo, "GROUPS", dict(loo.GROUPS))
     train, tiny = loo.train, dict(epochs=1, queue=16, hidden=16, dim=8)
-    monkeypatch.setattr(loo, "train", functools.partial(train, **tiny))
+    monkeypatch.setattr(loo, "train", functools.wraps(train)(functools.partial(train, **tiny)))
     exec(own, {"__name__": "__main__"})
     assert loo.load_encoder("runs/latest")[1]["groups"] == ["color", "invert"]
     names = {"images": noise(2)}
