@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import errno
 import functools
 import hashlib
 import inspect
@@ -23,6 +24,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import struct
 import sys
@@ -55,6 +57,7 @@ class ImageSet(NamedTuple):
     classes: dict  # {label: class names}
     missing: tuple = ()  # indices of images that could not be read and were left out
     textures: torch.Tensor = None  # (n copy 3 h w) uint8, stylized copies of the images
+    held: dict = {}  # {flag of a folder: [number of files that were read from it, fingerprint]}
 
 
 class Source(NamedTuple):
@@ -620,6 +623,7 @@ def iter_batches(dataset, workers=2, batch=256, part=(0, 1), count=None, named=5
         files,
         batch_sampler=[rows.tolist() for rows in batches],
         num_workers=workers if n > 256 else 0,
+        collate_fn=collate,
     )
     try:
         for rows, (images, aspect, errors) in zip(batches, loader):
@@ -628,7 +632,7 @@ def iter_batches(dataset, workers=2, batch=256, part=(0, 1), count=None, named=5
             if failures and files.advice:
                 raise UserError(f"{failures[0]}; {files.advice}")
             if good.any():
-                yield rows[good], images[good], aspect[good].float()
+                yield rows[good], torch.from_numpy(images)[good], torch.tensor(aspect)[good]
     except RuntimeError as error:  # a worker was killed
         hint = "take --workers=0, or free some memory"
         raise UserError(f"decoding stopped ({first_line(error)}): {hint}") from None
@@ -640,33 +644,45 @@ def iter_batches(dataset, workers=2, batch=256, part=(0, 1), count=None, named=5
         print(f"warning: {len(failures) - named} more images cannot be read", file=sys.stderr)
 
 
+def collate(items):
+    """A batch of ImageFiles. Tensors would need /dev/shm, of which Docker gives 64 MB."""
+    images, aspect, errors = zip(*items)
+    return torch.stack(images).numpy(), aspect, errors
+
+
 def decode_all(dataset, workers=2, cache=None, shared=False):
     """ImageSet of files -> ImageSet of a tensor, images (n 3 side side) uint8.
 
     cache: a folder. It keeps sets over 4 GiB, or all if `shared`, as memory maps for the next run
-    and for other processes. UserError when more than 1% (and more than one) cannot be read."""
+    and for other processes, until a file changes. UserError when more than 1% (and more than one)
+    cannot be read."""
     if torch.is_tensor(dataset.images):
         return dataset
     n, side = len(dataset.images), dataset.images.side
-    size = n * 3 * side**2
-    path = Path(cache) / f"{fingerprint(dataset)[:16]}.canvases" if cache else None
+    size, mark = n * 3 * side**2, fingerprint(dataset)
+    name = hashlib.sha1(repr((mark, side, dataset.images.share)).encode()).hexdigest()[:16]
+    path = Path(cache) / f"{name}.canvases" if cache else None
     if not cache or (size <= 4 << 30 and not shared and not path.exists()):
         images = torch.empty(n, 3, side, side, dtype=torch.uint8)
         rows, aspect = decode(dataset, images, workers)
     else:
-        index = path.with_suffix(".pt")
+        index, times = path.with_suffix(".pt"), file_times(dataset)
 
         def write(file):
             allocate(file, size)
-            write_tensors(index, decode(dataset, memory_map(file.name, n, side), workers))
+            read = decode(dataset, memory_map(file.name, n, side), workers)
+            write_tensors(index, (*read, times))
 
-        if not (index.exists() and path.exists() and path.stat().st_size == size):
+        whole = index.exists() and path.exists() and path.stat().st_size == size
+        if not whole or not torch.equal(read_tensors(index)[2], times):
             print(f"decoding {n} images, once: {path}", file=sys.stderr, flush=True)
+            path.unlink(missing_ok=True)
             write_atomic(path, write, size=size)
-        images, (rows, aspect) = memory_map(path, n, side), read_tensors(index)
+        images, (rows, aspect, _) = memory_map(path, n, side), read_tensors(index)
     missing = tuple(sorted(set(range(n)) - set(rows.tolist())))
     labels = {name: y[rows] for name, y in dataset.labels.items()}
-    return ImageSet(images[: len(rows)], aspect, labels, dataset.classes, missing)
+    held = {"root": [n, mark]}
+    return ImageSet(images[: len(rows)], aspect, labels, dataset.classes, missing, held=held)
 
 
 def decode(dataset, images, workers):
@@ -707,23 +723,37 @@ def map_file(path, size, dtype, shared=True):
 
 
 def fingerprint(dataset):
-    """What a cache of these images depends on: the pixels, or the files' paths, sizes and times."""
+    """What images these are: a hash of the pixels, or of the files' names and sizes.
+
+    Names are relative, so a copy of the folder elsewhere is the same set."""
     if torch.is_tensor(dataset.images):
         return hashlib.sha1(dataset.images.numpy()).hexdigest()
-    source = dataset.images.source  # paths, or a data set of torchvision
-    real = functools.cache(os.path.realpath)  # of folders: a link leads to the same images
+    source = dataset.images.source
+    files = [line for line in repr(source).splitlines() if "Root location" not in line]
+    if isinstance(source, (tuple, list)):  # else it is torchvision's
+        top = os.path.commonpath([path.parent for path in source])
+        names = [path.relative_to(top).as_posix() for path in source]
+        files = list(zip(names, file_stats(source, "st_size")))
+    return hashlib.sha1(repr(files).encode()).hexdigest()
 
-    def describe(path):
-        if not path.exists():  # a broken link
-            return str(path)
-        stat = path.stat()
-        return os.path.join(real(path.parent), path.name), stat.st_size, stat.st_mtime_ns
 
-    files = repr(source)
-    if isinstance(source, (tuple, list)):
-        files = [describe(path) for path in source]
-    key = (files, dataset.images.side, dataset.images.share)
-    return hashlib.sha1(repr(key).encode()).hexdigest()
+def file_times(dataset):
+    """When each file of a set was last changed -> (n,) ns, empty where it has no files."""
+    source = getattr(dataset.images, "source", ())
+    files = isinstance(source, (tuple, list))
+    return torch.tensor(file_stats(source, "st_mtime_ns") if files else [], dtype=torch.int64)
+
+
+def file_stats(paths, name):
+    """A number that the file system has of each file, -1 where it is gone."""
+
+    def read(path):
+        try:
+            return getattr(path.stat(), name)
+        except OSError:
+            return -1
+
+    return [read(path) for path in paths]
 
 
 def to_uint8(images):
@@ -1542,8 +1572,9 @@ def with_textures(name, files, dataset, root, textures, cache, workers=2, device
     advice = "remove it: `python data.py stylize` writes it again"
     copies = ImageFiles(copies, read_image, side, advice=advice)
     copies = ImageSet(copies, torch.ones(len(copies)), {}, {})
-    images = decode_all(copies, workers, cache, shared=dataset.images.is_shared()).images
-    return dataset._replace(textures=images.view(len(paths), -1, 3, side, side))
+    copies = decode_all(copies, workers, cache, shared=dataset.images.is_shared())
+    held = dataset.held | {"textures": copies.held["root"]}
+    return dataset._replace(textures=copies.images.view(len(paths), -1, 3, side, side), held=held)
 
 
 def factors_textures(dataset, cache, device):
@@ -2004,16 +2035,37 @@ def take_megapixels(argv):
     return rest
 
 
+class Stream(io.FileIO):
+    """Standard output that nobody reads any more, as after `| head`, ends no command."""
+
+    def write(self, text):
+        try:
+            return super().write(text)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: of a terminal that was closed
+                raise
+            return len(text)
+
+
+def outlive_readers(stream):
+    """sys.stdout or sys.stderr, as a Stream where it is still the shell's."""
+    if stream not in (sys.__stdout__, sys.__stderr__) or stream is None:
+        return stream
+    stream.flush()
+    buffer = io.BufferedWriter(Stream(stream.fileno(), "w", closefd=False))
+    lines = stream.line_buffering or stream.write_through
+    # A file's name may be in Latin-1.
+    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=lines)
+
+
 def command_line(commands, argv=None):
     """Run commands[argv[0]], flags typed by its signature. UserError: one line and exit code 2."""
     rank = os.environ.get("RANK", "0")
+    sys.stdout, sys.stderr = outlive_readers(sys.stdout), outlive_readers(sys.stderr)
     in_main = threading.current_thread() is threading.main_thread()
     # So `finally` removes what is half written. Other ranks write nothing, and wait for rank 0.
     if rank == "0" and in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not Jupyter's
-            stream.reconfigure(errors="backslashreplace")  # a file's name may be in Latin-1
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & {*argv} or "help" in argv[:2]:
         named = [word for word in argv if word in commands]
@@ -2025,10 +2077,18 @@ def command_line(commands, argv=None):
             hint = f"{suggest(word, commands)}there are {', '.join(commands)}; --help says more"
             raise UserError(f"{word}: expected a command; {hint}")
         typed(commands[word])(**parse_words(commands[word], argv[1:]))
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder without write access
+    except Exception as error:
+        message = str(error)
+        if lacks_memory(error):
+            words = str(error) or "MemoryError"
+            what = first_line(words.rpartition("DefaultCPUAllocator: ")[2])
+            hint = "lower --batch, --size, --queue, --dim or --hidden, whichever is large"
+            message = f"not enough memory ({what}): {hint}"
+        elif not isinstance(error, (UserError, OSError)):  # a full disk, a folder without access
+            raise
         if rank != "0":  # torchrun ends the others when one ends: rank 0 says it, once
             time.sleep(5)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(getattr(error, "code", 2)) from None
 
 
@@ -2051,6 +2111,13 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0][:120]
 
 
+def lacks_memory(error):
+    """Whether an exception says that this much memory, of the machine or a GPU, cannot be had."""
+    words = "allocate|out of memory|overflow|ALLOC_FAILED"
+    of_torch = isinstance(error, (RuntimeError, TypeError)) and re.search(words, str(error), re.I)
+    return isinstance(error, MemoryError) or bool(of_torch)
+
+
 def read_tensors(path, device="cpu"):
     """A file of torch.save; no code in it is run. UserError when it is incomplete."""
     try:
@@ -2063,10 +2130,23 @@ def write_tensors(path, content):
     write_atomic(path, functools.partial(torch.save, content))
 
 
+def check_out(path, folder=False):
+    """UserError unless there is, or can be, a file (or a folder) of this name."""
+    real = Path(os.path.realpath(path))  # of a loop of links, one of them
+    there = next(place for place in (real, *real.parents) if os.path.lexists(place))
+    wanted = "folder" if folder or there != real else "file"
+    is_wanted = there.is_dir if wanted == "folder" else there.is_file
+    if not is_wanted():
+        raise UserError(f"{path} cannot be written: {there} is no {wanted}; name another")
+
+
 def write_atomic(path, content, keep=None, size=None):
     """Write bytes, or what content(file) writes (of `size`, if known), completely or not at all.
 
-    The file that was there is moved to `keep`. UserError if it fails: then that file stays."""
+    The file that was there is moved to `keep`. UserError if it fails: then that file stays.
+    A link is written through."""
+    check_out(path)
+    path = path if keep else Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     size = size if callable(content) else len(content)

@@ -48,6 +48,7 @@ from data import (
     ImageSet,
     allocate,
     check_choice,
+    check_out,
     command_line,
     corrupt,
     crop_pct,
@@ -55,6 +56,7 @@ from data import (
     decode_all,
     draw_curves,
     epoch_batches,
+    file_times,
     fingerprint,
     image_grid,
     image_paths,
@@ -206,17 +208,18 @@ def cached_features(ctx, split, turns=(0,)):
     Computed once for a run, data set, split and turns.
     """
     dataset = ctx.split[split]
-    key = repr(((ctx.data, ctx.root, ctx.weights), split, turns, fingerprint(dataset)))
+    times = file_times(dataset)
+    key = repr(((ctx.data, ctx.weights), split, turns, fingerprint(dataset)))
     name = hashlib.sha1(key.encode()).hexdigest()[:16]
     path = ctx.run / "features" / f"{ctx.data}-{split}-{name}.pt"
     try:
-        cached = read_tensors(path)
+        *cached, then = read_tensors(path)
     except UserError:  # not there, or not whole
-        cached = None
-    if loo.all_reduce_max(cached is None):
+        cached, then = None, None
+    if loo.all_reduce_max(then is None or not torch.equal(then, times)):
         cached = features(ctx.encoder, dataset, turns, ctx.workers)
         if loo.rank() == 0:
-            write_tensors(path, cached)
+            write_tensors(path, (*cached, times))
     v, z, rows = cached
     labels = {name: y[rows].repeat(len(turns)) for name, y in dataset.labels.items()}
     labels["rotation"] = torch.tensor(turns).repeat_interleave(len(rows))
@@ -642,8 +645,8 @@ def linear(
         raise UserError(
             f"--save={save} keeps one classifier: name its label, as --label={labels[0]}"
         )
-    if save and Path(save).is_dir():
-        raise UserError(f"--save={save} is a folder: name a file")
+    if save:
+        check_out(save)
     yield from probe(ctx, labels, (0,), protocol, epochs, lr, per_class, save)
 
 
@@ -969,8 +972,7 @@ def retrieve(
         raise UserError(f"--neighbours={neighbours}: there are {n} test images")
     labels = select_labels(ctx, label, least=0) + ["rotation"] * turn
     path = Path(out or ctx.run / "retrieve.png")
-    if path.is_dir():
-        raise UserError(f"--out={out} is a folder; name a .png file")
+    check_out(path)
     runs = [ctx, open_other(ctx, against)] if against else [ctx]
     near, y = zip(*(nearest_images(run, neighbours, turn) for run in runs))
     if loo.rank() == 0:
@@ -1079,8 +1081,9 @@ def embed(
         device: auto, cpu or cuda
     """
     out = Path(out)
-    if out.suffix not in WRITERS or out.is_dir():
+    if out.suffix not in WRITERS:
         raise UserError(f"--out={out}: expected a file that ends in {', '.join(WRITERS)}")
+    check_out(out)
     if not root or not Path(root).is_dir():
         raise UserError(f"--root={root}: no such folder; embed needs --root=DIR, images in it")
     with loo.init_distributed(resolve_device(device)) as leader_first:
@@ -1213,6 +1216,8 @@ def report(ctx, task_name, results, json, begun):
     columns, notes = [], []
     common = dict(run=ctx.run.name, task=task_name, data=ctx.data, root=ctx.root, protocol="fast")
     common |= dict(feature=ctx.feature, seed=ctx.seed)
+    if ctx.data == "folder":
+        common["images"] = fingerprint(ctx.split["train"])
     common |= {key: ctx.config[key] for key in ("method", "groups")}
     for found in results:
         if loo.rank():
@@ -1258,7 +1263,7 @@ def table_head(names):
 
 
 # Settings that `table` does not tell apart, or names in another column.
-NAMED = {"seed", "method", "groups", "label", "textures", "out", "cache", "download"}
+NAMED = {"held", "seed", "method", "groups", "label", "textures", "out", "cache", "download"}
 NAMED |= {"device", "precision", "workers", "compile", "save_every"}
 ALWAYS = inspect.signature(loo.train).parameters["always"].default
 
@@ -1298,7 +1303,25 @@ def read_results(runs):
     if not found:
         raise UserError(f"--runs={','.join(runs)}: no results; `python eval.py linear` writes some")
     folders = [path.parent for path in sorted(found, key=os.path.getmtime)]
-    return list(itertools.chain.from_iterable(map(results_of, folders)))
+    return unify_roots(itertools.chain.from_iterable(map(results_of, folders)))
+
+
+def unify_roots(pairs):
+    """Give the (config, line) of results on the same images one root, wherever these were."""
+    pairs, known = list(pairs), {}
+
+    def unify(holder, mark):
+        if mark not in known:
+            taken = holder["root"] in known.values()  # the folder has changed since
+            known[mark] = holder["root"] + f" ({mark[:6]})" * taken
+        holder["root"] = known[mark]
+
+    for config, line in pairs:
+        if config["data"] == "folder" and "root" in config.get("held", {}):
+            unify(config, config["held"]["root"][1])
+            if line.get("fingerprint"):
+                unify(line, line["fingerprint"])
+    return pairs
 
 
 def results_of(run):
@@ -1324,8 +1347,7 @@ def curves(runs: tuple = ("runs/*",), out: str = "curves.png"):
         runs: run folders or patterns, with commas between
         out: where to write the image
     """
-    if Path(out).is_dir():
-        raise UserError(f"--out={out} is a folder; name a .png file")
+    check_out(out)
     logs = {}
     for file in find_files(runs, "log.jsonl"):
         config = loads(file.with_name("config.json").read_text())
@@ -1634,7 +1656,7 @@ def claims(
         results: print the tables of such a file, and train nothing
     """
     check_choice("budget", budget, tuple(BUDGETS))
-    if "WORLD_SIZE" in os.environ:
+    if loo.asked_processes() > 1:
         raise UserError("claims starts processes of its own: call it with python, not torchrun")
     chosen = range(first, first + seeds)
     if results:

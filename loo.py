@@ -966,7 +966,7 @@ def typed(function):
 def make_config(*, packed, fresh, **flags):
     """The flags of `train`, completed by the recipe -> config, plain data. UserError if wrong."""
     check_data_module()
-    from data import NAMES, check_choice, forbid_inside, parse_flags, resolve_device
+    from data import NAMES, check_choice, check_out, forbid_inside, parse_flags, resolve_device
 
     flags = parse_flags(train, flags)
     method, data, groups = flags["method"], flags["data"], flags["groups"]
@@ -977,7 +977,13 @@ def make_config(*, packed, fresh, **flags):
     check_groups(groups=groups, always=flags["always"], same=flags["same"])
     recipe = RECIPES[flags["recipe"]]
     config = {name: recipe.get(name) if value is None else value for name, value in flags.items()}
+    if flags["schedule"] is None and config["epochs"] != recipe["epochs"]:
+        share = config["epochs"] / recipe["epochs"]
+        config["schedule"] = scale_schedule(recipe["schedule"], share)
     config["out"] = flags["out"] or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
+    check_out(config["out"], folder=True)
+    if os.path.islink(config["out"]):  # runs/latest will be another run
+        config["out"] = os.path.relpath(os.path.realpath(config["out"]))
     config["groups"], config["same"] = list(groups), list(flags["same"])
     config["always"] = [name for name in flags["always"] if name not in groups]
     config["device"] = resolve_device(flags["device"])
@@ -1007,7 +1013,7 @@ def check_config(config, packed):
     """UserError where flags that are right one by one do not fit together."""
     method, data, groups, same = (config[name] for name in ("method", "data", "groups", "same"))
     textures, batch, splits = config["textures"], config["batch"], config["splits"]
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = asked_processes()
     named = ",".join(groups)
     if len(set(groups)) < len(groups):
         raise UserError(f"--groups={named} names a group twice")
@@ -1024,8 +1030,6 @@ def check_config(config, packed):
             f"--textures={textures}: expected a group that reads it, as in "
             "--groups=color,texture; factors makes its own copies"
         )
-    if Path(config["out"]).is_file():
-        raise UserError(f"--out={config['out']} is a file; name a folder")
     check_network(config)
     if batch % splits or batch == splits:
         raise UserError(f"--batch={batch} is not --splits={splits} parts of two images or more")
@@ -1042,7 +1046,7 @@ def check_config(config, packed):
 
 def check_network(config):
     """UserError where a network has no such heads or stem, or cannot see views of this size."""
-    from data import first_line
+    from data import first_line, lacks_memory
 
     method, arch, stem, size = (config[name] for name in ("method", "arch", "stem", "size"))
     resnet = arch == "small" or "resne" in arch
@@ -1051,6 +1055,8 @@ def check_network(config):
     try:
         encode(meta_encoder(config), torch.empty(2, 3, size, size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
+        if lacks_memory(error):
+            raise
         raise UserError(
             f"--arch={arch} cannot see views of --size={size} ({first_line(error)}); 224 will do"
         ) from None
@@ -1088,6 +1094,13 @@ def learning_rate(config, epoch):
     if config["schedule"] == "cosine":
         return config["lr"] * (1 + math.cos(math.pi * epoch / config["epochs"])) / 2
     return config["lr"] * 0.1 ** sum(epoch >= float(at) for at in config["schedule"].split(","))
+
+
+def scale_schedule(schedule, share):
+    """A recipe's schedule for `share` of its epochs."""
+    if schedule == "cosine":
+        return schedule
+    return ",".join(f"{float(at) * share:g}" for at in schedule.split(","))
 
 
 def build_encoder(config, splits=1):
@@ -1164,6 +1177,8 @@ def training_rows(dataset, labels):
 
 
 # ---------------------------------------- the loop and its log
+
+FEW_STEPS = 1000  # with fewer, features hardly differ from random ones
 
 
 @typed
@@ -1269,6 +1284,7 @@ def train(
             shared = world_size() > 1 or cache == "none" or bool(packed)
             dataset = load_dataset(data, split, shared=shared, **where)
             dataset, place = place_dataset(dataset, config)
+            config["held"] = dataset.held
             labels, classes, config["label"] = training_labels(dataset, config)
             if (n := len(training_rows(dataset, labels))) < (b := config["batch"]):
                 smaller = f"take a smaller multiple of --splits={config['splits']}"
@@ -1297,7 +1313,7 @@ def train(
             seconds = time.perf_counter() - begun
             print(f"trained in {seconds:.0f} s; wrote {out}: {files}, views.png")
             task = "fewshot" if label_names(dataset.classes) else "rotation"
-            latest = out.resolve() == Path("runs/latest").resolve()
+            latest = os.path.realpath(out) == os.path.realpath("runs/latest")
             print(f"next: python eval.py {task}" + ("" if latest else f" --run={out}"))
 
 
@@ -1305,8 +1321,9 @@ def prepare_folder(state, dataset, config, out):
     """Write what a run folder holds from the start, and cut its log to the step of `state`."""
     from data import write_atomic
 
+    # Also of a run that goes on: its images may have moved.
+    write_atomic(out / "config.json", dumps(config, indent=1).encode())
     if state.step == 0:
-        write_atomic(out / "config.json", dumps(config, indent=1).encode())
         save_views(dataset, config, out / "views.png")
     link_latest(out)
     kept = [record for record in read_jsonl(out / "log.jsonl") if record["step"] <= state.step]
@@ -1345,16 +1362,47 @@ def print_header(state, dataset, n, place, config, start):
         if spaces:
             full = math.ceil(queue / batch)
             print(f"the queue holds random directions until step {full}, then {queue} keys a space")
-    if spaces and queue > n:
-        what = f"--queue={queue} is more than the {n} images, take a smaller one"
-        why = "it holds keys of the query's own image as negatives"
-        print(f"warning: {what}: {why}", file=sys.stderr)
-    long = (dataset.aspect.log2().abs() > 1).double().mean().item()
-    if long >= 0.01:
-        what = f"{long:.0%} of the images are longer than 2:1"
-        why = "stored as squares they lose detail; a larger --canvas keeps more"
-        print(f"warning: {what}: {why}", file=sys.stderr)
+        if steps < FEW_STEPS and not start:
+            enough = f"--epochs={math.ceil(FEW_STEPS / (n // batch))}"
+            print(f"{steps} steps are few to learn from scratch: {enough} makes {FEW_STEPS}")
+    for warning in odd_settings(config, n, dataset.aspect):
+        print(f"warning: {warning}", file=sys.stderr)
     sys.stdout.flush()
+
+
+def odd_settings(config, n, aspect):
+    """What to warn of before a run on n images -> lines. aspect (m,): width / height of images."""
+    long = (aspect.log2().abs() > 1).double().mean().item()
+    if long >= 0.01:
+        yield (
+            f"{long:.0%} of the images are longer than 2:1: stored as squares they lose detail; "
+            "a larger --canvas keeps more"
+        )
+    epochs, schedule, queue = (config[name] for name in ("epochs", "schedule", "queue"))
+    if schedule != "cosine":
+        late = [at for at in schedule.split(",") if float(at) >= epochs]
+        if late:
+            yield f"--schedule={schedule}: {', '.join(late)} never come in --epochs={epochs}"
+    if get_method(config).spaces:
+        share = own_key_share(n, config["batch"], queue)
+        if share > 0.1:
+            yield (
+                f"{share:.0%} of the queries meet an older key of their own image among the "
+                f"negatives: --queue={queue} is long for {n} images, take a shorter one"
+            )
+
+
+def own_key_share(n, batch, queue):
+    """The expected share of queries whose own image has a key in the queue, of n images."""
+    epoch = n // batch * batch  # the images that one epoch sees
+    shares = []
+    for seen in range(0, epoch, batch):
+        left, missed = queue - seen, 1.0
+        while left > 0 and missed > 0:  # an epoch before this one, or the end of it
+            missed *= 1 - min(left, epoch) / n
+            left -= epoch
+        shares.append(1 - missed)
+    return sum(shares) / len(shares)
 
 
 def save_views(dataset, config, path):
@@ -1612,7 +1660,7 @@ def exit_for_signal(number, step):
     if rank() == 0:
         launch = ["python"]
         if world_size() > 1:
-            launch = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
+            launch = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
         words = [word for word in sys.argv if not word.startswith("--fresh")]
         print(f"stopped by {signal.Signals(number).name} at step {step}, all is saved")
         print(f"resume with: {shlex.join(launch + words)}", flush=True)
@@ -1693,6 +1741,14 @@ def wrap_ddp(module):
     return ddp(module, **{"forward_sync_buffers" if newer else "broadcast_buffers": False})
 
 
+def asked_processes():
+    """How many processes torchrun started, or another launcher; some say 1 and no more."""
+    said = os.environ.get("WORLD_SIZE") or "1"
+    if not said.isdecimal() or said == "0":
+        raise UserError(f"WORLD_SIZE={said}: expected 1 or more; unset it to train in one process")
+    return int(said)
+
+
 class PeerLost(UserError):
     code = 1
 
@@ -1705,7 +1761,7 @@ def init_distributed(device, patience=60):
     """
     from data import first_line
 
-    if "WORLD_SIZE" not in os.environ:
+    if asked_processes() == 1:
         yield contextlib.nullcontext
         return
     store, me, size = meet_processes(patience)
@@ -1811,16 +1867,26 @@ def read_checkpoint(path, device):
 
 
 # Flags that may differ between the parts of a run.
-FREE_FLAGS = {"device", "precision", "compile", "workers", "download", "cache", "out", "save_every"}
+FREE_FLAGS = {"device", "precision", "compile", "workers", "download", "cache", "out"}
+FREE_FLAGS |= {"save_every", "held"}
 
 
 def check_same_config(config, saved, out):
-    """UserError where `saved`, the config of the run in folder `out`, has other settings."""
-    other = {k: v for k, v in config.items() if k not in FREE_FLAGS and saved.get(k) != v}
-    if other:
-        flags = ", ".join(f"--{k}={v} (the run has {saved.get(k)})" for k, v in other.items())
+    """UserError where `saved`, the config of the run in folder `out`, has other settings.
+
+    A folder of images is what it holds, wherever it is: see ImageSet.held.
+    """
+    now, then = config.get("held", {}), saved.get("held", {})
+    free = FREE_FLAGS | (now.keys() & then.keys())
+    other = {k: v for k, v in config.items() if k not in free and saved.get(k) != v}
+    words = [f"--{k}={v} (the run has {saved.get(k)})" for k, v in other.items()]
+    for k in sorted(free - FREE_FLAGS):
+        if now[k] != then[k]:
+            count = f"{now[k][0]} images, by name and size other than the run's {then[k][0]}"
+            words.append(f"--{k}={config[k]} with {count}")
+    if words:
         advice = "name another --out, or start over with --fresh"
-        raise UserError(f"{out} holds a run with other settings: {flags}; {advice}")
+        raise UserError(f"{out} holds a run with other settings: {', '.join(words)}; {advice}")
 
 
 @contextlib.contextmanager
@@ -1849,14 +1915,23 @@ def move_aside(out):
 
 
 def link_latest(out):
-    """Let runs/latest point at this run."""
+    """Let runs/latest point at this run, where links can be made."""
+    from data import first_line
+
     link = Path("runs/latest")
-    link.parent.mkdir(exist_ok=True)
-    if link.is_symlink() or not link.exists():
-        # Another run may start at the same moment, so the link is replaced in one go.
-        own_link = link.with_name(f"latest.{os.getpid()}")
-        own_link.symlink_to(os.path.relpath(out, link.parent), target_is_directory=True)
-        os.replace(own_link, link)
+    # Another run may start at the same moment, so the link is replaced in one go.
+    own_link = link.with_name(f"latest.{os.getpid()}")
+    target = os.path.relpath(os.path.realpath(out), os.path.realpath(link.parent))
+    try:
+        link.parent.mkdir(exist_ok=True)
+        if link.is_symlink() or not link.exists():
+            own_link.symlink_to(target, target_is_directory=True)
+            os.replace(own_link, link)
+    except (OSError, NotImplementedError) as error:
+        hint = f"name this run to eval.py as --run={out}"
+        print(f"warning: no link runs/latest ({first_line(error)}): {hint}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            own_link.unlink()
 
 
 def read_jsonl(path):
