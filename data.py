@@ -128,14 +128,14 @@ def open_dataset(
     canvas=None,
     central=False,
     download=False,
-    seed=0,
+    split_seed=0,
     whole=True,
 ):
     """A split ("pretrain", "train", "val" or "test") -> ImageSet of files (of `factors`: drawn).
 
     For training, each whole image, squashed to side `canvas` (default: so large that its central
     crop has side `size`). For evaluation (central=True), the central crop alone, (3 size size).
-    seed: of the folder's own split. whole=False accepts an incomplete published set.
+    split_seed: of the folder's own split. whole=False accepts an incomplete published set.
     Raises UserError when the data is not there."""
     source = DATASETS[check_choice("data", name, NAMES)]
     if split == "pretrain" and split not in source.splits:
@@ -152,7 +152,7 @@ def open_dataset(
         root = check_root(fetch_archives(name, root) if download else root, name)
         if name == "folder":
             read_folder = table_folder if (root / TABLE).is_file() else folder
-            files, labels, classes = read_folder(split, root, seed)
+            files, labels, classes = read_folder(split, root, split_seed)
         else:
             files, labels, classes = published(name, split, root)
             if whole:
@@ -173,7 +173,7 @@ def load_dataset(
     split,
     *,
     root=None,
-    seed=0,
+    split_seed=0,
     workers=2,
     cache=None,
     shared=False,
@@ -183,11 +183,11 @@ def load_dataset(
     **where,
 ):
     """`open_dataset`, `decode_all` and, with texture=True, `with_textures`: what training reads."""
-    files = open_dataset(name, split, root=root, seed=seed, **where)
-    dataset = decode_all(files, workers, cache, shared)
+    files = open_dataset(name, split, root=root, split_seed=split_seed, **where)
+    dataset = decode_cached(files, workers, cache, shared)
     if not texture:
         return dataset
-    return with_textures(name, files, dataset, root, textures, cache, workers, device, seed)
+    return with_textures(name, files, dataset, root, textures, cache, workers, device, split_seed)
 
 
 def crop_pct(name):
@@ -195,13 +195,13 @@ def crop_pct(name):
     return DATASETS[name].crop_pct
 
 
-def dataset_splits(name, root=None):
+def dataset_splits(name, root=None, split_seed=0):
     """The splits a data set has, in order; evaluations test on the last one."""
     if name != "folder":
         return tuple(split for split in DATASETS[name].splits if split != "pretrain")
     root = check_root(root)
     if (root / TABLE).is_file():
-        found = {row["split"] for row in read_table(root)[1].values()}
+        found = {row["split"] for row in read_table(root, split_seed)[1].values()}
     else:
         found = split_folders(root) or ("train", "val")
     others = tuple(split for split in ("val", "test") if split in found)
@@ -340,12 +340,14 @@ def folder(split, root, seed=0):
     if others := [path for path in others + flat if not is_hidden(path.relative_to(root))]:
         warn_once(f"{root}: not every file is read{left_out(others)}")
 
-    def in_split(path):
-        drawn = hashed_split(path.relative_to(root).as_posix(), seed)
-        return (drawn == "train") == (split == "train")
-
     pairs = [(path, i) for i, name in enumerate(classes) for path in files.get(name, ())]
-    pairs = [pair for pair in pairs if splits or in_split(pair[0])]
+    if not splits:
+        sides = {"train": [], "val": []}
+        for path, i in pairs:
+            side = hashed_split(path.relative_to(root).as_posix(), seed)
+            sides[side].append((path, i))
+        pairs = sides["train" if split == "train" else "val"]
+        warn_missing_classes(root, "class", *({i for _, i in side} for side in sides.values()))
     if not pairs:
         raise UserError(f"{root}: too few images to split into train and val")
     return *zip(*pairs), classes
@@ -358,10 +360,12 @@ def left_out(paths):
     return f"; left out: {len(paths)} files ({kinds}), the first is {paths[0]}" if paths else ""
 
 
-@functools.cache
-def warn_once(problem):
-    if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {problem}", file=sys.stderr, flush=True)
+def warn_missing_classes(root, label, train, test):
+    """Warn of classes without an image to train on, or to test on; train, test: those that have."""
+    lost = [len(train | test) - len(side) for side in (train, test)]
+    if any(lost):
+        counts = f"{lost[0]} of the {len(train | test)} classes have no training image"
+        warn_once(f"{root}, label {label}: {counts}, {lost[1]} have no test image")
 
 
 def hashed_split(key, seed):
@@ -469,6 +473,10 @@ def table_folder(split, root, seed=0):
             classes[label] = sorted({row.get(label, "") for row in table.values()} - {""})
             number = {name: i for i, name in enumerate(classes[label])}
             labels[label] = [number.get(table[file].get(label), -1) for file in files]
+            sides = {True: set(), False: set()}
+            for row in table.values():
+                sides[row["split"] == "train"].add(row.get(label, ""))
+            warn_missing_classes(root, label, *(side - {""} for side in sides.values()))
     return [root / file for file in files], labels, classes
 
 
@@ -676,13 +684,25 @@ def decode_all(dataset, workers=2, cache=None, shared=False):
         whole = index.exists() and path.exists() and path.stat().st_size == size
         if not whole or not torch.equal(read_tensors(index)[2], times):
             print(f"decoding {n} images, once: {path}", file=sys.stderr, flush=True)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not there, or on a read-only disk
+                path.unlink()
             write_atomic(path, write, size=size)
         images, (rows, aspect, _) = memory_map(path, n, side), read_tensors(index)
     missing = tuple(sorted(set(range(n)) - set(rows.tolist())))
     labels = {name: y[rows] for name, y in dataset.labels.items()}
     held = {"root": [n, mark]}
     return ImageSet(images[: len(rows)], aspect, labels, dataset.classes, missing, held=held)
+
+
+def decode_cached(dataset, workers, cache, shared):
+    """`decode_all`; where the cache cannot be written, a set of up to 4 GiB goes into memory."""
+    try:
+        return decode_all(dataset, workers, cache, shared)
+    except WriteError as error:
+        if len(dataset.images) * 3 * dataset.images.side**2 > 4 << 30:
+            raise
+        warn_once(f"{error}; decoding into memory")
+        return decode_all(dataset, workers)
 
 
 def decode(dataset, images, workers):
@@ -1548,7 +1568,9 @@ def copy_paths(path, top, root, count):
     return [target.with_name(f"{target.name}.{k}.jpg") for k in range(count)]
 
 
-def with_textures(name, files, dataset, root, textures, cache, workers=2, device="cpu", seed=0):
+def with_textures(
+    name, files, dataset, root, textures, cache, workers=2, device="cpu", split_seed=0
+):
     """The decoded `dataset` with its stylized copies, from the folder `textures`.
 
     files: the same set before decoding. Those of `factors` are made here and kept in `cache`."""
@@ -1559,7 +1581,7 @@ def with_textures(name, files, dataset, root, textures, cache, workers=2, device
     command = f"`python data.py stylize --data={name} --root={root}"
     if not textures:
         needs = "--groups=texture needs --textures=DIR"
-        raise UserError(f"{needs}; {command} --seed={seed}` writes it")
+        raise UserError(f"{needs}; {command} --split_seed={split_seed}` writes it")
     side, top, unread = dataset.images.shape[-1], check_root(root, name), set(dataset.missing)
     paths = [path for i, path in enumerate(files.images.source) if i not in unread]
     count = 1
@@ -1567,12 +1589,12 @@ def with_textures(name, files, dataset, root, textures, cache, workers=2, device
         count += 1
     copies = [copy for path in paths for copy in copy_paths(path, top, textures, count)]
     if lost := [path for path in copies if not path.exists()]:
-        command += f" --out={textures} --copies={count} --seed={seed}`"
+        command += f" --out={textures} --copies={count} --split_seed={split_seed}`"
         raise UserError(f"{lost[0]}: no such file; {command} (and its --styles) writes it")
     advice = "remove it: `python data.py stylize` writes it again"
     copies = ImageFiles(copies, read_image, side, advice=advice)
     copies = ImageSet(copies, torch.ones(len(copies)), {}, {})
-    copies = decode_all(copies, workers, cache, shared=dataset.images.is_shared())
+    copies = decode_cached(copies, workers, cache, shared=dataset.images.is_shared())
     held = dataset.held | {"textures": copies.held["root"]}
     return dataset._replace(textures=copies.images.view(len(paths), -1, 3, side, side), held=held)
 
@@ -1589,7 +1611,10 @@ def factors_textures(dataset, cache, device):
             images, style = dataset.images[rows].to(device) / 255, styles[pick].to(device)
             # the colors stay: hue is another group's
             copies.append(to_uint8(style_transfer(images, style, keep_color=True)).cpu())
-        write_tensors(path, torch.cat(copies)[:, None])
+        copies = torch.cat(copies)[:, None]
+        with optional_write(path):
+            write_tensors(path, copies)
+        return copies
     return read_tensors(path)
 
 
@@ -1612,6 +1637,7 @@ def stylize(
     batch: int = 32,
     device: str = "auto",
     seed: int = 0,
+    split_seed: int = 0,
 ):
     """Write stylized copies of a set's images, a tree that mirrors it: texture gone, shape kept.
 
@@ -1631,13 +1657,15 @@ def stylize(
         batch: images at once
         device: auto, cpu or cuda
         seed: which style each image gets
+        split_seed: of the folder's own split
     """
     check_choice("features", features, ("auto", "vgg19", "random"))
     check_choice("split", split, tuple(SPLIT))
     if check_choice("data", data, NAMES) == "factors" or DATASETS[data].torchvision:
         hint = "factors makes copies when trained on"
         raise UserError(f"--data={data} is no tree of images ({hint})")
-    images = open_dataset(data, split, root=root, size=size, canvas=size, seed=seed).images
+    where = dict(root=root, size=size, canvas=size, split_seed=split_seed)
+    images = open_dataset(data, split, **where).images
     top = check_root(root, data)
     if data == "folder":
         forbid_inside("out", out, top)
@@ -1709,7 +1737,7 @@ def pack(
     canvas: int = None,
     workers: int = 2,
     download: bool = False,
-    seed: int = 0,
+    split_seed: int = 0,
 ):
     """Decode a training set once, for every later `python loo.py train --packed=OUT` on it.
 
@@ -1723,13 +1751,13 @@ def pack(
         canvas: side of the stored images
         workers: processes that decode images
         download: let torchvision fetch the data
-        seed: of the folder's own split
+        split_seed: of the folder's own split
     """
     if data == "factors":
         raise UserError("--data=factors is drawn by code: there is nothing to decode")
     if data == "folder":
         forbid_inside("out", out, check_root(root))
-    where = dict(root=root, size=size, canvas=canvas, seed=seed)
+    where = dict(root=root, size=size, canvas=canvas, split_seed=split_seed)
     files = open_dataset(data, "pretrain", download=download, **where)
     begun = time.perf_counter()
     images = decode_all(files, workers, out, shared=True).images
@@ -1741,7 +1769,13 @@ def pack(
 
 
 @typed
-def check(data: str = "factors", root: str = None, sample: str = "64", download: bool = False):
+def check(
+    data: str = "factors",
+    root: str = None,
+    sample: str = "64",
+    download: bool = False,
+    split_seed: int = 0,
+):
     """Is a data set complete? Compares its counts with the published ones and opens a sample.
 
     Args:
@@ -1750,10 +1784,12 @@ def check(data: str = "factors", root: str = None, sample: str = "64", download:
         root: where it is
         sample: files of each split to open, or all; the unreadable ones are named
         download: let torchvision fetch the data
+        split_seed: of the folder's own split
     """
     most = parse_flag("sample", int, sample, RANGES["sample"]) if sample != "all" else sys.maxsize
     problems, source = [], DATASETS[check_choice("data", data, NAMES)]
-    splits, label_counts = dataset_splits(data, root), defaultdict(list)
+    splits, label_counts = dataset_splits(data, root, split_seed), defaultdict(list)
+    where = dict(root=root, download=download, split_seed=split_seed)
     if source.address and not download:
         check_root(root, data)
     print("| split | classes | published | images | published | missing | opened |")
@@ -1761,7 +1797,7 @@ def check(data: str = "factors", root: str = None, sample: str = "64", download:
     for split in splits:
         classes, count = source.splits[split] if source.address else (None, None)
         try:
-            found = open_dataset(data, split, root=root, download=download, whole=False)
+            found = open_dataset(data, split, whole=False, **where)
         except UserError as error:
             problems.append(str(error))
             print(f"| {split} | 0 | {classes or '-'} | 0 | {count or '-'} | all | - |")
@@ -1799,18 +1835,43 @@ def check(data: str = "factors", root: str = None, sample: str = "64", download:
     print(whole if source.address else f"{data}: every file that was opened is an image")
 
 
+# Of usual systems, for letters that Pillow's own font does not have.
+FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+    "msyh.ttc",
+    "PingFang.ttc",
+    "DejaVuSans.ttf",
+)
+
+
+def choose_font(names, size):
+    """A font that has all letters of these names, and the names: escaped where there is none."""
+    escaped = [ascii(name)[1:-1] for name in names]
+    names = [name if name.isprintable() else code for name, code in zip(names, escaped)]
+    for file in (None, *FONTS):
+        with contextlib.suppress(OSError):  # not on this system
+            font = ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
+            box = bytes(font.getmask("\U0010fffd"))  # what it draws for a letter it does not have
+            if all(bytes(font.getmask(letter)) != box for letter in {*"".join(names)}):
+                return font, names
+    return ImageFont.load_default(size), escaped
+
+
 def image_grid(images, row_names, column_names, path, zoom=1):
     """images (r k 3 h w) in [0, 1] or uint8 -> a PNG with a name at each row and column."""
     rows, columns, _, h, w = images.shape
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     images = images.cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
     width, height = w * zoom + 3, h * zoom + 3
-    left, top = 12 + int(max(map(ImageFont.load_default().getlength, row_names))), 20
+    font, names = choose_font([*row_names, *column_names], 10)
+    left, top = 12 + int(max(map(font.getlength, names[:rows]))), 20
     canvas = Image.new("RGB", (left + columns * width, top + rows * height), "white")
     pen = ImageDraw.Draw(canvas)
-    for j, name in enumerate(column_names):
+    pen.font = font
+    for j, name in enumerate(names[rows:]):
         pen.text((left + j * width, 4), name, fill="black")
-    for i, name in enumerate(row_names):
+    for i, name in enumerate(names[:rows]):
         pen.text((4, top + i * height + h * zoom // 2 - 6), name, fill="black")
         for j in range(columns):
             canvas.paste(to_pil_image(images[i, j]), (left + j * width, top + i * height))
@@ -1829,10 +1890,11 @@ def draw_curves(panels, path, x_name, columns=None):
     stand in one row. The drawing is halved at the end, to be smooth.
     """
     columns = columns or len(panels) or 1
-    names = dict.fromkeys(itertools.chain(*panels.values()))
+    names = list(dict.fromkeys(itertools.chain(*panels.values())))
     styles = dict(zip(names, itertools.cycle(itertools.product((5, 2), COLORS))))
-    font, width, height = ImageFont.load_default(24), 840, 560
-    legend = 120 + int(max(map(font.getlength, names), default=0))
+    font, legends = choose_font(names, 24)
+    width, height = 840, 560
+    legend = 120 + int(max(map(font.getlength, legends), default=0))
     rows = math.ceil(len(panels) / columns)
     size = columns * width + legend, max(rows * height, 60 + 40 * len(names))
     canvas = Image.new("RGB", size, "white")
@@ -1842,7 +1904,7 @@ def draw_curves(panels, path, x_name, columns=None):
         left, top = i % columns * width + 110, i // columns * height + 60
         pen.text((left, top - 15), f"{title}, by {x_name}", "black", anchor="ls")
         draw_panel(pen, (left, top, left + 700, top + 430), curves, styles)
-    for i, (name, (thick, color)) in enumerate(styles.items()):
+    for i, (name, (thick, color)) in enumerate(zip(legends, styles.values())):
         x, y = columns * width + 10, 80 + 40 * i
         pen.line((x, y, x + 50, y), color, thick)
         pen.text((x + 65, y), name, "black", anchor="lm")
@@ -2076,6 +2138,7 @@ def command_line(commands, argv=None):
         if word not in commands:
             hint = f"{suggest(word, commands)}there are {', '.join(commands)}; --help says more"
             raise UserError(f"{word}: expected a command; {hint}")
+        warn_once.cache_clear()
         typed(commands[word])(**parse_words(commands[word], argv[1:]))
     except Exception as error:
         message = str(error)
@@ -2105,6 +2168,27 @@ def resolve_device(flag):
     if local and not index and int(local) >= count:
         raise UserError(f"--nproc-per-node: {shows}, none for process {local}; use at most {count}")
     return f"cuda:{index or local}" if index or local else "cuda"
+
+
+class WriteError(UserError):
+    """A file that could not be written."""
+
+
+@functools.cache
+def warn_once(text):
+    """Print a warning, once for each command."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def optional_write(what):
+    """Go on with a warning where `what`, only a convenience, cannot be written."""
+    try:
+        yield
+    except (WriteError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
+        warn_once(f"{what} cannot be kept: {reason}")
 
 
 def first_line(error):
@@ -2137,7 +2221,7 @@ def check_out(path, folder=False):
     wanted = "folder" if folder or there != real else "file"
     is_wanted = there.is_dir if wanted == "folder" else there.is_file
     if not is_wanted():
-        raise UserError(f"{path} cannot be written: {there} is no {wanted}; name another")
+        raise WriteError(f"{path} cannot be written: {there} is no {wanted}; name another")
 
 
 def write_atomic(path, content, keep=None, size=None):
@@ -2147,10 +2231,10 @@ def write_atomic(path, content, keep=None, size=None):
     A link is written through."""
     check_out(path)
     path = path if keep else Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     size = size if callable(content) else len(content)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             content(file) if callable(content) else file.write(content)
             file.flush()
@@ -2161,9 +2245,10 @@ def write_atomic(path, content, keep=None, size=None):
     except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
         needs = f", which needs {size / 2**20:.1f} MB" if size else ""
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}{needs}: {reason}") from None
+        raise WriteError(f"cannot write {path}{needs}: {reason}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or on a read-only disk
+            part.unlink()
 
 
 if __name__ == "__main__":

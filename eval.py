@@ -53,7 +53,7 @@ from data import (
     corrupt,
     crop_pct,
     dataset_splits,
-    decode_all,
+    decode_cached,
     draw_curves,
     epoch_batches,
     file_times,
@@ -64,9 +64,11 @@ from data import (
     label_names,
     map_file,
     open_dataset,
+    optional_write,
     read_image,
     read_tensors,
     resolve_device,
+    warn_once,
     write_atomic,
     write_tensors,
 )
@@ -124,12 +126,13 @@ def open_run(
         root = str(Path(root).resolve())
     elif name == config["data"]:
         root = config["root"]
-    splits = dataset_splits(name, root)
+    split_seed = config.get("split_seed", config["seed"])  # a run of before: split by its seed
+    splits = dataset_splits(name, root, split_seed)
     if "train" not in splits:
         raise UserError(
             f"--data={name} has no training split; `robust --data=imagenet100` tests on it"
         )
-    settings = {key: config[key] for key in ("size", "canvas", "seed")}
+    settings = dict(size=config["size"], canvas=config["canvas"], split_seed=split_seed)
     find = functools.partial(open_dataset, name, root=root, download=download, **settings)
     split = {s: find(s, central=True) for s in splits}
     split["test"] = split.pop("test", None) or split.pop(splits[-1])
@@ -219,12 +222,33 @@ def cached_features(ctx, split, turns=(0,)):
     if loo.all_reduce_max(then is None or not torch.equal(then, times)):
         cached = features(ctx.encoder, dataset, turns, ctx.workers)
         if loo.rank() == 0:
-            write_tensors(path, (*cached, times))
+            with optional_write(f"the features in {path.parent}"):
+                write_tensors(path, (*cached, times))
     v, z, rows = cached
+    check_features(split, select_feature(v, z, ctx.config, ctx.feature)[: len(rows)])
     labels = {name: y[rows].repeat(len(turns)) for name, y in dataset.labels.items()}
     labels["rotation"] = torch.tensor(turns).repeat_interleave(len(rows))
     labels["image"] = rows.repeat(len(turns))
     return v, z, labels
+
+
+COLLAPSED = 1e-3  # of the mean; untrained encoders deviate by 0.2 and more
+
+
+def check_features(split, x):
+    """UserError where features x (n ...) are not finite; a warning where they are nearly equal."""
+    check_finite(f"features of the {split} images", x)
+    mean, deviation = x.mean(0).norm(), x.std(0, correction=0).norm()
+    if split == "test" and len(x) > 1 and deviation <= COLLAPSED * mean:
+        figures = f"norm {mean:.1e}, deviation {deviation:.1e}"
+        cause = "the encoder collapsed, or the images are equal"
+        warn_once(f"all test images have nearly the same features ({figures}): {cause}")
+
+
+def check_finite(what, *tensors):
+    """UserError where a number in these tensors is not finite."""
+    if not all(x.isfinite().all() for x in tensors):
+        raise UserError(f"{what} are not finite: is an image very thin, or --lr too high?")
 
 
 def load_features(ctx, split, turns=(0,)):
@@ -292,6 +316,7 @@ def lbfgs_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
 
     x ((r n) d), y ((r n),) of k classes -> w (k d), b (k,). All turns of an image are held out.
     """
+    check_finite("inputs of the probe", x)
     n = len(x) // turns
     order = torch.randperm(n, generator=loo.make_generator("held out", seed))
     offsets = n * torch.arange(turns)[:, None]
@@ -328,6 +353,7 @@ def sgd_probe(ctx, dataset, label, k, d, epochs, lr, batch=256):
             generator = loo.make_generator("probe", ctx.seed, epoch, i)
             x, y = augmented_batch(ctx, dataset, label, usable[rows], generator)
             loo.optimizer_step(optimizer, F.cross_entropy(layer(x), y))
+    check_finite("weights of the probe", layer.weight, layer.bias)
     return layer.weight.detach(), layer.bias.detach()
 
 
@@ -369,18 +395,22 @@ def fit_few_shot(x, y, k, iterations=250, lr=0.03):
         logits = rearrange(torch.baddbmm(b, x, w), "t n k -> (t n) k")
         loss = F.cross_entropy(logits, y.flatten(), reduction="sum") / n
         loo.optimizer_step(optimizer, loss)
+    check_finite("weights of the probe", w, b)
     return w.detach(), b.detach()
 
 
-def sample_shots(y, k, shots, trials, seed, label="the label"):
+def sample_shots(y, k, shots, trials, seed, label="the label", names=()):
     """Rows of `shots` samples of each of k classes, drawn anew for each trial -> (t n).
 
-    n = k shots; a class without any image is left out. UserError if one has fewer than `shots`.
+    n = k shots; a class without any image is left out. UserError if one has fewer than `shots`,
+    by its name in `names`.
     """
-    of_class = [(y == c).nonzero().squeeze(1) for c in range(k) if (y == c).any()]
+    counts = torch.bincount(y[y >= 0], minlength=k)
+    of_class = [(y == c).nonzero().squeeze(1) for c in range(k) if counts[c]]
     fewest = min(map(len, of_class))
     if fewest < shots:
-        few = f"a class of {label} has only {fewest} training images"
+        short = counts.tolist().index(fewest)
+        few = f"{label} {names[short] if names else short} has only {fewest} to train on"
         raise UserError(f"--shots={shots}: {few}; take fewer, or other labels by --label")
     generator = loo.make_generator("shots", seed, shots)
     drawn = [
@@ -438,9 +468,22 @@ def moments(x):
 # ---------------------------------------------------------------- intervals
 
 
-def ci95(values):
-    """Half of the 95% interval of the mean of many values, (n,)."""
-    return 1.96 * values.std().item() / math.sqrt(max(1, len(values)))
+def ci95(values, more=(0.0, 0.0, 100.0, 100.0)):
+    """Half of the 95% interval of the mean of percentages, (n,); infinite for no values.
+
+    Six right of six are not 100.0 +- 0.0: where fewer than ten values differ from the most frequent
+    one, it reaches as far as with `more` beside them, by default two wrong and two right (Agresti
+    and Coull 1998).
+    """
+    n = len(values)
+    if n == 0:
+        return math.inf
+    half = 1.96 * values.std(correction=min(1, n - 1)).item() / math.sqrt(n)
+    if (values != values.mode().values).sum() >= 10:
+        return half
+    wider = torch.cat([values, values.new_tensor(more)])
+    shift = abs(wider.mean() - values.mean()).item()
+    return max(half, shift + 1.96 * wider.std().item() / math.sqrt(n + len(more)))
 
 
 def t_ci95(values, of=1):
@@ -467,10 +510,11 @@ def t_quantile(freedom, tail=0.025):
 def paired_ci95(right, other):
     """Difference in points and half of its 95% interval, image by image.
 
-    right, other: (n,) each, how often an image was classified right.
+    right, other: (n,) each, how often an image was classified right. Where nearly all images agree,
+    one more that differs each way is assumed, see ci95.
     """
     difference = (right - other) * 100
-    return difference.mean().item(), ci95(difference)
+    return difference.mean().item(), ci95(difference, (-100.0, 100.0))
 
 
 # ---------------------------------------------------------------- tasks
@@ -585,7 +629,7 @@ def probe(ctx, labels, turns, protocol, epochs, lr, per_class=False, save=None):
         # Where training left the decoded images, if it did.
         with ctx.leader_first():
             shared = loo.world_size() > 1
-            train = decode_all(ctx.find("train"), ctx.workers, ctx.run.parent, shared=shared)
+            train = decode_cached(ctx.find("train"), ctx.workers, ctx.run.parent, shared)
     for label in labels:
         classes = class_names(ctx, label)
         k = len(classes)
@@ -602,10 +646,10 @@ def probe(ctx, labels, turns, protocol, epochs, lr, per_class=False, save=None):
         found = result(logits, y_test[label], label, len(turns), n_train=n_train, protocol=protocol)
         if per_class:
             found |= class_table(*labeled(logits, y_test[label]), classes)
+        yield found
         if save and loo.rank() == 0:
             head = dict(label=label, classes=list(map(str, classes)), w=w.cpu(), b=b.cpu())
             write_tensors(Path(save), head | dict(feature=ctx.feature, weights=ctx.weights))
-        yield found
 
 
 def class_table(logits, y, classes):
@@ -699,9 +743,11 @@ def fewshot(ctx, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
     # All draws come first, so that too few images are found out before any result.
     drawn = []
     for name in dict.fromkeys(select_labels(ctx, label)):
-        y, k = torch.cat([labels[name] for _, labels in pool]), len(class_names(ctx, name))
+        y, classes = torch.cat([labels[name] for _, labels in pool]), class_names(ctx, name)
+        k = len(classes)
         for n in dict.fromkeys(map(int, shots)):
-            drawn.append((name, k, n, y, sample_shots(y, k, n, trials, ctx.seed, name)))
+            rows = sample_shots(y, k, n, trials, ctx.seed, name, classes)
+            drawn.append((name, k, n, y, rows))
     for name, k, n, y, rows in drawn:
         w, b = fit_few_shot(x[rows], y[rows], k)
         known, y_known = labeled(test, y_test[name])
@@ -709,6 +755,9 @@ def fewshot(ctx, label: tuple = (), shots: tuple = (5, 10), trials: int = 10):
         top1 = [accuracy(one, y_known) for one in logits]
         top5 = [accuracy(one, y_known, 5) for one in logits]
         found = dict(label=name, shots=n, top1=sum(top1) / trials, ci95=t_ci95(top1))
+        if len(set(top1)) == 1:  # all draws give one figure, of these few test images
+            right = [correct(one, y_known) * 100 for one in logits]
+            found["ci95"] = ci95(torch.stack(right).mean(0))
         found["top5"] = sum(top5) / trials if k > 5 else None
         answers = [constant_answer(one, y_known) for one in logits]
         found["largest"] = answers[0]["largest"]
@@ -924,8 +973,11 @@ def probe_spaces(ctx, name, subsets, layer):
         head = lbfgs_probe(x, y_x, len(class_names(ctx, name)), ctx.seed, len(turns))
         logits, y_logits = labeled(F.linear(x_test, *head).cpu(), y_test)
         right = correct(logits, y_logits).view(len(turns), -1).mean(0)
-        baseline = right if baseline is None else baseline
-        gain, half = paired_ci95(right, baseline)
+        gain, half = 0.0, 0.0  # of Z_0 over itself
+        if baseline is None:
+            baseline = right
+        else:
+            gain, half = paired_ci95(right, baseline)
         more = dict(n_train=len(x), feature="+".join(subset), on=on, gain=gain, gain95=half)
         yield subset, result(logits, y_logits, name, len(turns), **more)
 
@@ -975,11 +1027,6 @@ def retrieve(
     check_out(path)
     runs = [ctx, open_other(ctx, against)] if against else [ctx]
     near, y = zip(*(nearest_images(run, neighbours, turn) for run in runs))
-    if loo.rank() == 0:
-        heads = ["query"]
-        for run in runs:
-            heads += [f"nearest in {run.run.name}", *[""] * (neighbours - 1)]
-        save_neighbors(ctx, near, y[0], labels[:2], queries, heads, path)
     for run, rows, known in zip(runs, near, y):
         of_run = {key: run.config[key] for key in ("method", "groups")} | {"run": run.run.name}
         of_run |= dict(on="turned" if turn else None, protocol="cosine")
@@ -989,7 +1036,12 @@ def retrieve(
             # The other run may have been trained on some of these images.
             yield found | of_run | dict(keep=run is ctx)
     if loo.rank() == 0:
-        print(f"wrote {path}", file=sys.stderr)
+        heads = ["query"]
+        for run in runs:
+            heads += [f"nearest in {run.run.name}", *[""] * (neighbours - 1)]
+        with contextlib.nullcontext() if out else optional_write(path):
+            save_neighbors(ctx, near, y[0], labels[:2], queries, heads, path)
+            print(f"wrote {path}", file=sys.stderr)
 
 
 def open_other(ctx, against):
@@ -999,7 +1051,7 @@ def open_other(ctx, against):
     if other.config["size"] != ctx.config["size"]:
         sizes = f"{other.config['size']} pixels, {ctx.run.name} {ctx.config['size']}"
         raise UserError(f"--against={against} sees {sizes}: name runs of one --size")
-    # A folder that splits itself does so by each run's seed.
+    # A folder that splits itself does so by each run's split_seed.
     return other._replace(split=ctx.split)
 
 
@@ -1226,8 +1278,12 @@ def report(ctx, task_name, results, json, begun):
         line = dict.fromkeys(KEYS) | common | found
         line["seconds"] = round(time.perf_counter() - begun, 1)
         begun = time.perf_counter()
+        for key, value in line.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[key] = None  # JSON has no NaN
         if keep:
-            append_line(ctx.run / "results.jsonl", dumps(line))
+            with optional_write(f"the results in {ctx.run}"):
+                append_line(ctx.run / "results.jsonl", dumps(line))
         if json:
             print(dumps(line), flush=True)
             continue
@@ -1280,13 +1336,18 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
         paper: the paper's tables instead, what it reports beside what these runs give
     """
     lines = read_results(runs)
-    if paper:
-        return print_papers_tables([pair for pair in lines if pair[0]["data"] == "imagenet100"])
     differs = differing_settings([config for config, _ in lines])
-    cells = defaultdict(dict)
+    cells, shown = defaultdict(dict), {}
     for config, line in lines:
         row, column = row_key(config, line, differs), column_key(config, line)
         cells[row, column][line["seed"]] = line["top1"]
+        other = shown.setdefault((row, column, line["seed"]), config["out"])
+        if other != config["out"]:
+            same = f"{other} and {config['out']} have the same settings and seed"
+            warn_once(f"{same}: the table shows the second")
+            shown[row, column, line["seed"]] = config["out"]
+    if paper:
+        return print_papers_tables([pair for pair in lines if pair[0]["data"] == "imagenet100"])
     rows, columns = sorted({r for r, _ in cells}), sorted({c for _, c in cells})
     several = len({data for data, *_ in columns}) > 1
     heads = ["method", "groups", "feature", "differs in", "seeds"]
@@ -1325,17 +1386,22 @@ def unify_roots(pairs):
 
 
 def results_of(run):
-    """(config, line) for each result in a run folder, `seed` the training's."""
+    """(config, line) for each result in a run folder; `seed` the training's, `out` the folder."""
     path = run / "results.jsonl"
     if not path.exists():
         return []
-    config = loads((run / "config.json").read_text())
-    return [(config, line | {"seed": config["seed"]}) for line in loo.read_jsonl(path)]
+    config = loads((run / "config.json").read_text()) | {"out": str(run)}
+    lines = [line for line in loo.read_jsonl(path) if line["top1"] is not None]
+    return [(config, line | {"seed": config["seed"]}) for line in lines]
 
 
 def find_files(runs, name):
     """The files of that name in run folders or patterns, each once: runs/latest is a link."""
-    files = itertools.chain.from_iterable(glob.glob(f"{run}/{name}") for run in runs)
+    # The name of a folder may hold commas and brackets.
+    ends = itertools.combinations(range(len(runs) + 1), 2)
+    patterns = [f"{','.join(runs[i:j])}/{name}" for i, j in ends]
+    patterns += [pattern.replace("[", "[[]") for pattern in patterns]
+    files = itertools.chain.from_iterable(map(glob.glob, patterns))
     return sorted({Path(file).resolve() for file in files})
 
 
@@ -1378,7 +1444,7 @@ def differing_settings(configs):
 
 def setting(config, key):
     """A setting as `table` compares it."""
-    if key == "root" and config["data"] != "folder":
+    if key in ("root", "split_seed") and config["data"] != "folder":
         return None  # a published set is the same wherever it is
     if key != "always":
         return config.get(key)
@@ -1425,7 +1491,9 @@ def mean_cell(values):
     if not values:
         return "-"
     mean = f"{sum(values) / len(values):.1f}"
-    return f"{mean} +- {t_ci95(values):.1f}" if len(values) > 1 else mean
+    half = t_ci95(values)
+    # Equal values say nothing of how far seeds are apart.
+    return mean if half in (0, math.inf) else f"{mean} +- {half:.1f}"
 
 
 # Where the paper's columns are in results.jsonl: task, data, label, shots, on, value.

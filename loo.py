@@ -1213,6 +1213,7 @@ def train(
     drop_equal: bool = False,
     save_every: int = None,
     seed: int = 0,
+    split_seed: int = 0,
     workers: int = 2,
     device: str = "auto",
     precision: str = "auto",
@@ -1257,7 +1258,8 @@ def train(
         splits: parts of the batch with BatchNorm statistics of their own; 1 turns it off
         drop_equal: do not use as negative a view that drew the query's parameters by chance
         save_every: steps between checkpoints, by default a tenth of the training
-        seed: of everything random
+        seed: of everything random in training
+        split_seed: of a folder's own split: runs of one split_seed have the same test images
         workers: processes that decode images
         device: auto, cpu or cuda
         precision: auto, float32, bfloat16, or float64 (to check that two runs are the same)
@@ -1273,7 +1275,8 @@ def train(
     tune_malloc()
     out = Path(config["out"])
     where = dict(root=root, textures=textures, cache=packed or out.parent)
-    where |= {k: config[k] for k in ("size", "canvas", "seed", "download", "workers", "device")}
+    where |= {k: config[k] for k in ("size", "canvas", "split_seed", "download")}
+    where |= {k: config[k] for k in ("workers", "device")}
     where["texture"] = "texture" in config["groups"] + config["always"]
     split = "train" if method == "supervised" else "pretrain"
     start = {}
@@ -1876,6 +1879,9 @@ def check_same_config(config, saved, out):
 
     A folder of images is what it holds, wherever it is: see ImageSet.held.
     """
+    if "split_seed" not in saved:  # a run of before
+        split_seed = saved["seed"] if config["data"] == "folder" else config["split_seed"]
+        saved = saved | {"split_seed": split_seed}
     now, then = config.get("held", {}), saved.get("held", {})
     free = FREE_FLAGS | (now.keys() & then.keys())
     other = {k: v for k, v in config.items() if k not in free and saved.get(k) != v}
@@ -1901,7 +1907,7 @@ def lock_folder(out):
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            message = f"another process is training in {out}: wait for it, or name another --out"
+            message = f"another process is training in {out}: wait for it, or name another folder"
             raise UserError(message) from None
         yield
     finally:
@@ -2063,6 +2069,9 @@ def load_encoder(run, device="cpu"):
 
     run = Path(run)
     for path in (run / "config.json", run / "backbone.pt", run / "heads.pt"):
+        if not path.exists() and run.is_dir():
+            with lock_folder(run):  # UserError while it is training
+                pass
         if not path.exists() and (run / "checkpoint.pt").exists():
             raise UserError(f"{run} has not finished training: give its command again to go on")
         if not path.exists():

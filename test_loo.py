@@ -1068,6 +1068,7 @@ def test_a_second_trainer_is_refused(here, capsys):
     line = f"train --epochs=1 --out=run {SMALL}"
     with loo.lock_folder(here / "run"):
         assert "another process is training in run" in refused(capsys, loo, line)
+        assert "another process is training in run" in refused(capsys, eval, "knn --run=run")
     run(loo, line)
 
 
@@ -1115,11 +1116,51 @@ def test_folder_with_train_and_val(tmp_path):
         load_folder("val", tmp_path)
 
 
+def test_classes_without_images_in_a_split_are_counted(tmp_path, capsys):
+    photo_tree(tmp_path / "tree", classes=30, each=1)
+    lines = [f"{c}.png,{c},{'test' if c == 'b' else 'train'}" for c in "abc"]
+    write_table(tmp_path / "table", "file,kind,split", *lines, images="abc")
+    absent = []
+    for split in ("train", "val"):
+        classes = data.open_dataset("folder", split, root=tmp_path / "tree").labels["class"]
+        absent.append(30 - len(classes.unique()))
+    data.open_dataset("folder", "train", root=tmp_path / "table")
+    of_tree, of_table = capsys.readouterr().err.splitlines()  # each once
+    none, test = "classes have no training image", "have no test image"
+    assert min(absent) > 0
+    assert f"label class: {absent[0]} of the 30 {none}, {absent[1]} {test}" in of_tree
+    assert f"label kind: 1 of the 3 {none}, 2 {test}" in of_table
+
+
 def test_images_that_lie_flat_beside_classes_are_named(tmp_path):
     photo_tree(tmp_path / "train")
     write_image(tmp_path / "val" / "x.png")
     with pytest.raises(UserError, match="no sub-folders; it needs those of .*train"):
         data.open_dataset("folder", "val", root=tmp_path)
+
+
+def split_of(run_folder, **config):
+    """The test images of a run on a folder."""
+    loo.export(loo.init_state(CONFIG).encoder_q, run_folder)
+    config = CONFIG | dict(data="folder", root="photos", canvas=None, seed=3) | config
+    (run_folder / "config.json").write_text(json.dumps(config))
+    return eval.open_run(run_folder).split["test"].images.source
+
+
+def test_runs_of_one_split_seed_have_the_same_test_images(here):
+    root, run_folder = photo_tree(here / "photos"), here / "run"
+    assert loo.default_config()["split_seed"] == 0
+    splits = [data.folder("val", Path("photos"), seed)[0] for seed in (0, 3)]
+    assert splits[0] != splits[1]
+    assert [split_of(run_folder, seed=seed, split_seed=0) for seed in (1, 2)] == [splits[0]] * 2
+    assert split_of(run_folder) == splits[1]  # of before: by its seed
+    config = loo.default_config(data="folder", root=str(root), seed=3, split_seed=3)
+    saved = {key: value for key, value in config.items() if key != "split_seed"}
+    loo.check_same_config(config, saved, run_folder)
+    with pytest.raises(UserError, match="--split_seed=0 .the run has 3.;"):
+        loo.check_same_config(config | dict(split_seed=0), saved, run_folder)
+    factors = dict(data="factors", split_seed=0)  # which has no split of its own
+    loo.check_same_config(config | factors, saved | dict(data="factors"), run_folder)
 
 
 KINDS = ("file,split,kind,tone", "a.png,Train,x,", "b.png,test,y,1", "c.png,,x,2")
@@ -2036,6 +2077,13 @@ def test_curves_of_nothing_are_drawn(tmp_path):
     assert Image.open(tmp_path / "x.png").size > (420, 280)
 
 
+def test_names_are_drawn_or_escaped(monkeypatch):
+    assert data.choose_font(["plain", "it's"], 10)[1] == ["plain", "it's"]
+    assert data.choose_font(["two\nlines", "caf\udce9"], 10)[1] == ["two\\nlines", "caf\\udce9"]
+    monkeypatch.setattr(data, "FONTS", ("no such font",))
+    assert data.choose_font(["cat", "\u732b"], 10)[1] == ["cat", "\\u732b"]
+
+
 def disk_is_full(*_):
     raise OSError(28, "No space left on device")
 
@@ -2142,6 +2190,19 @@ def test_features_leave_out_what_cannot_be_read(tmp_path):
     assert_close(z_left, z[:, keep])
 
 
+def test_collapsed_features_are_named_and_infinite_ones_refused(capsys):
+    x = torch.randn(50, 8, generator=make_generator(0))
+    eval.check_features("test", x)
+    eval.check_features("test", 1 + x / 100)
+    assert not capsys.readouterr().err
+    eval.check_features("test", 1 + x[:, :1] * 1e-5)
+    assert "(norm 1.0e+00, deviation 9.8e-06)" in capsys.readouterr().err
+    eval.check_features("test", 0 * x)
+    assert "(norm 0.0e+00, deviation 0.0e+00)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="features of the train images are not finite"):
+        eval.check_features("train", x / 0)
+
+
 def test_logistic_finds_the_minimum():
     """Two points, one dimension: the slope w of log(1 + exp(-2w)) + w^2 is solved by hand."""
     w, b = eval.logistic(torch.tensor([[1.0], [-1.0]]).double(), torch.tensor([1, 0]), 2, 1.0)
@@ -2190,8 +2251,8 @@ def test_shots_are_drawn_per_class_and_trial():
     assert all(torch.bincount(y[rows]).tolist() == [5] * 4 for rows in trials)
     assert all(len(rows.unique()) == 20 for rows in trials)
     assert trials[0].tolist() != trials[1].tolist()
-    with pytest.raises(UserError, match="only 15"):
-        eval.sample_shots(y, 4, 16, 1, seed=0)
+    with pytest.raises(UserError, match="hue blue has only 14"):
+        eval.sample_shots(y[:59], 4, 16, 1, 0, "hue", ("red", "tan", "gray", "blue"))
 
 
 def test_knn_is_a_naive_loop():
@@ -2252,6 +2313,29 @@ def test_interval_is_students():
     assert eval.t_quantile(4, 0.001) == pytest.approx(7.173182, rel=1e-3)
     assert eval.t_quantile(2, 0.005) == pytest.approx(9.924843, rel=1e-3)
     assert eval.t_quantile(1, 0.0005) == pytest.approx(636.6192, rel=1e-3)
+
+
+@pytest.mark.parametrize("right, n", [(6, 6), (1, 1), (0, 9), (19, 20), (200, 200), (95, 100)])
+def test_an_interval_at_the_ends_reaches_as_far_as_wilsons(right, n):
+    share, z = right / n, 1.96
+    root = z * math.sqrt(share * (1 - share) / n + (z / n / 2) ** 2)
+    ends = [(share + z**2 / n / 2 + sign * root) / (1 + z**2 / n) for sign in (-1, 1)]
+    wilson = 100 * max(abs(end - share) for end in ends)
+    assert wilson - 0.1 < eval.ci95((torch.arange(n) < right) * 100.0) < 1.3 * wilson
+    # With ten right and ten wrong ones more it is the usual one.
+    many = (torch.arange(n + 20) < right + 10) * 100.0
+    assert eval.ci95(many) == 1.96 * many.std().item() / math.sqrt(n + 20)
+
+
+FEW = [(6, 0, "cannot tell"), (100, 0, "cannot tell"), (400, 0, "does not care")]
+FEW += [(3, 3, "cannot tell"), (8, 8, "wants"), (40, 5, "cannot tell"), (40, 9, "wants")]
+
+
+@pytest.mark.parametrize("n, better, says", FEW)
+def test_few_images_that_differ_do_not_decide(n, better, says):
+    gain, half = eval.paired_ci95((torch.arange(n) < better).double(), torch.zeros(n))
+    assert gain == pytest.approx(100 * better / n)
+    assert says in eval.verdict("color", gain, half, 1.0)
 
 
 def test_paired_interval_covers_the_truth():
@@ -2334,6 +2418,49 @@ def test_papers_protocol(untrained, capsys):
     run(eval, "rotation --protocol=paper --epochs=1 --json")
     run(eval, "linear --label=hue --protocol=paper --epochs=2 --json")
     assert [line["protocol"] for line in results(untrained)] == ["paper", "paper"]
+
+
+def test_a_probe_that_is_not_finite_ends_and_keeps_nothing(untrained, capsys, monkeypatch):
+    batch = torch.full((256, 128), math.nan), torch.zeros(256, dtype=torch.long)
+    monkeypatch.setattr(eval, "augmented_batch", lambda *_: batch)
+    line = "linear --protocol=paper --label=hue --epochs=1"
+    assert "weights of the probe are not finite" in refused(capsys, eval, line)
+    for fit in (eval.lbfgs_probe, lambda x, y, k, _: eval.fit_few_shot(x[None], y[None], k)):
+        with pytest.raises(UserError, match="of the probe are not finite"):
+            fit(*batch, 2, 0)
+    assert not results(untrained)
+
+
+def test_one_test_image_gives_no_nan(untrained, capsys, monkeypatch):
+    monkeypatch.setattr(data, "FACTORS", data.FACTORS | {"test": 1})
+    for line in ("linear", "fewshot --shots=1 --trials=2", "spaces", "robust --pictures=1"):
+        run(eval, f"{line} --label=object")
+    said = capsys.readouterr().out + (untrained / "runs/latest/results.jsonl").read_text()
+    assert not {"nan", "inf"} & set(said.lower().replace("(", " ").split())
+    assert all(line["ci95"] > 40 for line in results(untrained) if line["n_test"] == 1)
+
+
+def test_what_cannot_be_kept_does_not_end_an_evaluation(untrained, capsys, monkeypatch):
+    """A file stands where the cache would go, and a folder where the results would."""
+    latest = untrained / "runs" / "latest"
+    (latest / "features").write_text("")
+    (latest / "results.jsonl").mkdir()
+    monkeypatch.setattr(eval, "save_neighbors", disk_is_full)
+    run(eval, "retrieve --label=object,hue --queries=2")
+    out, err = capsys.readouterr()
+    assert "| object |" in out and "| hue |" in out
+    features, lines, image = err.splitlines()
+    assert f"warning: the features in {latest}/features cannot be kept: " in features
+    assert f"warning: {latest}/retrieve.png cannot be kept: " in image
+    assert f"warning: the results in {latest} cannot be kept: Is a directory" in lines
+
+
+def test_a_map_that_cannot_be_written_goes_into_memory(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    where = dict(root=photo_tree(tmp_path / "photos"), size=28)
+    dataset = data.load_dataset("folder", "train", **where, cache=tmp_path / "file", shared=True)
+    assert torch.equal(dataset.images, load_folder("train", where["root"]).images)
+    assert "; decoding into memory" in capsys.readouterr().err
 
 
 def test_linear_heads_train_and_have_no_hidden_layer(here, capsys):
@@ -2593,6 +2720,22 @@ def test_table_keeps_folders_apart(here, capsys):
     assert "| looc | color | v | root x | 1 | 11.0 | - |" in out
     assert "| looc | color | v | root y | 1 | 22.0 | 33.0 |" in out
     assert "linear class on folder x" in out
+
+
+def test_table_names_a_run_that_another_hides(here, capsys):
+    """Also where names of folders hold what patterns are made of."""
+    for name, top1 in (("a,b", 11.0), ("c[1]", 22.0), ("d", 33.0)):
+        write_run(here / name, dict(data="factors", root=None), dict(top1=top1))
+        os.utime(here / name / "results.jsonl", (top1, top1))
+    run(eval, "table --runs=a,b,c[1]")
+    out, err = capsys.readouterr()
+    assert "| 1 | 22.0 |" in out
+    assert err == (
+        f"warning: {here}/a,b and {here}/c[1] have the same settings and seed: "
+        "the table shows the second\n"
+    )
+    run(eval, "table --runs=[d]")
+    assert "| 1 | 33.0 |" in capsys.readouterr().out
 
 
 def test_table_names_what_was_trained_unlike(here, capsys):
