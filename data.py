@@ -590,6 +590,8 @@ class ImageFiles(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, i):
+        if i >= len(self):
+            raise IndexError(i)
         try:
             image = self.read(self.source, i)
         except Exception as error:  # Pillow alone has OSError, SyntaxError, struct.error, ...
@@ -603,6 +605,21 @@ class ImageFiles(torch.utils.data.Dataset):
         size = self.side, self.side
         image = image.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3)
         return pil_to_tensor(image), aspect, ""
+
+
+def central_files(paths, size):
+    """ImageFiles of your own images, as evaluations see them: the central crop of each."""
+    return ImageFiles([Path(path) for path in paths], read_image, size, crop_pct("folder"))
+
+
+def central_crops(paths, size):
+    """Image files, as `embed` sees them -> (n 3 size size) in [0, 1], for `encode`.
+
+    UserError names a file that cannot be read."""
+    images, _, errors = zip(*central_files(paths, size))
+    if problem := next(filter(None, errors), None):
+        raise UserError(problem)
+    return torch.stack(images) / 255
 
 
 # ---------------------------------------------------------------- batches, and a cache of them

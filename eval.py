@@ -44,14 +44,13 @@ from data import (
     IMAGENETC,
     NAMES,
     REFERENCE_SIZE,
-    ImageFiles,
     ImageSet,
     allocate,
+    central_files,
     check_choice,
     check_out,
     command_line,
     corrupt,
-    crop_pct,
     dataset_splits,
     decode_cached,
     draw_curves,
@@ -65,7 +64,6 @@ from data import (
     map_file,
     open_dataset,
     optional_write,
-    read_image,
     read_tensors,
     resolve_device,
     warn_once,
@@ -649,7 +647,8 @@ def probe(ctx, labels, turns, protocol, epochs, lr, per_class=False, save=None):
         yield found
         if save and loo.rank() == 0:
             head = dict(label=label, classes=list(map(str, classes)), w=w.cpu(), b=b.cpu())
-            write_tensors(Path(save), head | dict(feature=ctx.feature, weights=ctx.weights))
+            head |= dict(feature=ctx.feature, run=str(ctx.run), weights=ctx.weights)
+            write_tensors(Path(save), head)
 
 
 def class_table(logits, y, classes):
@@ -1166,7 +1165,7 @@ def embed_files(encoder, config, feature, paths, part, workers, leader_first):
     -> rows (m,) of the images that could be read, features (m d).
     """
     size, n = config["size"], len(paths)
-    files = ImageSet(ImageFiles(paths, read_image, size, crop_pct("folder")), None, {}, {})
+    files = ImageSet(central_files(paths, size), None, {}, {})
 
     def embed_batch(images):
         return select_feature(*loo.encode(encoder, images), config, feature).float().cpu()
@@ -1197,7 +1196,7 @@ def open_classifier(path, run, feature):
     if not isinstance(head, dict) or not {"w", "b", "classes", "feature", "weights"} <= head.keys():
         raise UserError(f"--classify={path}: expected a file that `linear --save` wrote")
     if head["weights"] != hash_weights(run):
-        raise UserError(f"--classify={path} was trained on another run than --run={run}")
+        raise UserError(f"--classify={path} was trained on --run={head.get('run')}, not {run}")
     if feature not in (None, head["feature"]):
         raise UserError(f"--feature={feature}: {path} reads the feature {head['feature']}")
     return head

@@ -1891,7 +1891,7 @@ def check_same_config(config, saved, out):
             count = f"{now[k][0]} images, by name and size other than the run's {then[k][0]}"
             words.append(f"--{k}={config[k]} with {count}")
     if words:
-        advice = "name another --out, or start over with --fresh"
+        advice = f"name another --out (--init={out} goes on from its weights), or --fresh"
         raise UserError(f"{out} holds a run with other settings: {', '.join(words)}; {advice}")
 
 
@@ -2063,7 +2063,7 @@ def check_fit(tensors, expected, classifier, config):
 
 
 def load_encoder(run, device="cpu"):
-    """The trained encoder of a run folder, in eval mode, and its config."""
+    """The trained encoder of a run folder, frozen and in eval mode, and its config."""
     check_data_module()
     from data import first_line, read_tensors
 
@@ -2088,7 +2088,8 @@ def load_encoder(run, device="cpu"):
             f"{run} holds no run of ours, or a file that is not whole ({first_line(error)}): "
             "the command that trained it mends it from its checkpoint"
         ) from None
-    return encoder.eval().to(device, memory_format=torch.channels_last), config
+    encoder.eval().requires_grad_(False)
+    return encoder.to(device, memory_format=torch.channels_last), config
 
 
 @typed
