@@ -1945,14 +1945,16 @@ def check_words(commands, argv):
 
 def take_megapixels(argv):
     """The words of a command without --megapixels=N, see `open_image`; every command has it."""
-    rest = []
-    for word in argv:
-        flag, _, value = word.partition("=")
-        if flag == "--megapixels":
-            # workers and other processes inherit it
-            os.environ["LOOC_MEGAPIXELS"] = str(parse_flag("megapixels", int, value))
-        else:
+    words, rest = iter(argv), []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag != "--megapixels":
             rest.append(word)
+            continue
+        most = parse_flag("megapixels", int, value if equals else next(words, ""))
+        if most < 1:
+            raise UserError(f"--megapixels={most}: expected 1 or more")
+        os.environ["LOOC_MEGAPIXELS"] = str(most)  # workers and other processes inherit it
     return rest
 
 
