@@ -163,7 +163,7 @@ def positive_view(role):
 def positive_keys(k, role):
     """k (s v b c), role (s v) or (s v b) -> (s b c) each space's positive, which its queue gets."""
     role = torch.as_tensor(role)
-    check_shapes(k=(k, "s v b c"), role=(role, "s v [b]"))
+    check_shapes(k=(k, "s v b c"), role=(role, "s v [rows]"))
     return k[torch.arange(len(k), device=k.device), positive_view(role).to(k.device)]
 
 

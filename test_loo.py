@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -584,6 +585,14 @@ def test_crop_boxes_follow_random_resized_crop():
     _, left, h, w = loo.crop_box(loo.sample_crop(64, make_generator(0)), torch.full((64,), 20.0))
     want = torch.tensor([1, 4 / 3, 0.5]).expand(64, 3)
     assert_close(torch.stack([h, w * 20, left + w / 2], 1), want)
+
+
+@pytest.mark.parametrize("aspect", [1e3, 1e-3, 300, 64_000])
+def test_views_of_a_line_of_pixels_are_pixels(aspect):
+    params = loo.sample_crop(8, make_generator(0))
+    views = loo.resample(photos(), params, 16, torch.full((8,), float(aspect)))
+    assert views.isfinite().all()
+    assert photos().min() - 1e-5 <= views.min() <= views.max() <= photos().max() + 1e-5
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
@@ -1164,6 +1173,68 @@ def test_runs_of_one_split_seed_have_the_same_test_images(here):
     loo.check_same_config(config | factors, saved | dict(data="factors"), run_folder)
 
 
+def folder_of(root, **counts):
+    """Images in folders below root, x__y for x/y."""
+    for name, count in counts.items():
+        for i in range(count):
+            write_image(root / name.replace("__", "/") / f"{i}.png")
+    return root
+
+
+LAYOUTS = [(dict(bus=9, train=9, car=9), ("train", "val"), 3)]
+LAYOUTS += [(dict(Training__x=2, Training__y=2, Testing__y=1), ("train", "test"), 2)]
+LAYOUTS += [(dict(train__x=2, valid__x=1), ("train", "val"), 1)]
+LAYOUTS += [(dict(TRAIN__x=2, dev__x=1, Test__x=1, more=1), ("train", "val", "test"), 1)]
+LAYOUTS += [(dict(dev=9, ops=9), ("train", "val"), 2)]
+
+
+@pytest.mark.parametrize("counts, splits, classes", LAYOUTS)
+def test_folders_named_like_splits_are_splits_beside_others(counts, splits, classes, tmp_path):
+    root = folder_of(tmp_path, **counts)
+    assert data.dataset_splits("folder", root) == splits
+    found = {split: opened(root, split) for split in splits}
+    read = sum(len(files) for files, *_ in found.values())
+    assert read == sum(counts.values()) - counts.get("more", 0)
+    assert len(found["train"][2]["class"]) == classes
+
+
+REFUSED = [(dict(train__x=1, val__x=1, valid__x=1), "train", "two of them are one split")]
+REFUSED += [(dict(val__x=1, test__x=1), "train", "no folder train")]
+REFUSED += [(dict(a__train__x=1, a__val__x=1), "train", "one folder further: --root=.*a")]
+REFUSED += [({".": 20, "thumbs": 3}, "train", "20 images lie beside the folders thumbs")]
+
+
+@pytest.mark.parametrize("counts, split, hint", REFUSED)
+def test_folders_that_could_be_read_in_two_ways_are_refused(counts, split, hint, tmp_path):
+    with pytest.raises(UserError, match=hint):
+        opened(folder_of(tmp_path, **counts), split)
+
+
+def test_only_files_are_images_and_links_are_followed(tmp_path, capsys):
+    root = folder_of(tmp_path / "x", a=9, __MACOSX=1, a__album_jpg=1)
+    folder_of(root / "a", **{"@eaDir": 2, ".hidden": 1})
+    (root / "a" / "album_jpg").rename(root / "a" / "album.jpg")
+    folder_of(tmp_path, other__deep=1)
+    (root / "a" / "link").symlink_to(tmp_path / "other")
+    (root / "a" / "loop").symlink_to(root)
+    os.mkfifo(root / "a" / "fifo.jpg")
+    write_image(root / "a" / "y.jfif")
+    (root / "a" / "z.heic").write_bytes(b"")
+    (root / "a" / "Thumbs.db").write_bytes(b"")
+    files = opened(root)[0] + opened(root, "val")[0]
+    seldom = {"a/album.jpg/0.png", "a/link/deep/0.png", "a/y.jfif"}
+    assert set(files) == seldom | {f"a/{i}.png" for i in range(9)}
+    assert len(files) == 12
+    named = f"left out: 2 files (1 .jpg, 1 .heic), the first is {root / 'a' / 'fifo.jpg'}"
+    assert capsys.readouterr().err.count(named) == 1
+
+
+def test_every_suffix_that_pillow_reads_is_an_image():
+    assert {".jpe", ".avif", ".jp2", ".tga", ".mpo", ".webp"} <= data.SUFFIXES
+    assert not {".eps", ".ps", ".pdf", ".mpg", ".h5", ".wmf"} & data.SUFFIXES
+    assert not set(data.FORMATS) & data.NOT_IMAGES
+
+
 KINDS = ("file,split,kind,tone", "a.png,Train,x,", "b.png,test,y,1", "c.png,,x,2")
 
 
@@ -1335,6 +1406,61 @@ def test_floating_point_images_are_refused_by_name(tmp_path):
         data.read_image([tmp_path / "x.tif"], 0)
 
 
+def test_integers_of_32_bits_are_refused_and_12_bits_named(tmp_path, capsys):
+    values, path = np.arange(256, dtype=np.int32).reshape(16, 16), tmp_path / "x.tif"
+    Image.fromarray(values).save(path)
+    with pytest.raises(UserError, match="x.tif: 32-bit integer .*8 or 16 bits"):
+        data.read_image([path], 0)
+    data.warn_once.cache_clear()
+    for depth, said in ((16, 0), (12, 1)):
+        Image.fromarray((values << depth - 8).astype(np.uint16)).save(tmp_path / "x.png")
+        data.read_image([tmp_path / "x.png"], 0)
+        assert capsys.readouterr().err.count("16-bit images become almost black") == said
+
+
+def test_one_transparent_value_of_16_bits_is_white(tmp_path):
+    values = np.arange(256).reshape(16, 16)
+    image = Image.fromarray((values << 8).astype(np.uint16))
+    image.save(tmp_path / "x.png", transparency=20 << 8)
+    shown = np.asarray(data.read_image([tmp_path / "x.png"], 0))[:, :, 0]
+    assert (shown == np.where(values == 20, 255, values)).all()
+
+
+def test_images_with_too_many_pixels_are_named_or_reduced(tmp_path, here, capsys, monkeypatch):
+    monkeypatch.setenv("LOOC_MEGAPIXELS", "1")
+    Image.new("1", (1500, 1000)).save(tmp_path / "x.png")
+    Image.new("RGB", (1500, 1000)).save(tmp_path / "x.jpg")
+    assert data.read_image([tmp_path / "x.jpg"], 0).size == (750, 500)
+    with pytest.raises(UserError, match="x.png: 2 megapixels, more than 1: --megapixels=2 reads"):
+        data.read_image([tmp_path / "x.png"], 0)
+    run(data, f"check --data=folder --root={folder_of(tmp_path / 'photos', a=9)} --megapixels 2")
+    assert data.read_image([tmp_path / "x.png"], 0).size == (1500, 1000)
+    assert "--megapixels=0: expected" in refused(capsys, data, "check --megapixels=0")
+
+
+def test_what_is_no_file_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "x.jpg")
+    eps = tmp_path / "y.jpg"
+    eps.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    for path, hint in ((tmp_path / "x.jpg", "not a file"), (eps, "cannot identify")):
+        with pytest.raises(UserError, match=hint):
+            data.read_image([path], 0)
+
+
+def test_names_in_latin_1_and_broken_links_are_read_and_named(here, capsys):
+    root, out = photo_tree(here / "caf\udce9", 2), "o\udce9"
+    (root / "class0").rename(root / "class\udce9")
+    (root / "class\udce9" / "no\udceb.png").symlink_to("nowhere")
+    train = f"train --data=folder --root={root} --out={out} --cache=none --batch=8 --splits=1"
+    run(loo, f"{train} --epochs=1 {TINY}")
+    said = capsys.readouterr()
+    assert r"o\udce9: backbone.pt" in said.out
+    assert "% of the images are longer than 2:1" in said.err
+    with pytest.raises(SystemExit, match="^2$"):
+        run(data, f"check --data=folder --root={root} --sample=all")
+    assert re.findall("warning: unreadable: .*: No such file", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("channels", [2, 5, 13])
 def test_more_channels_than_rgb_are_refused_by_number(channels, tmp_path):
     path = tmp_path / "bands.tif"
@@ -1372,6 +1498,9 @@ def test_a_stream_leaves_out_what_cannot_be_read(tmp_path):
     assert images[:, 0, 9, 9].tolist() == [0, 60, 90, 150, 180]
     with pytest.raises(UserError, match="2 of 7 images cannot be read"):  # and more than 1%
         data.decode_all(dataset)
+    (folder / "4.png").unlink()
+    with pytest.raises(UserError, match="2 of 7 images cannot be read"):  # it has vanished
+        data.decode_all(dataset, cache=tmp_path)
     write_image(folder / "4.png", (120, 0, 0))
     decoded = data.decode_all(data.open_dataset("folder", "train", root=tmp_path))
     assert len(decoded.missing) == 1
@@ -1384,6 +1513,15 @@ def test_shares_of_a_stream_are_all_of_it():
         parts += [rows for rows, *_ in data.iter_batches(dataset, batch=4, part=(i, 3))]
     assert sorted(torch.cat(parts).tolist()) == list(range(20))
     assert [len(rows) for rows in parts] == [4] * 5
+
+
+def test_a_killed_worker_is_one_clear_line():
+    def killed(source, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    files = data.ImageFiles(range(300), killed, 8)
+    with pytest.raises(UserError, match="decoding stopped .*--workers=0"):
+        list(data.iter_batches(data.ImageSet(files, None, {}, {}), workers=1))
 
 
 def test_decoded_images_are_kept_for_the_next_run(tmp_path, monkeypatch):
@@ -2028,6 +2166,12 @@ def test_what_is_written_is_not_read_as_a_class(here, capsys):
         assert "would be read as a class" in refused(capsys, module, line)
     data.forbid_inside("out", "photos/.runs", "photos")
     assert sorted(p.name for p in (here / "photos").iterdir()) == ["class0", "class1", "class2"]
+
+
+@pytest.mark.parametrize("aspect", [2000, 1 / 2000])
+def test_the_copy_of_a_line_of_pixels_is_the_longest_jpeg(aspect, tmp_path):
+    data.save_copy(tmp_path / "x.jpg", torch.zeros(3, 64, 64, dtype=torch.uint8), aspect)
+    assert sorted(Image.open(tmp_path / "x.jpg").size) == [64, 65500]
 
 
 def pixels_of(path, color):
