@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import unittest.mock
 import urllib.error
 from pathlib import Path
 
@@ -799,6 +800,32 @@ def test_supervised_learns_from_the_images_that_have_the_label(here, capsys):
     assert "32 training images" in capsys.readouterr().out
 
 
+def test_a_recipes_steps_of_the_learning_rate_follow_the_epochs():
+    flags = dict(data="folder", recipe="imagenet100", arch="small", size=32)
+    assert loo.default_config(**flags)["schedule"] == "300,400"
+    short = loo.default_config(**flags, epochs=100)
+    assert short["schedule"] == "60,80"
+    assert [loo.learning_rate(short, x) / short["lr"] for x in (59, 60, 80)] == [1, 0.1, 0.1**2]
+    given = loo.default_config(**flags, epochs=100, schedule="50,300")
+    assert given["schedule"] == "50,300"
+    assert list(loo.odd_settings(given | dict(queue=8), 9000)) == [
+        "--schedule=50,300: 300 never come in --epochs=100"
+    ]
+
+
+@pytest.mark.parametrize("batch, queue", [(128, 128), (64, 128), (32, 250), (32, 16)])
+def test_how_often_a_query_meets_a_key_of_its_own(batch, queue):
+    """200 images, as train shuffles them; 128 of each, the defaults: two queries of three."""
+    seen, met = [], []
+    for epoch in range(60):
+        for rows in data.epoch_batches(200, batch, 0, epoch).tolist():
+            met += [row in seen[-queue:] for row in rows] if epoch > 3 else []
+            seen += rows
+    assert loo.own_key_share(200, batch, queue) == pytest.approx(np.mean(met), abs=0.02)
+    warnings = list(loo.odd_settings(CONFIG | dict(batch=batch, queue=queue), 200))
+    assert len(warnings) == (queue > 16)
+
+
 def test_learning_rate_falls_as_the_paper_says():
     config = dict(lr=0.03, schedule="300,400", epochs=500)
     rates = [loo.learning_rate(config, epoch) for epoch in (0, 299.9, 300, 400)]
@@ -1072,6 +1099,34 @@ def test_curves_cover_the_whole_log_and_never_end_a_training(here, capsys, monke
     run(loo, line)
     assert drawn[-1] == list(range(1, 9))
     assert Image.open("run/curves.png").width > 1200
+
+
+def test_runs_latest_is_a_convenience(here, capsys, monkeypatch):
+    (here / "runs" / "a").mkdir(parents=True)
+    for out in ("runs/a", "runs/latest", "runs/latest/"):  # itself, as --out
+        loo.link_latest(Path(out))
+        assert os.readlink("runs/latest") == "a"
+    assert loo.default_config(out="runs/latest")["out"] == "runs/a"
+    for error in (
+        PermissionError("no links"),
+        OSError("no links"),
+        NotImplementedError("no links"),
+    ):
+        monkeypatch.setattr(Path, "symlink_to", unittest.mock.Mock(side_effect=error))
+        loo.link_latest(here / "b")
+        assert capsys.readouterr().err.startswith("warning: no link runs/latest (no links): name")
+    assert os.listdir("runs") == ["a", "latest"] or os.listdir("runs") == ["latest", "a"]
+
+
+def test_one_process_needs_no_other_variable(monkeypatch):
+    """Kubeflow and SageMaker set WORLD_SIZE=1 and no more."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with loo.init_distributed("cpu"):
+        assert not torch.distributed.is_initialized()
+    for size, why in (("2", "RANK"), ("two", "WORLD_SIZE=two"), ("0", "WORLD_SIZE=0")):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(UserError, match=why), loo.init_distributed("cpu"):
+            pass
 
 
 def test_a_second_trainer_is_refused(here, capsys):
@@ -1756,10 +1811,58 @@ def test_images_behind_a_link_are_the_same_images(few, tmp_path):
     """So what was decoded from one path is found from the other."""
     cub_tree(tmp_path / "there")
     (tmp_path / "link").symlink_to("there")
-    names = [("train", "there"), ("train", "link"), ("test", "link")]
+    shutil.copytree(tmp_path / "there", tmp_path / "copy")
+    names = [("train", "there"), ("train", "link"), ("train", "copy"), ("test", "link")]
     sets = [data.open_dataset("cub200", split, root=tmp_path / name) for split, name in names]
-    one, same, other = map(data.fingerprint, sets)
-    assert one == same != other
+    one, same, copy, other = map(data.fingerprint, sets)
+    assert one == same == copy != other
+
+
+def test_what_was_decoded_is_replaced_where_a_file_changed(tmp_path, monkeypatch):
+    """By a copy elsewhere too, whatever its times: the map in the cache stays one."""
+
+    def decoded(root):
+        dataset = data.open_dataset("folder", "pretrain", root=tmp_path / root, size=8)
+        return data.decode_all(dataset, 0, tmp_path / "cache", shared=True)
+
+    for c, color in (("a", GREEN), ("b", GREEN)):
+        for i in range(4):
+            write_image(tmp_path / "one" / c / f"{i}.bmp", color=color)
+    first = decoded("one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "decode", None)
+        assert decoded("two").held == first.held
+    for path in (tmp_path / "two").rglob("*.bmp"):
+        write_image(path, color=RED)  # of the same size
+        os.utime(path, (1, 1))
+    assert (decoded("two").images != first.images).any()
+    assert len(list((tmp_path / "cache").glob("*.canvases"))) == 1
+    next((tmp_path / "two" / "a").iterdir()).unlink()
+    assert decoded("two").held != first.held
+
+
+def test_workers_need_no_shared_memory(tmp_path, monkeypatch):
+    """Docker gives 64 MB of it. A worker that is killed is named in a line."""
+
+    def full(*_):
+        raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
+
+    class Killed(data.ImageFiles):
+        def __getitem__(self, i):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", full)
+    write_image(tmp_path / "x.png")
+    given = [tmp_path / "x.png"] * 257, data.read_image, 8
+    for kind in (data.ImageFiles, Killed):
+        dataset = data.ImageSet(kind(*given), torch.ones(257), {}, {})
+        if kind is Killed:
+            with pytest.raises(UserError, match="decoding stopped .*--workers=0"):
+                data.decode_all(dataset, 1)
+        else:
+            assert len(data.decode_all(dataset, 1).images) == 257
 
 
 @pytest.mark.parametrize("above", ["images", "objectnet-1.0/images", "."])
@@ -2136,7 +2239,22 @@ def test_stylize_goes_on_and_training_reads_it(here, capsys):
     run(data, stylize)  # the same style again, the others untouched
     assert {path: path.read_bytes() for path in made} == made
     run(loo, train)
-    assert "spaces all, color, texture" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "spaces all, color, texture" in out
+    assert "1 steps are few to learn from scratch: --epochs=1000 makes 1000" in out
+    # The same images elsewhere are the same run, other images are not.
+    train = train.replace("photos", "moved").replace("=copies", "=other")
+    shutil.move("photos", "moved")
+    shutil.move("copies", "other")
+    run(loo, train)
+    assert "run is trained already" in capsys.readouterr().out
+    assert json.loads(Path("run/config.json").read_text())["root"] == str(here / "moved")
+    file, n = lost.relative_to(copies), len(made)
+    write_image(here / "moved" / file.with_name(file.name.removesuffix(file.name[-6:])))
+    (here / "other" / file).write_bytes(made[lost] + b"more")
+    err = refused(capsys, loo, train)
+    assert f"moved with {n // 2} images, by name and size other than the run's {n // 2}" in err
+    assert f"other with {n} images, by name and size other than the run's {n}" in err
 
 
 def test_pack_is_read_by_training_and_whole_or_not_at_all(here, capsys, monkeypatch):
@@ -2279,6 +2397,43 @@ def test_a_number_out_of_its_range_is_one_clear_line(module, line, here, capsys)
     flag = line.split()[-1]
     assert refused(capsys, module, line).startswith(f"error: {flag}: expected")
     assert not list(here.iterdir())
+
+
+def test_a_command_goes_on_when_nobody_reads(tmp_path):
+    """As after `| head`; a full disk still ends it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = data.Stream(writer, "w")
+    assert stream.write(b"text") == 4
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space"):
+        data.Stream(full.fileno(), "w", closefd=False).write(b"text")
+
+
+def test_what_is_no_file_is_not_written_over(here, capsys):
+    """And a link is written through."""
+    os.mkfifo("pipe")
+    for link, to in (("x.png", "far/x.png"), ("loop", "loop"), ("device", "/dev/null")):
+        (here / link).symlink_to(to)
+    (here / "folder").mkdir()
+    (here / "file").write_text("kept")
+    for out in ("pipe", "loop", "device", "folder", "file/x", "/dev/full", "loop/x"):
+        assert "is no f" in refused(capsys, data, f"sheet --out={out}")
+    for out in ("loop", "pipe", "file", "file/x", "/dev/null"):
+        assert "is no folder" in refused(capsys, loo, f"train --out={out}")
+    for module, line in ((loo, "train"), (eval, "claims"), (data, "pack --root=folder")):
+        assert "--out=: expected text or a path" in refused(capsys, module, f"{line} --out=")
+    data.write_atomic(here / "x.png", b"new")
+    assert (here / "x.png").is_symlink()
+    assert (here / "far" / "x.png").read_bytes() == b"new"
+    assert (here / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("flag", ["queue", "dim", "hidden"])
+def test_memory_that_cannot_be_had_is_a_line(flag, here, capsys):
+    err = refused(capsys, loo, f"train --{flag}=1000000000000")
+    assert "error: not enough memory (can't allocate memory: you tried to allocate" in err
+    assert data.lacks_memory(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert not data.lacks_memory(RuntimeError("stopped here"))
 
 
 def test_a_full_disk_leaves_what_was_there(here, monkeypatch):
@@ -2880,6 +3035,23 @@ def test_table_names_a_run_that_another_hides(here, capsys):
     )
     run(eval, "table --runs=[d]")
     assert "| 1 | 33.0 |" in capsys.readouterr().out
+
+
+def test_table_knows_a_folder_by_its_images(here, capsys):
+    """Two seeds, each from a copy of its own, share a row; images added make another."""
+    for seed, (root, mark) in enumerate([("x", "one"), ("y", "one"), ("y", "more")]):
+        images = dict(data="folder", root=root, held={"root": [9, mark]}, seed=seed)
+        line = dict(data="folder", label="class", root=root, fingerprint=mark, top1=seed + 1.0)
+        write_run(here / f"run{seed}", images, line)
+    run(eval, "table --runs=run0,run1")
+    head, _, row = capsys.readouterr().out.splitlines()
+    assert head.count("linear") == 1
+    assert row.startswith("| looc | color | v |  | 2 | 1.5 +- ")
+    run(eval, "table --runs=run1,run2")
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows == ["| looc | color | v | root y | 1 | 2.0 |"] + [
+        "| looc | color | v | root y (more) | 1 | 3.0 |"
+    ]
 
 
 def test_table_names_what_was_trained_unlike(here, capsys):
