@@ -2735,9 +2735,13 @@ def test_one_test_image_gives_no_nan(untrained, capsys, monkeypatch):
     monkeypatch.setattr(data, "FACTORS", data.FACTORS | {"test": 1})
     for line in ("linear", "fewshot --shots=1 --trials=2", "spaces", "robust --pictures=1"):
         run(eval, f"{line} --label=object")
+    nothing = [dict(label="hue", top1=math.nan, ci95=eval.ci95(torch.zeros(0)))]
+    eval.report(eval.open_run(), "linear", nothing, False, 0.0)
     said = capsys.readouterr().out + (untrained / "runs/latest/results.jsonl").read_text()
     assert not {"nan", "inf"} & set(said.lower().replace("(", " ").split())
-    assert all(line["ci95"] > 40 for line in results(untrained) if line["n_test"] == 1)
+    *found, last = results(untrained)
+    assert all(line["ci95"] > 40 for line in found if line["n_test"] == 1)
+    assert (last["top1"], last["ci95"]) == (None, None)
 
 
 def test_what_cannot_be_kept_does_not_end_an_evaluation(untrained, capsys, monkeypatch):
