@@ -363,7 +363,7 @@ def left_out(paths):
 def warn_missing_classes(root, label, train, test):
     """Warn of classes without an image to train on, or to test on; train, test: those that have."""
     lost = [len(train | test) - len(side) for side in (train, test)]
-    if any(lost):
+    if any(lost) and train and test:
         counts = f"{lost[0]} of the {len(train | test)} classes have no training image"
         warn_once(f"{root}, label {label}: {counts}, {lost[1]} have no test image")
 

@@ -949,7 +949,7 @@ def test_a_run_starts_from_another_and_goes_on_without_it(here, capsys, monkeypa
 
 @pytest.mark.parametrize("ruin, hint", [("empty", "class9"), ("broken", "none of")])
 def test_your_own_images_ruined(ruin, hint, here, capsys):
-    root = photo_tree(here / "photos", each=5)
+    root = photo_tree(here / "photos")
     if ruin == "empty":
         (root / "class9").mkdir()
     else:
@@ -2671,7 +2671,7 @@ BAD_EVALUATIONS = [("linear --run=nope", "nope"), ("linear --label=hues", "hue")
 BAD_EVALUATIONS += [("linear --feature=colour", "color"), ("linear --shots=5", "--shots")]
 BAD_EVALUATIONS += [("linear --protocol=papers", "paper"), ("fewshot --shots=five", "numbers")]
 BAD_EVALUATIONS += [("linear --epochs=3", "--protocol=paper"), ("fewshot --shots=", "numbers")]
-BAD_EVALUATIONS += [("fewshot --shots=1,5000", "--shots=5000"), ("retrieve --out=.", "folder")]
+BAD_EVALUATIONS += [("fewshot --shots=1,5000", "--shots=5000"), ("retrieve --out=.", "is no file")]
 BAD_EVALUATIONS += [("retrieve --neighbours=5000", "128"), ("linear --workers=-1", "0 or more")]
 BAD_EVALUATIONS += [("robust --corrupted=.", "--source=generated")]
 BAD_EVALUATIONS += [("linear --data=cub200", "vision.caltech.edu")]
@@ -3098,7 +3098,7 @@ def test_curves_lay_runs_side_by_side(here, capsys, monkeypatch):
     assert list(panels["learning rate of all spaces"]) == ["a", "b", "c"]
     for color in data.COLORS[:3]:
         assert len(pixels_of("x.png", color))
-    assert "is a folder" in refused(capsys, eval, "curves --out=runs")
+    assert "is no file" in refused(capsys, eval, "curves --out=runs")
     assert "python loo.py train" in refused(capsys, eval, "curves --runs=nope,runs/empty")
 
 
