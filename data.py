@@ -2133,14 +2133,16 @@ def outlive_readers(stream):
     stream.flush()
     buffer = io.BufferedWriter(Stream(stream.fileno(), "w", closefd=False))
     lines = stream.line_buffering or stream.write_through
-    # A file's name may be in Latin-1.
-    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=lines)
+    return io.TextIOWrapper(buffer, stream.encoding, line_buffering=lines)
 
 
 def command_line(commands, argv=None):
     """Run commands[argv[0]], flags typed by its signature. UserError: one line and exit code 2."""
     rank = os.environ.get("RANK", "0")
     sys.stdout, sys.stderr = outlive_readers(sys.stdout), outlive_readers(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not Jupyter's
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be in Latin-1
     in_main = threading.current_thread() is threading.main_thread()
     # So `finally` removes what is half written. Other ranks write nothing, and wait for rank 0.
     if rank == "0" and in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:

@@ -1368,19 +1368,18 @@ def print_header(state, dataset, n, place, config, start):
         if steps < FEW_STEPS and not start:
             enough = f"--epochs={math.ceil(FEW_STEPS / (n // batch))}"
             print(f"{steps} steps are few to learn from scratch: {enough} makes {FEW_STEPS}")
-    for warning in odd_settings(config, n, dataset.aspect):
+    warnings = [*odd_settings(config, n)]
+    long = (dataset.aspect.log2().abs() > 1).double().mean().item()
+    if long >= 0.01:
+        lose = "stored as squares they lose detail; a larger --canvas keeps more"
+        warnings.append(f"{long:.0%} of the images are longer than 2:1: {lose}")
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     sys.stdout.flush()
 
 
-def odd_settings(config, n, aspect):
-    """What to warn of before a run on n images -> lines. aspect (m,): width / height of images."""
-    long = (aspect.log2().abs() > 1).double().mean().item()
-    if long >= 0.01:
-        yield (
-            f"{long:.0%} of the images are longer than 2:1: stored as squares they lose detail; "
-            "a larger --canvas keeps more"
-        )
+def odd_settings(config, n):
+    """What to warn of before a run on n images -> lines."""
     epochs, schedule, queue = (config[name] for name in ("epochs", "schedule", "queue"))
     if schedule != "cosine":
         late = [at for at in schedule.split(",") if float(at) >= epochs]
@@ -1490,7 +1489,7 @@ def place_dataset(dataset, config):
 def train_loop(state, dataset, labels, config, out, asked):
     """Do the steps that are left -> State. Logs to out/log.jsonl, saves to out/checkpoint.pt.
 
-    Draws curves.png when it saves. labels (n,) for "supervised", -1 where an image has none; or
+    Draws curves.png now and then. labels (n,) for "supervised", -1 where an image has none; or
     None. A signal in `asked` ends it after a last checkpoint.
     Raises NonFiniteError, before anything is saved, when the loss or a weight is not finite.
     """
@@ -1524,11 +1523,12 @@ def train_loop(state, dataset, labels, config, out, asked):
             if rank() == 0:
                 with open(out / "log.jsonl", "a") as file:
                     file.write(dumps(record) + "\n")
-                print_record(record, config, steps, state.step % (20 * log_every) == 0)
+                seldom = state.step % (20 * log_every) == 0 or state.step == steps
+                print_record(record, config, steps, seldom)
+                if seldom:
+                    save_curves(config, out)
         if saving:
             save_checkpoint(state, config, out)
-            if rank() == 0:
-                save_curves(config, out)
         if number and state.step < steps:
             exit_for_signal(number, state.step)
     return state
@@ -1591,7 +1591,7 @@ def print_record(record, config, steps, seldom):
     last = record["step"] == steps
     if sys.stdout.isatty():
         print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
-    elif seldom or last:
+    elif seldom:
         print(text, flush=True)
 
 
