@@ -10,7 +10,6 @@ Axes, in the whole project: b image, v key view, g group, s space, d feature, c 
 channel), n queue slot or sample, t trial, h w pixel.
 """
 
-import argparse
 import contextlib
 import csv
 import difflib
@@ -521,22 +520,21 @@ def open_image(path):
 
 def read_image(paths, i, border=0):
     """Image i as RGB without `border` pixels at each side; UserError names the file."""
+    path = paths[i]
     try:
-        with open_image(paths[i]) as image:
+        with open_image(path) as image:
             tags = getattr(image, "tag_v2", {})
             if tags.get(CHANNELS, 0) > len(image.getbands()):
                 raise UnidentifiedImageError  # Pillow would drop the others
             image = to_rgb(image)
             box = border, border, image.width - border, image.height - border
             return image.crop(box) if border else image
-    except UnidentifiedImageError as error:
-        channels = tiff_channels(paths[i])
-        known = channels in (None, 1, 3)
-        reason = first_line(error) if known else f"{channels} channels, expected gray or RGB"
-        raise UserError(f"{paths[i]}: {reason}") from None
     except Exception as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{paths[i]}: {reason}") from None
+        channels = tiff_channels(path) if isinstance(error, UnidentifiedImageError) else None
+        if channels not in (None, 1, 3):
+            reason = f"{channels} channels, expected gray or RGB"
+        raise UserError(f"{path}: {reason}") from None
 
 
 def tiff_channels(path):
@@ -684,18 +682,19 @@ def decode_all(dataset, workers=2, cache=None, shared=False):
     if torch.is_tensor(dataset.images):
         return dataset
     n, side = len(dataset.images), dataset.images.side
-    size, mark = n * 3 * side**2, fingerprint(dataset)
+    shape, mark = (n, 3, side, side), fingerprint(dataset)
+    size = math.prod(shape)
     name = hashlib.sha1(repr((mark, side, dataset.images.share)).encode()).hexdigest()[:16]
     path = Path(cache) / f"{name}.canvases" if cache else None
     if not cache or (size <= 4 << 30 and not shared and not path.exists()):
-        images = torch.empty(n, 3, side, side, dtype=torch.uint8)
+        images = torch.empty(shape, dtype=torch.uint8)
         rows, aspect = decode(dataset, images, workers)
     else:
-        index, times = path.with_suffix(".pt"), file_times(dataset)
+        index, times = path.with_suffix(".pt"), file_stats(dataset, "st_mtime_ns")
 
         def write(file):
             allocate(file, size)
-            read = decode(dataset, memory_map(file.name, n, side), workers)
+            read = decode(dataset, map_file(file.name, *shape), workers)
             write_tensors(index, (*read, times))
 
         whole = index.exists() and path.exists() and path.stat().st_size == size
@@ -704,7 +703,7 @@ def decode_all(dataset, workers=2, cache=None, shared=False):
             with contextlib.suppress(OSError):  # not there, or on a read-only disk
                 path.unlink()
             write_atomic(path, write, size=size)
-        images, (rows, aspect, _) = memory_map(path, n, side), read_tensors(index)
+        images, (rows, aspect, _) = map_file(path, *shape), read_tensors(index)
     missing = tuple(sorted(set(range(n)) - set(rows.tolist())))
     labels = {name: y[rows] for name, y in dataset.labels.items()}
     held = {"root": [n, mark]}
@@ -742,21 +741,14 @@ def allocate(file, size):
         os.posix_fallocate(file.fileno(), 0, size)
 
 
-def memory_map(path, n, side):
-    """The file as images (n 3 side side) uint8."""
-    # a map shared by processes needs write access; on a read-only disk each has its own
-    shared, size = os.access(path, os.W_OK), n * 3 * side * side
-    return map_file(path, size, torch.uint8, shared).view(n, 3, side, side)
-
-
-def map_file(path, size, dtype, shared=True):
-    """A file as a tensor (size,), in memory that the system writes back if it is shared."""
-    try:
-        return torch.from_file(str(path), shared=shared, size=size, dtype=dtype)
-    except (UnicodeError, RuntimeError):  # a name in Latin-1, which torch cannot read
-        with open(path, "r+b" if shared else "rb") as file:
-            name = f"/dev/fd/{file.fileno()}"
-            return torch.from_file(name, shared=shared, size=size, dtype=dtype)
+def map_file(path, *shape, dtype=torch.uint8):
+    """A file as a tensor, in memory that the system writes back where the disk can be written."""
+    shared = os.access(path, os.W_OK)
+    with open(path, "r+b" if shared else "rb") as file:
+        # torch cannot read a name in Latin-1
+        name = f"/dev/fd/{file.fileno()}" if os.name == "posix" else str(path)
+        flat = torch.from_file(name, shared=shared, size=math.prod(shape), dtype=dtype)
+    return flat.view(shape)
 
 
 def fingerprint(dataset):
@@ -770,27 +762,21 @@ def fingerprint(dataset):
     if isinstance(source, (tuple, list)):  # else it is torchvision's
         top = os.path.commonpath([path.parent for path in source])
         names = [path.relative_to(top).as_posix() for path in source]
-        files = list(zip(names, file_stats(source, "st_size")))
+        files = list(zip(names, file_stats(dataset, "st_size").tolist()))
     return hashlib.sha1(repr(files).encode()).hexdigest()
 
 
-def file_times(dataset):
-    """When each file of a set was last changed -> (n,) ns, empty where it has no files."""
-    source = getattr(dataset.images, "source", ())
-    files = isinstance(source, (tuple, list))
-    return torch.tensor(file_stats(source, "st_mtime_ns") if files else [], dtype=torch.int64)
+def file_stats(dataset, name):
+    """A number that the file system has of each file of a set, -1 where it is gone -> (n,) int64.
 
-
-def file_stats(paths, name):
-    """A number that the file system has of each file, -1 where it is gone."""
-
-    def read(path):
+    Empty where a set has no files of its own."""
+    source, numbers = getattr(dataset.images, "source", None), []
+    for path in source if isinstance(source, (tuple, list)) else ():
         try:
-            return getattr(path.stat(), name)
+            numbers.append(getattr(path.stat(), name))
         except OSError:
-            return -1
-
-    return [read(path) for path in paths]
+            numbers.append(-1)
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def to_uint8(images):
@@ -1848,31 +1834,17 @@ def check(
         known = not source.address or source.address in problems[0]
         where = "" if known else f"; get it at {source.address}"
         raise UserError(f"{data} is not whole: {problems[0]}{others}{where}")
-    whole = f"{data} is whole"
-    print(whole if source.address else f"{data}: every file that was opened is an image")
+    opened = "every file that was opened is an image"
+    print(f"{data} is whole" if source.address else f"{data}: {opened}")
 
 
-# Of usual systems, for letters that Pillow's own font does not have.
-FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "wqy-microhei.ttc",
-    "msyh.ttc",
-    "PingFang.ttc",
-    "DejaVuSans.ttf",
-)
-
-
-def choose_font(names, size):
-    """A font that has all letters of these names, and the names: escaped where there is none."""
-    escaped = [ascii(name)[1:-1] for name in names]
-    names = [name if name.isprintable() else code for name, code in zip(names, escaped)]
-    for file in (None, *FONTS):
-        with contextlib.suppress(OSError):  # not on this system
-            font = ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
-            box = bytes(font.getmask("\U0010fffd"))  # what it draws for a letter it does not have
-            if all(bytes(font.getmask(letter)) != box for letter in {*"".join(names)}):
-                return font, names
-    return ImageFont.load_default(size), escaped
+def drawable(names, font):
+    """Names as this font can draw them: letters that it does not have as Python escapes them."""
+    box = bytes(font.getmask("\U0010fffd"))  # what it draws for a letter it does not have
+    for letter in set("".join(names)):
+        if not letter.isprintable() or bytes(font.getmask(letter)) == box:
+            names = [name.replace(letter, ascii(letter)[1:-1]) for name in names]
+    return names
 
 
 def image_grid(images, row_names, column_names, path, zoom=1):
@@ -1881,14 +1853,15 @@ def image_grid(images, row_names, column_names, path, zoom=1):
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     images = images.cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
     width, height = w * zoom + 3, h * zoom + 3
-    font, names = choose_font([*row_names, *column_names], 10)
-    left, top = 12 + int(max(map(font.getlength, names[:rows]))), 20
+    font = ImageFont.load_default(10)
+    row_names, column_names = drawable(row_names, font), drawable(column_names, font)
+    left, top = 12 + int(max(map(font.getlength, row_names))), 20
     canvas = Image.new("RGB", (left + columns * width, top + rows * height), "white")
     pen = ImageDraw.Draw(canvas)
     pen.font = font
-    for j, name in enumerate(names[rows:]):
+    for j, name in enumerate(column_names):
         pen.text((left + j * width, 4), name, fill="black")
-    for i, name in enumerate(names[:rows]):
+    for i, name in enumerate(row_names):
         pen.text((4, top + i * height + h * zoom // 2 - 6), name, fill="black")
         for j in range(columns):
             canvas.paste(to_pil_image(images[i, j]), (left + j * width, top + i * height))
@@ -1909,7 +1882,8 @@ def draw_curves(panels, path, x_name, columns=None):
     columns = columns or len(panels) or 1
     names = list(dict.fromkeys(itertools.chain(*panels.values())))
     styles = dict(zip(names, itertools.cycle(itertools.product((5, 2), COLORS))))
-    font, legends = choose_font(names, 24)
+    font = ImageFont.load_default(24)
+    legends = drawable(names, font)
     width, height = 840, 560
     legend = 120 + int(max(map(font.getlength, legends), default=0))
     rows = math.ceil(len(panels) / columns)
@@ -2010,6 +1984,8 @@ RANGES = {
     "stylize size": (16, 2**14, "16 or more, at most 16384"),
     "bench steps": (2, 2**31 - 1, "2 or more, below 2**31"),
 }
+# of every command, see `open_image`
+MEGAPIXELS_FLAG = inspect.Parameter("megapixels", inspect.Parameter.KEYWORD_ONLY, annotation=int)
 
 
 def suggest(word, words):
@@ -2070,7 +2046,8 @@ def parse_words(function, words):
 
     Words that stand without a flag are its first arguments. UserError for a word that is no flag
     of it and no value of one."""
-    parameters, words = inspect.signature(function).parameters, list(words)
+    parameters, words = dict(inspect.signature(function).parameters), list(words)
+    parameters["megapixels"] = MEGAPIXELS_FLAG
     flags = [f"--{name}" for name in parameters]
     switches = [name for name, p in parameters.items() if p.annotation is bool]
     negated = {f"--no{name}": f"--{name}=false" for name in switches}
@@ -2103,17 +2080,6 @@ def parse_words(function, words):
     return given | dict(zip(free, unnamed))
 
 
-def take_megapixels(argv):
-    """The words of a command without --megapixels=N, see `open_image`; every command has it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--megapixels", nargs="?", const="")
-    found, rest = parser.parse_known_args(argv)
-    if found.megapixels is not None:
-        megapixels = parse_flag("megapixels", int, found.megapixels, COUNT)
-        os.environ["LOOC_MEGAPIXELS"] = str(megapixels)  # workers and other processes inherit it
-    return rest
-
-
 class Stream(io.FileIO):
     """Standard output that nobody reads any more, as after `| head`, ends no command."""
 
@@ -2132,8 +2098,7 @@ def outlive_readers(stream):
         return stream
     stream.flush()
     buffer = io.BufferedWriter(Stream(stream.fileno(), "w", closefd=False))
-    lines = stream.line_buffering or stream.write_through
-    return io.TextIOWrapper(buffer, stream.encoding, line_buffering=lines)
+    return io.TextIOWrapper(buffer, stream.encoding, line_buffering=True)
 
 
 def command_line(commands, argv=None):
@@ -2152,13 +2117,16 @@ def command_line(commands, argv=None):
         named = [word for word in argv if word in commands]
         fire.Fire(commands, [*named[:1], "--help"])
     try:
-        argv = take_megapixels(argv)
         word = argv[0] if argv else "nothing"
         if word not in commands:
             hint = f"{suggest(word, commands)}there are {', '.join(commands)}; --help says more"
             raise UserError(f"{word}: expected a command; {hint}")
         warn_once.cache_clear()
-        typed(commands[word])(**parse_words(commands[word], argv[1:]))
+        flags = parse_words(commands[word], argv[1:])
+        if "megapixels" in flags:
+            megapixels = parse_flag("megapixels", int, flags.pop("megapixels"), COUNT)
+            os.environ["LOOC_MEGAPIXELS"] = str(megapixels)  # which workers inherit
+        typed(commands[word])(**flags)
     except Exception as error:
         message = str(error)
         if lacks_memory(error):
@@ -2206,8 +2174,7 @@ def optional_write(what):
     try:
         yield
     except (WriteError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
-        warn_once(f"{what} cannot be kept: {reason}")
+        warn_once(f"{what} cannot be kept: {error}")
 
 
 def first_line(error):
