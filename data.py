@@ -232,7 +232,7 @@ def forbid_inside(flag, out, root):
     folder, tree = Path(out).resolve(), Path(root).resolve()
     splits = {} if (tree / TABLE).is_file() else split_folders(tree)
     for top in splits.values() if len(splits) > 1 else [tree]:
-        if folder.is_relative_to(top) and not is_hidden(folder.relative_to(top)):
+        if folder.is_relative_to(top) and not is_hidden(*folder.relative_to(top).parts):
             problem = f"--{flag}={out} lies in --root={root} and would be read as a class"
             raise UserError(f"{problem}: choose one outside")
 
@@ -254,8 +254,8 @@ SYSTEM_FILES = {"@eadir", "#recycle", "__macosx", "$recycle.bin", "system volume
 SYSTEM_FILES |= {"lost+found", "thumbs.db", "desktop.ini"}
 
 
-def is_hidden(path):
-    return any(part.startswith(".") or part.lower() in SYSTEM_FILES for part in path.parts)
+def is_hidden(*names):
+    return any(name.startswith(".") or name.lower() in SYSTEM_FILES for name in names)
 
 
 def files_below(top, above=()):
@@ -264,7 +264,7 @@ def files_below(top, above=()):
     above: the real paths of the folders that `top` is in."""
     above = *above, os.path.realpath(top)
     for path in sorted(top.iterdir()) if top.is_dir() else ():
-        if is_hidden(Path(path.name)):
+        if is_hidden(path.name):
             continue
         if not path.is_dir():
             yield path
@@ -279,11 +279,18 @@ def is_image(path):
 
 def image_paths(top):
     """The image files in a folder and below, sorted."""
-    return [path for path in files_below(top) if is_image(path)]
+    return list_files(top)[0]
+
+
+def list_files(top):
+    """The files in a folder and below, sorted -> the images, all others."""
+    files = list(files_below(top))
+    images = [path for path in files if is_image(path)]
+    return images, sorted(set(files) - set(images))
 
 
 def class_folders(top):
-    return sorted(p.name for p in top.iterdir() if p.is_dir() and not is_hidden(Path(p.name)))
+    return sorted(p.name for p in top.iterdir() if p.is_dir() and not is_hidden(p.name))
 
 
 def split_folders(root):
@@ -314,53 +321,54 @@ def folder(split, root, seed=0):
     for name in here:
         if name not in classes:
             raise UserError(f"{top / name}: a class that {train} does not have")
-        if not splits and SPLITS.get(name.lower()) == "train":
-            warn_once(f"{top / name} is read as a class: no folder val or test is beside it")
     if classes and not here:
         raise UserError(f"{top}: no sub-folders; it needs those of {train}, one for each class")
     if len(here) == 1 and len(split_folders(top / here[0])) > 1:
         raise UserError(f"{top}: its splits are one folder further: --root={top / here[0]}")
-    files, others = defaultdict(list), []
-    for path in files_below(top):
-        inner, *below = path.relative_to(top).parts
-        place = files[inner if below else "."] if is_image(path) else others
-        place.append(path)
+    images, others = list_files(top)
+    files = defaultdict(list)
+    for path in images:
+        *folders, _ = path.relative_to(top).parts
+        files[folders[0] if folders else "."].append(path)
     flat = files.pop(".", []) if classes else []
     if len(flat) > max(1, sum(map(len, files.values())) // 100):
         problem = f"{len(flat)} images lie beside the folders {', '.join(here[:5])}"
         raise UserError(f"{top}: {problem}: put them into a class, or move them or the folders")
+    others += flat
+    if splits and split == "train":
+        for path in set(root.iterdir()) - set(splits.values()):
+            others += files_below(path) if path.is_dir() else [path]
+    warn_left_out(root, others)
     classes = classes or ["."]  # images without labels, enough to train on
     for name in here or classes:
         if not files[name]:
-            raise UserError(f"{top / name}: no images{left_out(others)}")
-    if splits and split == "train":
-        for path in sorted(set(root.iterdir()) - set(splits.values())):
-            others += files_below(path) if path.is_dir() else [path]
-    if others := [path for path in others + flat if not is_hidden(path.relative_to(root))]:
-        warn_once(f"{root}: not every file is read{left_out(others)}")
+            raise UserError(f"{top / name}: no images")
 
     pairs = [(path, i) for i, name in enumerate(classes) for path in files.get(name, ())]
     if not splits:
-        sides = {"train": [], "val": []}
-        for path, i in pairs:
-            side = hashed_split(path.relative_to(root).as_posix(), seed)
-            sides[side].append((path, i))
-        pairs = sides["train" if split == "train" else "val"]
-        warn_missing_classes(root, "class", *({i for _, i in side} for side in sides.values()))
+        sides = [hashed_split(path.relative_to(root).as_posix(), seed) for path, _ in pairs]
+        warn_missing_classes(root, "class", sides, [i for _, i in pairs])
+        side = "train" if split == "train" else "val"
+        pairs = [pair for pair, its_side in zip(pairs, sides) if its_side == side]
     if not pairs:
         raise UserError(f"{root}: too few images to split into train and val")
     return *zip(*pairs), classes
 
 
-def left_out(paths):
-    """Words for files that are left out: how many of each suffix, and the first."""
+def warn_left_out(root, paths):
+    """Warn of files below root that are not read: how many of each suffix, and the first."""
+    paths = sorted(path for path in paths if not is_hidden(*path.relative_to(root).parts))
     counts = Counter(path.suffix.lower() or path.name for path in paths).most_common(5)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts)
-    return f"; left out: {len(paths)} files ({kinds}), the first is {paths[0]}" if paths else ""
+    if paths:
+        count = f"{len(paths)} files ({kinds}), the first is {paths[0]}"
+        warn_once(f"{root}: not every file is read; left out: {count}")
 
 
-def warn_missing_classes(root, label, train, test):
-    """Warn of classes without an image to train on, or to test on; train, test: those that have."""
+def warn_missing_classes(root, label, splits, names):
+    """Warn of classes without an image to train on, or to test on: split and class of each."""
+    train = {name for split, name in zip(splits, names) if split == "train"}
+    test = {name for split, name in zip(splits, names) if split != "train"}
     lost = [len(train | test) - len(side) for side in (train, test)]
     if any(lost) and train and test:
         counts = f"{lost[0]} of the {len(train | test)} classes have no training image"
@@ -413,12 +421,9 @@ def read_table(root, seed=0):
             refuse(f"two columns are named {name}")
         if name in ("rotation", "image"):
             refuse(f"evaluations use the name {name} themselves: rename this column")
-    paths, others = [], []
-    for path in files_below(root):
-        (paths if is_image(path) else others).append(path)
+    paths, others = list_files(root)
     others.remove(root / TABLE)
-    if others:
-        warn_once(f"{root}: not every file is read{left_out(others)}")
+    warn_left_out(root, others)
     table, lost = {path.relative_to(root).as_posix(): {} for path in paths}, []
     for line, cells in rows:
         if len(cells) != len(columns):
@@ -462,20 +467,20 @@ def table_folder(split, root, seed=0):
     for row in table.values():
         splits[row.get("group")].add(row["split"])
     torn = [group for group, where in splits.items() if group and len(where) > 1]
-    if torn and split == "train":
-        count = f"warning: {len(torn)} groups in {TABLE} are in more than one split"
-        print(f"{count}, the first is {torn[0]}", file=sys.stderr)
+    if torn:
+        count = f"{len(torn)} groups in {TABLE} are in more than one split"
+        warn_once(f"{count}, the first is {torn[0]}")
     labels, classes = {}, {}
     for label in dict.fromkeys(["class", *columns]):
-        if label not in ("", "file", "split", "group"):
-            # of all splits, so that a class has the same number in each
-            classes[label] = sorted({row.get(label, "") for row in table.values()} - {""})
-            number = {name: i for i, name in enumerate(classes[label])}
-            labels[label] = [number.get(table[file].get(label), -1) for file in files]
-            sides = {True: set(), False: set()}
-            for row in table.values():
-                sides[row["split"] == "train"].add(row.get(label, ""))
-            warn_missing_classes(root, label, *(side - {""} for side in sides.values()))
+        if label in ("", "file", "split", "group"):
+            continue
+        labeled = [row for row in table.values() if row.get(label)]
+        names = [row[label] for row in labeled]
+        # of all splits, so that a class has the same number in each
+        classes[label] = sorted(set(names))
+        number = {name: i for i, name in enumerate(classes[label])}
+        labels[label] = [number.get(table[file].get(label), -1) for file in files]
+        warn_missing_classes(root, label, [row["split"] for row in labeled], names)
     return [root / file for file in files], labels, classes
 
 
@@ -2130,8 +2135,7 @@ def command_line(commands, argv=None):
     except Exception as error:
         message = str(error)
         if lacks_memory(error):
-            words = str(error) or "MemoryError"
-            what = first_line(words.rpartition("DefaultCPUAllocator: ")[2])
+            what = first_line(message.rpartition("DefaultCPUAllocator: ")[2] or error)
             hint = "lower --batch, --size, --queue, --dim or --hidden, whichever is large"
             message = f"not enough memory ({what}): {hint}"
         elif not isinstance(error, (UserError, OSError)):  # a full disk, a folder without access
@@ -2174,7 +2178,7 @@ def optional_write(what):
     try:
         yield
     except (WriteError, OSError) as error:
-        warn_once(f"{what} cannot be kept: {error}")
+        warn_once(f"{what} cannot be kept: {getattr(error, 'strerror', None) or error}")
 
 
 def first_line(error):
