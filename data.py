@@ -488,15 +488,12 @@ def from_torchvision(name, split, root, download):
     """A data set of torchvision -> itself, labels, class names."""
     source, root = DATASETS[name], root or "downloads"
     arguments = source.splits[check_choice("split", split, tuple(source.splits))]
+    kind = getattr(torchvision.datasets, source.torchvision)
     try:
-        found = getattr(torchvision.datasets, source.torchvision)(
-            root, download=download, **arguments
-        )
+        found = kind(root, download=download, **arguments)
     except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"--data={name}: not found under {root}: use --root=DIR or --download "
-            f"({first_line(error)})"
-        ) from None
+        problem = f"not found under {root} ({first_line(error)})"
+        raise UserError(f"--data={name}: {problem}: use --root=DIR or --download") from None
     labels = next(getattr(found, a) for a in ("targets", "labels", "_labels") if hasattr(found, a))
     labels = torch.as_tensor(labels).long()
     return found, labels, getattr(found, "classes", range(int(labels.max()) + 1))
@@ -832,9 +829,8 @@ def factors(split, size=32, count=None):
     def background(saturation):
         return torch.stack([rand(0, 1, n), rand(0, saturation, n), rand(0.25, 0.85, n)], -1)
 
-    obj, hue, fill = (
-        torch.randint(k, (n,), generator=g) for k in (len(OBJECTS), HUES, len(TEXTURES))
-    )
+    counts = len(OBJECTS), HUES, len(TEXTURES)
+    obj, hue, fill = (torch.randint(k, (n,), generator=g) for k in counts)
     # repeating a stroke draws nothing new
     table = torch.tensor([(strokes * 4)[:4] for strokes in OBJECTS.values()])
     bend = torch.tensor([0.05, 0.1, 0.1, 0.1, 0.03, 0.03])
@@ -1586,10 +1582,9 @@ def with_textures(
         return dataset._replace(textures=factors_textures(dataset, cache, device))
     if DATASETS[name].torchvision:
         raise UserError(f"--data={name}: torchvision's sets have no stylized copies; use a folder")
-    command = f"`python data.py stylize --data={name} --root={root}"
+    command = f"`python data.py stylize --data={name} --root={root} --split_seed={split_seed}"
     if not textures:
-        needs = "--groups=texture needs --textures=DIR"
-        raise UserError(f"{needs}; {command} --split_seed={split_seed}` writes it")
+        raise UserError(f"--groups=texture needs --textures=DIR; {command}` writes it")
     side, top, unread = dataset.images.shape[-1], check_root(root, name), set(dataset.missing)
     paths = [path for i, path in enumerate(files.images.source) if i not in unread]
     count = 1
@@ -1597,8 +1592,8 @@ def with_textures(
         count += 1
     copies = [copy for path in paths for copy in copy_paths(path, top, textures, count)]
     if lost := [path for path in copies if not path.exists()]:
-        command += f" --out={textures} --copies={count} --split_seed={split_seed}`"
-        raise UserError(f"{lost[0]}: no such file; {command} (and its --styles) writes it")
+        command += f" --out={textures} --copies={count}` (and its --styles) writes it"
+        raise UserError(f"{lost[0]}: no such file; {command}")
     advice = "remove it: `python data.py stylize` writes it again"
     copies = ImageFiles(copies, read_image, side, advice=advice)
     copies = ImageSet(copies, torch.ones(len(copies)), {}, {})
@@ -1777,13 +1772,7 @@ def pack(
 
 
 @typed
-def check(
-    data: str = "factors",
-    root: str = None,
-    sample: str = "64",
-    download: bool = False,
-    split_seed: int = 0,
-):
+def check(data: str = "factors", root: str = None, sample: str = "64", download: bool = False):
     """Is a data set complete? Compares its counts with the published ones and opens a sample.
 
     Args:
@@ -1792,12 +1781,10 @@ def check(
         root: where it is
         sample: files of each split to open, or all; the unreadable ones are named
         download: let torchvision fetch the data
-        split_seed: of the folder's own split
     """
     most = parse_flag("sample", int, sample, RANGES["sample"]) if sample != "all" else sys.maxsize
     problems, source = [], DATASETS[check_choice("data", data, NAMES)]
-    splits, label_counts = dataset_splits(data, root, split_seed), defaultdict(list)
-    where = dict(root=root, download=download, split_seed=split_seed)
+    splits = dataset_splits(data, root)
     if source.address and not download:
         check_root(root, data)
     print("| split | classes | published | images | published | missing | opened |")
@@ -1805,7 +1792,7 @@ def check(
     for split in splits:
         classes, count = source.splits[split] if source.address else (None, None)
         try:
-            found = open_dataset(data, split, whole=False, **where)
+            found = open_dataset(data, split, root=root, download=download, whole=False)
         except UserError as error:
             problems.append(str(error))
             print(f"| {split} | 0 | {classes or '-'} | 0 | {count or '-'} | all | - |")
@@ -1813,9 +1800,6 @@ def check(
         files, n = found.images, len(found.images)
         labels = next(iter(found.labels.values()))
         seen = len(labels[labels >= 0].unique())
-        for label in label_names(found.classes) if data == "folder" else ():
-            of_label = int((found.labels[label] >= 0).sum())
-            label_counts[label].append(f"{of_label} of {n} in {split}")
         missing = [path for path in files.source if not path.exists()] if source.address else []
         opened = range(0, 0 if torch.is_tensor(files) else n, max(1, n // most))
         errors = [error for i in opened if (error := files[i][2])]
@@ -1823,8 +1807,8 @@ def check(
         counts = f"{seen} | {classes or '-'} | {n - len(missing)} | {count or '-'}"
         print(f"| {split} | {counts} | {len(missing)} | {good} |", flush=True)
         if missing:
-            gone = f"{len(missing)} images are missing, the first is {missing[0]}"
-            problems.append(f"{split}: {gone}")
+            problem = f"{len(missing)} images are missing, the first is {missing[0]}"
+            problems.append(f"{split}: {problem}")
         if classes not in (None, seen):
             problems.append(f"{split}: {seen} classes, published are {classes}")
         if count not in (None, n):
@@ -1832,15 +1816,13 @@ def check(
         for error in errors:
             print(f"warning: unreadable: {error}", file=sys.stderr)
         problems += errors
-    for label, of_splits in label_counts.items():
-        print(f"label {label}: {len(found.classes[label])} classes, {', '.join(of_splits)}")
     if problems:
         others = f" (and {len(problems) - 1} more findings)" if problems[1:] else ""
         known = not source.address or source.address in problems[0]
-        where = "" if known else f"; get it at {source.address}"
-        raise UserError(f"{data} is not whole: {problems[0]}{others}{where}")
-    opened = "every file that was opened is an image"
-    print(f"{data} is whole" if source.address else f"{data}: {opened}")
+        advice = "" if known else f"; get it at {source.address}"
+        raise UserError(f"{data} is not whole: {problems[0]}{others}{advice}")
+    all_good = f"{data}: every file that was opened is an image"
+    print(f"{data} is whole" if source.address else all_good)
 
 
 def drawable(names, font):

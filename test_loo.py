@@ -1409,13 +1409,6 @@ def test_tables_in_another_encoding_or_without_test_rows_are_refused(tmp_path):
         opened(tmp_path)
 
 
-def test_check_counts_the_images_of_each_label(tmp_path, capsys):
-    run(data, f"check --data=folder --root={write_table(tmp_path, *KINDS)}")
-    out = capsys.readouterr().out
-    assert "label tone: 2 classes, 1 of 3 in train, 1 of 1 in test" in out
-    assert "| train | 0 | - | 3 |" in out  # no class folders
-
-
 def test_cifar10_in_its_published_layout(tmp_path, monkeypatch):
     root, pixels = tmp_path / "cifar-10-batches-py", torch.arange(30720) % 251
     pixels = pixels.view(10, 3, 32, 32).to(torch.uint8)
