@@ -284,9 +284,11 @@ def image_paths(top):
 
 def list_files(top):
     """The files in a folder and below, sorted -> the images, all others."""
-    files = list(files_below(top))
-    images = [path for path in files if is_image(path)]
-    return images, sorted(set(files) - set(images))
+    images, others = [], []
+    for path in files_below(top):
+        kind = images if is_image(path) else others
+        kind.append(path)
+    return images, others
 
 
 def class_folders(top):
