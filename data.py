@@ -344,7 +344,7 @@ def folder(split, root, seed=0):
     classes = classes or ["."]  # images without labels, enough to train on
     for name in here or classes:
         if not files[name]:
-            raise UserError(f"{top / name}: no images")
+            raise UserError(f"{top / name}: no images; put some there, or remove the folder")
 
     pairs = [(path, i) for i, name in enumerate(classes) for path in files.get(name, ())]
     if not splits:
