@@ -10,7 +10,6 @@ Axes, in the whole project: b image, v key view, g group, s space, d feature, c 
 channel), n queue slot or sample, t trial, h w pixel.
 """
 
-import argparse
 import contextlib
 import csv
 import difflib
@@ -233,7 +232,7 @@ def forbid_inside(flag, out, root):
     folder, tree = Path(out).resolve(), Path(root).resolve()
     splits = {} if (tree / TABLE).is_file() else split_folders(tree)
     for top in splits.values() if len(splits) > 1 else [tree]:
-        if folder.is_relative_to(top) and not is_hidden(folder.relative_to(top)):
+        if folder.is_relative_to(top) and not is_hidden(*folder.relative_to(top).parts):
             problem = f"--{flag}={out} lies in --root={root} and would be read as a class"
             raise UserError(f"{problem}: choose one outside")
 
@@ -255,8 +254,8 @@ SYSTEM_FILES = {"@eadir", "#recycle", "__macosx", "$recycle.bin", "system volume
 SYSTEM_FILES |= {"lost+found", "thumbs.db", "desktop.ini"}
 
 
-def is_hidden(path):
-    return any(part.startswith(".") or part.lower() in SYSTEM_FILES for part in path.parts)
+def is_hidden(*names):
+    return any(name.startswith(".") or name.lower() in SYSTEM_FILES for name in names)
 
 
 def files_below(top, above=()):
@@ -265,7 +264,7 @@ def files_below(top, above=()):
     above: the real paths of the folders that `top` is in."""
     above = *above, os.path.realpath(top)
     for path in sorted(top.iterdir()) if top.is_dir() else ():
-        if is_hidden(Path(path.name)):
+        if is_hidden(path.name):
             continue
         if not path.is_dir():
             yield path
@@ -280,11 +279,20 @@ def is_image(path):
 
 def image_paths(top):
     """The image files in a folder and below, sorted."""
-    return [path for path in files_below(top) if is_image(path)]
+    return list_files(top)[0]
+
+
+def list_files(top):
+    """The files in a folder and below, sorted -> the images, all others."""
+    images, others = [], []
+    for path in files_below(top):
+        kind = images if is_image(path) else others
+        kind.append(path)
+    return images, others
 
 
 def class_folders(top):
-    return sorted(p.name for p in top.iterdir() if p.is_dir() and not is_hidden(Path(p.name)))
+    return sorted(p.name for p in top.iterdir() if p.is_dir() and not is_hidden(p.name))
 
 
 def split_folders(root):
@@ -315,53 +323,54 @@ def folder(split, root, seed=0):
     for name in here:
         if name not in classes:
             raise UserError(f"{top / name}: a class that {train} does not have")
-        if not splits and SPLITS.get(name.lower()) == "train":
-            warn_once(f"{top / name} is read as a class: no folder val or test is beside it")
     if classes and not here:
         raise UserError(f"{top}: no sub-folders; it needs those of {train}, one for each class")
     if len(here) == 1 and len(split_folders(top / here[0])) > 1:
         raise UserError(f"{top}: its splits are one folder further: --root={top / here[0]}")
-    files, others = defaultdict(list), []
-    for path in files_below(top):
-        inner, *below = path.relative_to(top).parts
-        place = files[inner if below else "."] if is_image(path) else others
-        place.append(path)
+    images, others = list_files(top)
+    files = defaultdict(list)
+    for path in images:
+        *folders, _ = path.relative_to(top).parts
+        files[folders[0] if folders else "."].append(path)
     flat = files.pop(".", []) if classes else []
     if len(flat) > max(1, sum(map(len, files.values())) // 100):
         problem = f"{len(flat)} images lie beside the folders {', '.join(here[:5])}"
         raise UserError(f"{top}: {problem}: put them into a class, or move them or the folders")
+    others += flat
+    if splits and split == "train":
+        for path in set(root.iterdir()) - set(splits.values()):
+            others += files_below(path) if path.is_dir() else [path]
+    warn_left_out(root, others)
     classes = classes or ["."]  # images without labels, enough to train on
     for name in here or classes:
         if not files[name]:
-            raise UserError(f"{top / name}: no images{left_out(others)}")
-    if splits and split == "train":
-        for path in sorted(set(root.iterdir()) - set(splits.values())):
-            others += files_below(path) if path.is_dir() else [path]
-    if others := [path for path in others + flat if not is_hidden(path.relative_to(root))]:
-        warn_once(f"{root}: not every file is read{left_out(others)}")
+            raise UserError(f"{top / name}: no images; put some there, or remove the folder")
 
     pairs = [(path, i) for i, name in enumerate(classes) for path in files.get(name, ())]
     if not splits:
-        sides = {"train": [], "val": []}
-        for path, i in pairs:
-            side = hashed_split(path.relative_to(root).as_posix(), seed)
-            sides[side].append((path, i))
-        pairs = sides["train" if split == "train" else "val"]
-        warn_missing_classes(root, "class", *({i for _, i in side} for side in sides.values()))
+        sides = [hashed_split(path.relative_to(root).as_posix(), seed) for path, _ in pairs]
+        warn_missing_classes(root, "class", sides, [i for _, i in pairs])
+        side = "train" if split == "train" else "val"
+        pairs = [pair for pair, its_side in zip(pairs, sides) if its_side == side]
     if not pairs:
         raise UserError(f"{root}: too few images to split into train and val")
     return *zip(*pairs), classes
 
 
-def left_out(paths):
-    """Words for files that are left out: how many of each suffix, and the first."""
+def warn_left_out(root, paths):
+    """Warn of files below root that are not read: how many of each suffix, and the first."""
+    paths = sorted(path for path in paths if not is_hidden(*path.relative_to(root).parts))
     counts = Counter(path.suffix.lower() or path.name for path in paths).most_common(5)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts)
-    return f"; left out: {len(paths)} files ({kinds}), the first is {paths[0]}" if paths else ""
+    if paths:
+        count = f"{len(paths)} files ({kinds}), the first is {paths[0]}"
+        warn_once(f"{root}: not every file is read; left out: {count}")
 
 
-def warn_missing_classes(root, label, train, test):
-    """Warn of classes without an image to train on, or to test on; train, test: those that have."""
+def warn_missing_classes(root, label, splits, names):
+    """Warn of classes without an image to train on, or to test on: split and class of each."""
+    train = {name for split, name in zip(splits, names) if split == "train"}
+    test = {name for split, name in zip(splits, names) if split != "train"}
     lost = [len(train | test) - len(side) for side in (train, test)]
     if any(lost) and train and test:
         counts = f"{lost[0]} of the {len(train | test)} classes have no training image"
@@ -414,12 +423,9 @@ def read_table(root, seed=0):
             refuse(f"two columns are named {name}")
         if name in ("rotation", "image"):
             refuse(f"evaluations use the name {name} themselves: rename this column")
-    paths, others = [], []
-    for path in files_below(root):
-        (paths if is_image(path) else others).append(path)
+    paths, others = list_files(root)
     others.remove(root / TABLE)
-    if others:
-        warn_once(f"{root}: not every file is read{left_out(others)}")
+    warn_left_out(root, others)
     table, lost = {path.relative_to(root).as_posix(): {} for path in paths}, []
     for line, cells in rows:
         if len(cells) != len(columns):
@@ -463,20 +469,20 @@ def table_folder(split, root, seed=0):
     for row in table.values():
         splits[row.get("group")].add(row["split"])
     torn = [group for group, where in splits.items() if group and len(where) > 1]
-    if torn and split == "train":
-        count = f"warning: {len(torn)} groups in {TABLE} are in more than one split"
-        print(f"{count}, the first is {torn[0]}", file=sys.stderr)
+    if torn:
+        count = f"{len(torn)} groups in {TABLE} are in more than one split"
+        warn_once(f"{count}, the first is {torn[0]}")
     labels, classes = {}, {}
     for label in dict.fromkeys(["class", *columns]):
-        if label not in ("", "file", "split", "group"):
-            # of all splits, so that a class has the same number in each
-            classes[label] = sorted({row.get(label, "") for row in table.values()} - {""})
-            number = {name: i for i, name in enumerate(classes[label])}
-            labels[label] = [number.get(table[file].get(label), -1) for file in files]
-            sides = {True: set(), False: set()}
-            for row in table.values():
-                sides[row["split"] == "train"].add(row.get(label, ""))
-            warn_missing_classes(root, label, *(side - {""} for side in sides.values()))
+        if label in ("", "file", "split", "group"):
+            continue
+        labeled = [row for row in table.values() if row.get(label)]
+        names = [row[label] for row in labeled]
+        # of all splits, so that a class has the same number in each
+        classes[label] = sorted(set(names))
+        number = {name: i for i, name in enumerate(classes[label])}
+        labels[label] = [number.get(table[file].get(label), -1) for file in files]
+        warn_missing_classes(root, label, [row["split"] for row in labeled], names)
     return [root / file for file in files], labels, classes
 
 
@@ -484,15 +490,12 @@ def from_torchvision(name, split, root, download):
     """A data set of torchvision -> itself, labels, class names."""
     source, root = DATASETS[name], root or "downloads"
     arguments = source.splits[check_choice("split", split, tuple(source.splits))]
+    kind = getattr(torchvision.datasets, source.torchvision)
     try:
-        found = getattr(torchvision.datasets, source.torchvision)(
-            root, download=download, **arguments
-        )
+        found = kind(root, download=download, **arguments)
     except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"--data={name}: not found under {root}: use --root=DIR or --download "
-            f"({first_line(error)})"
-        ) from None
+        problem = f"not found under {root} ({first_line(error)})"
+        raise UserError(f"--data={name}: {problem}: use --root=DIR or --download") from None
     labels = next(getattr(found, a) for a in ("targets", "labels", "_labels") if hasattr(found, a))
     labels = torch.as_tensor(labels).long()
     return found, labels, getattr(found, "classes", range(int(labels.max()) + 1))
@@ -521,22 +524,21 @@ def open_image(path):
 
 def read_image(paths, i, border=0):
     """Image i as RGB without `border` pixels at each side; UserError names the file."""
+    path = paths[i]
     try:
-        with open_image(paths[i]) as image:
+        with open_image(path) as image:
             tags = getattr(image, "tag_v2", {})
             if tags.get(CHANNELS, 0) > len(image.getbands()):
                 raise UnidentifiedImageError  # Pillow would drop the others
             image = to_rgb(image)
             box = border, border, image.width - border, image.height - border
             return image.crop(box) if border else image
-    except UnidentifiedImageError as error:
-        channels = tiff_channels(paths[i])
-        known = channels in (None, 1, 3)
-        reason = first_line(error) if known else f"{channels} channels, expected gray or RGB"
-        raise UserError(f"{paths[i]}: {reason}") from None
     except Exception as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{paths[i]}: {reason}") from None
+        channels = tiff_channels(path) if isinstance(error, UnidentifiedImageError) else None
+        if channels not in (None, 1, 3):
+            reason = f"{channels} channels, expected gray or RGB"
+        raise UserError(f"{path}: {reason}") from None
 
 
 def tiff_channels(path):
@@ -684,18 +686,19 @@ def decode_all(dataset, workers=2, cache=None, shared=False):
     if torch.is_tensor(dataset.images):
         return dataset
     n, side = len(dataset.images), dataset.images.side
-    size, mark = n * 3 * side**2, fingerprint(dataset)
+    shape, mark = (n, 3, side, side), fingerprint(dataset)
+    size = math.prod(shape)
     name = hashlib.sha1(repr((mark, side, dataset.images.share)).encode()).hexdigest()[:16]
     path = Path(cache) / f"{name}.canvases" if cache else None
     if not cache or (size <= 4 << 30 and not shared and not path.exists()):
-        images = torch.empty(n, 3, side, side, dtype=torch.uint8)
+        images = torch.empty(shape, dtype=torch.uint8)
         rows, aspect = decode(dataset, images, workers)
     else:
-        index, times = path.with_suffix(".pt"), file_times(dataset)
+        index, times = path.with_suffix(".pt"), file_stats(dataset, "st_mtime_ns")
 
         def write(file):
             allocate(file, size)
-            read = decode(dataset, memory_map(file.name, n, side), workers)
+            read = decode(dataset, map_file(file.name, *shape), workers)
             write_tensors(index, (*read, times))
 
         whole = index.exists() and path.exists() and path.stat().st_size == size
@@ -704,7 +707,7 @@ def decode_all(dataset, workers=2, cache=None, shared=False):
             with contextlib.suppress(OSError):  # not there, or on a read-only disk
                 path.unlink()
             write_atomic(path, write, size=size)
-        images, (rows, aspect, _) = memory_map(path, n, side), read_tensors(index)
+        images, (rows, aspect, _) = map_file(path, *shape), read_tensors(index)
     missing = tuple(sorted(set(range(n)) - set(rows.tolist())))
     labels = {name: y[rows] for name, y in dataset.labels.items()}
     held = {"root": [n, mark]}
@@ -742,21 +745,14 @@ def allocate(file, size):
         os.posix_fallocate(file.fileno(), 0, size)
 
 
-def memory_map(path, n, side):
-    """The file as images (n 3 side side) uint8."""
-    # a map shared by processes needs write access; on a read-only disk each has its own
-    shared, size = os.access(path, os.W_OK), n * 3 * side * side
-    return map_file(path, size, torch.uint8, shared).view(n, 3, side, side)
-
-
-def map_file(path, size, dtype, shared=True):
-    """A file as a tensor (size,), in memory that the system writes back if it is shared."""
-    try:
-        return torch.from_file(str(path), shared=shared, size=size, dtype=dtype)
-    except (UnicodeError, RuntimeError):  # a name in Latin-1, which torch cannot read
-        with open(path, "r+b" if shared else "rb") as file:
-            name = f"/dev/fd/{file.fileno()}"
-            return torch.from_file(name, shared=shared, size=size, dtype=dtype)
+def map_file(path, *shape, dtype=torch.uint8):
+    """A file as a tensor, in memory that the system writes back where the disk can be written."""
+    shared = os.access(path, os.W_OK)
+    with open(path, "r+b" if shared else "rb") as file:
+        # torch cannot read a name in Latin-1
+        name = f"/dev/fd/{file.fileno()}" if os.name == "posix" else str(path)
+        flat = torch.from_file(name, shared=shared, size=math.prod(shape), dtype=dtype)
+    return flat.view(shape)
 
 
 def fingerprint(dataset):
@@ -770,27 +766,21 @@ def fingerprint(dataset):
     if isinstance(source, (tuple, list)):  # else it is torchvision's
         top = os.path.commonpath([path.parent for path in source])
         names = [path.relative_to(top).as_posix() for path in source]
-        files = list(zip(names, file_stats(source, "st_size")))
+        files = list(zip(names, file_stats(dataset, "st_size").tolist()))
     return hashlib.sha1(repr(files).encode()).hexdigest()
 
 
-def file_times(dataset):
-    """When each file of a set was last changed -> (n,) ns, empty where it has no files."""
-    source = getattr(dataset.images, "source", ())
-    files = isinstance(source, (tuple, list))
-    return torch.tensor(file_stats(source, "st_mtime_ns") if files else [], dtype=torch.int64)
+def file_stats(dataset, name):
+    """A number that the file system has of each file of a set, -1 where it is gone -> (n,) int64.
 
-
-def file_stats(paths, name):
-    """A number that the file system has of each file, -1 where it is gone."""
-
-    def read(path):
+    Empty where a set has no files of its own."""
+    source, numbers = getattr(dataset.images, "source", None), []
+    for path in source if isinstance(source, (tuple, list)) else ():
         try:
-            return getattr(path.stat(), name)
+            numbers.append(getattr(path.stat(), name))
         except OSError:
-            return -1
-
-    return [read(path) for path in paths]
+            numbers.append(-1)
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def to_uint8(images):
@@ -841,9 +831,8 @@ def factors(split, size=32, count=None):
     def background(saturation):
         return torch.stack([rand(0, 1, n), rand(0, saturation, n), rand(0.25, 0.85, n)], -1)
 
-    obj, hue, fill = (
-        torch.randint(k, (n,), generator=g) for k in (len(OBJECTS), HUES, len(TEXTURES))
-    )
+    counts = len(OBJECTS), HUES, len(TEXTURES)
+    obj, hue, fill = (torch.randint(k, (n,), generator=g) for k in counts)
     # repeating a stroke draws nothing new
     table = torch.tensor([(strokes * 4)[:4] for strokes in OBJECTS.values()])
     bend = torch.tensor([0.05, 0.1, 0.1, 0.1, 0.03, 0.03])
@@ -1595,10 +1584,9 @@ def with_textures(
         return dataset._replace(textures=factors_textures(dataset, cache, device))
     if DATASETS[name].torchvision:
         raise UserError(f"--data={name}: torchvision's sets have no stylized copies; use a folder")
-    command = f"`python data.py stylize --data={name} --root={root}"
+    command = f"`python data.py stylize --data={name} --root={root} --split_seed={split_seed}"
     if not textures:
-        needs = "--groups=texture needs --textures=DIR"
-        raise UserError(f"{needs}; {command} --split_seed={split_seed}` writes it")
+        raise UserError(f"--groups=texture needs --textures=DIR; {command}` writes it")
     side, top, unread = dataset.images.shape[-1], check_root(root, name), set(dataset.missing)
     paths = [path for i, path in enumerate(files.images.source) if i not in unread]
     count = 1
@@ -1606,8 +1594,8 @@ def with_textures(
         count += 1
     copies = [copy for path in paths for copy in copy_paths(path, top, textures, count)]
     if lost := [path for path in copies if not path.exists()]:
-        command += f" --out={textures} --copies={count} --split_seed={split_seed}`"
-        raise UserError(f"{lost[0]}: no such file; {command} (and its --styles) writes it")
+        command += f" --out={textures} --copies={count}` (and its --styles) writes it"
+        raise UserError(f"{lost[0]}: no such file; {command}")
     advice = "remove it: `python data.py stylize` writes it again"
     copies = ImageFiles(copies, read_image, side, advice=advice)
     copies = ImageSet(copies, torch.ones(len(copies)), {}, {})
@@ -1786,13 +1774,7 @@ def pack(
 
 
 @typed
-def check(
-    data: str = "factors",
-    root: str = None,
-    sample: str = "64",
-    download: bool = False,
-    split_seed: int = 0,
-):
+def check(data: str = "factors", root: str = None, sample: str = "64", download: bool = False):
     """Is a data set complete? Compares its counts with the published ones and opens a sample.
 
     Args:
@@ -1801,12 +1783,10 @@ def check(
         root: where it is
         sample: files of each split to open, or all; the unreadable ones are named
         download: let torchvision fetch the data
-        split_seed: of the folder's own split
     """
     most = parse_flag("sample", int, sample, RANGES["sample"]) if sample != "all" else sys.maxsize
     problems, source = [], DATASETS[check_choice("data", data, NAMES)]
-    splits, label_counts = dataset_splits(data, root, split_seed), defaultdict(list)
-    where = dict(root=root, download=download, split_seed=split_seed)
+    splits = dataset_splits(data, root)
     if source.address and not download:
         check_root(root, data)
     print("| split | classes | published | images | published | missing | opened |")
@@ -1814,7 +1794,7 @@ def check(
     for split in splits:
         classes, count = source.splits[split] if source.address else (None, None)
         try:
-            found = open_dataset(data, split, whole=False, **where)
+            found = open_dataset(data, split, root=root, download=download, whole=False)
         except UserError as error:
             problems.append(str(error))
             print(f"| {split} | 0 | {classes or '-'} | 0 | {count or '-'} | all | - |")
@@ -1822,9 +1802,6 @@ def check(
         files, n = found.images, len(found.images)
         labels = next(iter(found.labels.values()))
         seen = len(labels[labels >= 0].unique())
-        for label in label_names(found.classes) if data == "folder" else ():
-            of_label = int((found.labels[label] >= 0).sum())
-            label_counts[label].append(f"{of_label} of {n} in {split}")
         missing = [path for path in files.source if not path.exists()] if source.address else []
         opened = range(0, 0 if torch.is_tensor(files) else n, max(1, n // most))
         errors = [error for i in opened if (error := files[i][2])]
@@ -1832,8 +1809,8 @@ def check(
         counts = f"{seen} | {classes or '-'} | {n - len(missing)} | {count or '-'}"
         print(f"| {split} | {counts} | {len(missing)} | {good} |", flush=True)
         if missing:
-            gone = f"{len(missing)} images are missing, the first is {missing[0]}"
-            problems.append(f"{split}: {gone}")
+            problem = f"{len(missing)} images are missing, the first is {missing[0]}"
+            problems.append(f"{split}: {problem}")
         if classes not in (None, seen):
             problems.append(f"{split}: {seen} classes, published are {classes}")
         if count not in (None, n):
@@ -1841,38 +1818,22 @@ def check(
         for error in errors:
             print(f"warning: unreadable: {error}", file=sys.stderr)
         problems += errors
-    for label, of_splits in label_counts.items():
-        print(f"label {label}: {len(found.classes[label])} classes, {', '.join(of_splits)}")
     if problems:
         others = f" (and {len(problems) - 1} more findings)" if problems[1:] else ""
         known = not source.address or source.address in problems[0]
-        where = "" if known else f"; get it at {source.address}"
-        raise UserError(f"{data} is not whole: {problems[0]}{others}{where}")
-    whole = f"{data} is whole"
-    print(whole if source.address else f"{data}: every file that was opened is an image")
+        advice = "" if known else f"; get it at {source.address}"
+        raise UserError(f"{data} is not whole: {problems[0]}{others}{advice}")
+    all_good = f"{data}: every file that was opened is an image"
+    print(f"{data} is whole" if source.address else all_good)
 
 
-# Of usual systems, for letters that Pillow's own font does not have.
-FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "wqy-microhei.ttc",
-    "msyh.ttc",
-    "PingFang.ttc",
-    "DejaVuSans.ttf",
-)
-
-
-def choose_font(names, size):
-    """A font that has all letters of these names, and the names: escaped where there is none."""
-    escaped = [ascii(name)[1:-1] for name in names]
-    names = [name if name.isprintable() else code for name, code in zip(names, escaped)]
-    for file in (None, *FONTS):
-        with contextlib.suppress(OSError):  # not on this system
-            font = ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
-            box = bytes(font.getmask("\U0010fffd"))  # what it draws for a letter it does not have
-            if all(bytes(font.getmask(letter)) != box for letter in {*"".join(names)}):
-                return font, names
-    return ImageFont.load_default(size), escaped
+def drawable(names, font):
+    """Names as this font can draw them: letters that it does not have as Python escapes them."""
+    box = bytes(font.getmask("\U0010fffd"))  # what it draws for a letter it does not have
+    for letter in set("".join(names)):
+        if not letter.isprintable() or bytes(font.getmask(letter)) == box:
+            names = [name.replace(letter, ascii(letter)[1:-1]) for name in names]
+    return names
 
 
 def image_grid(images, row_names, column_names, path, zoom=1):
@@ -1881,14 +1842,15 @@ def image_grid(images, row_names, column_names, path, zoom=1):
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     images = images.cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
     width, height = w * zoom + 3, h * zoom + 3
-    font, names = choose_font([*row_names, *column_names], 10)
-    left, top = 12 + int(max(map(font.getlength, names[:rows]))), 20
+    font = ImageFont.load_default(10)
+    row_names, column_names = drawable(row_names, font), drawable(column_names, font)
+    left, top = 12 + int(max(map(font.getlength, row_names))), 20
     canvas = Image.new("RGB", (left + columns * width, top + rows * height), "white")
     pen = ImageDraw.Draw(canvas)
     pen.font = font
-    for j, name in enumerate(names[rows:]):
+    for j, name in enumerate(column_names):
         pen.text((left + j * width, 4), name, fill="black")
-    for i, name in enumerate(names[:rows]):
+    for i, name in enumerate(row_names):
         pen.text((4, top + i * height + h * zoom // 2 - 6), name, fill="black")
         for j in range(columns):
             canvas.paste(to_pil_image(images[i, j]), (left + j * width, top + i * height))
@@ -1909,7 +1871,8 @@ def draw_curves(panels, path, x_name, columns=None):
     columns = columns or len(panels) or 1
     names = list(dict.fromkeys(itertools.chain(*panels.values())))
     styles = dict(zip(names, itertools.cycle(itertools.product((5, 2), COLORS))))
-    font, legends = choose_font(names, 24)
+    font = ImageFont.load_default(24)
+    legends = drawable(names, font)
     width, height = 840, 560
     legend = 120 + int(max(map(font.getlength, legends), default=0))
     rows = math.ceil(len(panels) / columns)
@@ -2010,6 +1973,8 @@ RANGES = {
     "stylize size": (16, 2**14, "16 or more, at most 16384"),
     "bench steps": (2, 2**31 - 1, "2 or more, below 2**31"),
 }
+# of every command, see `open_image`
+MEGAPIXELS_FLAG = inspect.Parameter("megapixels", inspect.Parameter.KEYWORD_ONLY, annotation=int)
 
 
 def suggest(word, words):
@@ -2070,7 +2035,8 @@ def parse_words(function, words):
 
     Words that stand without a flag are its first arguments. UserError for a word that is no flag
     of it and no value of one."""
-    parameters, words = inspect.signature(function).parameters, list(words)
+    parameters, words = dict(inspect.signature(function).parameters), list(words)
+    parameters["megapixels"] = MEGAPIXELS_FLAG
     flags = [f"--{name}" for name in parameters]
     switches = [name for name, p in parameters.items() if p.annotation is bool]
     negated = {f"--no{name}": f"--{name}=false" for name in switches}
@@ -2103,17 +2069,6 @@ def parse_words(function, words):
     return given | dict(zip(free, unnamed))
 
 
-def take_megapixels(argv):
-    """The words of a command without --megapixels=N, see `open_image`; every command has it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--megapixels", nargs="?", const="")
-    found, rest = parser.parse_known_args(argv)
-    if found.megapixels is not None:
-        megapixels = parse_flag("megapixels", int, found.megapixels, COUNT)
-        os.environ["LOOC_MEGAPIXELS"] = str(megapixels)  # workers and other processes inherit it
-    return rest
-
-
 class Stream(io.FileIO):
     """Standard output that nobody reads any more, as after `| head`, ends no command."""
 
@@ -2132,8 +2087,7 @@ def outlive_readers(stream):
         return stream
     stream.flush()
     buffer = io.BufferedWriter(Stream(stream.fileno(), "w", closefd=False))
-    lines = stream.line_buffering or stream.write_through
-    return io.TextIOWrapper(buffer, stream.encoding, line_buffering=lines)
+    return io.TextIOWrapper(buffer, stream.encoding, line_buffering=True)
 
 
 def command_line(commands, argv=None):
@@ -2152,18 +2106,20 @@ def command_line(commands, argv=None):
         named = [word for word in argv if word in commands]
         fire.Fire(commands, [*named[:1], "--help"])
     try:
-        argv = take_megapixels(argv)
         word = argv[0] if argv else "nothing"
         if word not in commands:
             hint = f"{suggest(word, commands)}there are {', '.join(commands)}; --help says more"
             raise UserError(f"{word}: expected a command; {hint}")
         warn_once.cache_clear()
-        typed(commands[word])(**parse_words(commands[word], argv[1:]))
+        flags = parse_words(commands[word], argv[1:])
+        if "megapixels" in flags:
+            megapixels = parse_flag("megapixels", int, flags.pop("megapixels"), COUNT)
+            os.environ["LOOC_MEGAPIXELS"] = str(megapixels)  # which workers inherit
+        typed(commands[word])(**flags)
     except Exception as error:
         message = str(error)
         if lacks_memory(error):
-            words = str(error) or "MemoryError"
-            what = first_line(words.rpartition("DefaultCPUAllocator: ")[2])
+            what = first_line(message.rpartition("DefaultCPUAllocator: ")[2] or error)
             hint = "lower --batch, --size, --queue, --dim or --hidden, whichever is large"
             message = f"not enough memory ({what}): {hint}"
         elif not isinstance(error, (UserError, OSError)):  # a full disk, a folder without access
@@ -2206,8 +2162,7 @@ def optional_write(what):
     try:
         yield
     except (WriteError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
-        warn_once(f"{what} cannot be kept: {reason}")
+        warn_once(f"{what} cannot be kept: {getattr(error, 'strerror', None) or error}")
 
 
 def first_line(error):

@@ -55,7 +55,7 @@ from data import (
     decode_cached,
     draw_curves,
     epoch_batches,
-    file_times,
+    file_stats,
     fingerprint,
     image_grid,
     image_paths,
@@ -209,7 +209,7 @@ def cached_features(ctx, split, turns=(0,)):
     Computed once for a run, data set, split and turns.
     """
     dataset = ctx.split[split]
-    times = file_times(dataset)
+    times = file_stats(dataset, "st_mtime_ns")
     key = repr(((ctx.data, ctx.weights), split, turns, fingerprint(dataset)))
     name = hashlib.sha1(key.encode()).hexdigest()[:16]
     path = ctx.run / "features" / f"{ctx.data}-{split}-{name}.pt"
@@ -1174,7 +1174,7 @@ def embed_files(encoder, config, feature, paths, part, workers, leader_first):
     with leader_first():
         if loo.rank() == 0:
             write_atomic(part, functools.partial(allocate, size=4 * n * d))
-    x, seen = float_map(part, n, d), torch.zeros(n)
+    x, seen = map_file(part, n, d, dtype=torch.float32), torch.zeros(n)
     for rows, images in on_device(encoder, files, workers, batch=64, named=None):
         x[rows] = embed_batch(images)
         seen[rows] = 1
@@ -1182,12 +1182,7 @@ def embed_files(encoder, config, feature, paths, part, workers, leader_first):
     if loo.rank() == 0:  # close the gaps
         for to, some in zip(torch.arange(len(rows)).split(4096), rows.split(4096)):
             x[to] = x[some]
-    return rows, float_map(part, len(rows), d)
-
-
-def float_map(path, n, d):
-    """A file as a float32 tensor (n d), in memory that the system writes back."""
-    return map_file(path, n * d, torch.float32).view(n, d)
+    return rows, map_file(part, len(rows), d, dtype=torch.float32)
 
 
 def open_classifier(path, run, feature):

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageFont
 from torch.testing import assert_close
 
 import data
@@ -1409,13 +1409,6 @@ def test_tables_in_another_encoding_or_without_test_rows_are_refused(tmp_path):
         opened(tmp_path)
 
 
-def test_check_counts_the_images_of_each_label(tmp_path, capsys):
-    run(data, f"check --data=folder --root={write_table(tmp_path, *KINDS)}")
-    out = capsys.readouterr().out
-    assert "label tone: 2 classes, 1 of 3 in train, 1 of 1 in test" in out
-    assert "| train | 0 | - | 3 |" in out  # no class folders
-
-
 def test_cifar10_in_its_published_layout(tmp_path, monkeypatch):
     root, pixels = tmp_path / "cifar-10-batches-py", torch.arange(30720) % 251
     pixels = pixels.view(10, 3, 32, 32).to(torch.uint8)
@@ -2339,11 +2332,9 @@ def test_curves_of_nothing_are_drawn(tmp_path):
     assert Image.open(tmp_path / "x.png").size > (420, 280)
 
 
-def test_names_are_drawn_or_escaped(monkeypatch):
-    assert data.choose_font(["plain", "it's"], 10)[1] == ["plain", "it's"]
-    assert data.choose_font(["two\nlines", "caf\udce9"], 10)[1] == ["two\\nlines", "caf\\udce9"]
-    monkeypatch.setattr(data, "FONTS", ("no such font",))
-    assert data.choose_font(["cat", "\u732b"], 10)[1] == ["cat", "\\u732b"]
+def test_names_are_drawn_or_escaped():
+    names, font = ["it's", "two\nlines", "caf\udce9", "\u732b"], ImageFont.load_default(10)
+    assert data.drawable(names, font) == ["it's", "two\\nlines", "caf\\udce9", "\\u732b"]
 
 
 def disk_is_full(*_):
