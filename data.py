@@ -300,8 +300,8 @@ def split_folders(root):
 
     They are splits where all are named so, or where one for training stands beside another."""
     names = class_folders(root) if root.is_dir() else []
-    found = [name for name in names if name.lower() in SPLITS]
-    splits = {SPLITS[name.lower()]: root / name for name in found}
+    found = [name for name in names if split_of(name)]
+    splits = {split_of(name): root / name for name in found}
     if len(found) < len(names) and ("train" not in splits or len(splits) == 1):
         return {}
     if len(splits) < len(found):
@@ -385,9 +385,16 @@ def hashed_split(key, seed):
 
 
 TABLE = "labels.csv"  # at the top of a folder: a row for each image, a column for each label
-# how people spell the splits, in lower case
-SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val")
-SPLITS |= dict(dev="val", test="test", testing="test")
+# how people spell the splits, as in Training, valid, test_set or train2017
+SPLITS = {"train": "train(ing)?", "val": "val(id(ation)?)?|dev|eval(uation)?", "test": "test(ing)?"}
+
+
+def split_of(word):
+    """The split that the name of a folder, or a cell of labels.csv, means, or None."""
+    for split, pattern in SPLITS.items():
+        more = r"[\W_]*(set|images|data|split)?[\W_]*((19|20)\d\d)?"
+        if re.fullmatch(f"({pattern}){more}", word.lower()):
+            return split
 
 
 def table_rows(path):
@@ -435,10 +442,8 @@ def read_table(root, seed=0):
         if table.get(file):
             refuse(f"{file} is listed twice")
         if "split" in row:
-            word = (row["split"] or "train").lower()
-            if word not in SPLITS:
-                refuse(f"split {word}: expected one of {', '.join(SPLITS)}")
-            row["split"] = SPLITS[word]
+            word = row["split"] or "train"
+            row["split"] = split_of(word) or refuse(f"split {word}: expected train, val or test")
         if file in table:
             table[file] = row
         else:

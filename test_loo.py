@@ -1240,6 +1240,8 @@ LAYOUTS += [(dict(Training__x=2, Training__y=2, Testing__y=1), ("train", "test")
 LAYOUTS += [(dict(train__x=2, valid__x=1), ("train", "val"), 1)]
 LAYOUTS += [(dict(TRAIN__x=2, dev__x=1, Test__x=1, more=1), ("train", "val", "test"), 1)]
 LAYOUTS += [(dict(dev=9, ops=9), ("train", "val"), 2)]
+LAYOUTS += [({"Train Set": 0, "Train Set/x": 2, "test_images/x": 1}, ("train", "test"), 1)]
+LAYOUTS += [(dict(train2017__x=2, eval__x=1), ("train", "val"), 1)]
 
 
 @pytest.mark.parametrize("counts, splits, classes", LAYOUTS)
@@ -1388,7 +1390,7 @@ BAD_TABLES += [("file,rotation", "line 1: evaluations use the name rotation")]
 BAD_TABLES += [("file,kind\n\na.png,1,2", "line 3: 3 cells, the header has 2")]
 BAD_TABLES += [("file,kind\na.png", "line 2: 1 cells, the header has 2")]
 BAD_TABLES += [("file,kind\na.png,1\n./a.png,2", "line 3: a.png is listed twice")]
-BAD_TABLES += [("file,split\na.png,trian", "line 2: split trian: expected one of train")]
+BAD_TABLES += [("file,split\na.png,trian", "line 2: split trian: expected train")]
 BAD_TABLES += [("file\na.png\nx.png\nlabels.csv", "line 3: x.png: no such image in .*; 2 files")]
 BAD_TABLES += [("file,split\na.png,test\nb.png,test", "no images for train")]
 BAD_TABLES += [('file\n"' + "x" * 200_000, "larger than field limit.*UTF-8")]
