@@ -148,9 +148,7 @@ def positive_view(role):
 
     ValueError unless there is one; on a GPU that is not checked, because it must not wait.
     """
-    positive = role == 1
-    if positive.ndim == 2:
-        positive = positive[..., None]
+    positive = rearrange(role == 1, "s v ... -> s v (...)")  # (s v 1) or (s v b)
     if positive.device.type == "cpu":
         of_all = positive.all(2)
         if not of_all.equal(positive.any(2)) or (of_all.sum(1) != 1).any():
@@ -965,10 +963,8 @@ def typed(function):
 
 def make_config(*, packed, fresh, **flags):
     """The flags of `train`, completed by the recipe -> config, plain data. UserError if wrong."""
-    check_data_module()
-    from data import NAMES, check_choice, check_out, forbid_inside, parse_flags, resolve_device
+    from data import NAMES, check_choice, check_out, forbid_inside, resolve_device
 
-    flags = parse_flags(train, flags)
     method, data, groups = flags["method"], flags["data"], flags["groups"]
     flags["recipe"] = flags["recipe"] or (data if data in RECIPES else "factors")
     for flag, words in (CHOICES | {"data": NAMES}).items():
@@ -977,9 +973,8 @@ def make_config(*, packed, fresh, **flags):
     check_groups(groups=groups, always=flags["always"], same=flags["same"])
     recipe = RECIPES[flags["recipe"]]
     config = {name: recipe.get(name) if value is None else value for name, value in flags.items()}
-    if flags["schedule"] is None and config["epochs"] != recipe["epochs"]:
-        share = config["epochs"] / recipe["epochs"]
-        config["schedule"] = scale_schedule(recipe["schedule"], share)
+    if flags["schedule"] is None:
+        config["schedule"] = scale_schedule(recipe["schedule"], config["epochs"] / recipe["epochs"])
     config["out"] = flags["out"] or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
     check_out(config["out"], folder=True)
     if os.path.islink(config["out"]):  # runs/latest will be another run
@@ -1064,8 +1059,11 @@ def check_network(config):
 
 def default_config(**flags):
     """The configuration that `train` makes of these flags."""
+    check_data_module()
+    from data import parse_flags
+
     defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
-    return make_config(**defaults | flags)
+    return make_config(**parse_flags(train, defaults | flags))
 
 
 def on_gpu(config):
@@ -1106,9 +1104,8 @@ def scale_schedule(schedule, share):
 def build_encoder(config, splits=1):
     """The encoder that a configuration names, before any training."""
     method = get_method(config)
-    arch, stem, hidden, dim = (config[name] for name in ("arch", "stem", "hidden", "dim"))
-    spaces, size = len(method.spaces), config["size"]
-    return Encoder(arch, stem, spaces, method.heads, hidden, dim, splits, size)
+    own = {name: config[name] for name in ("arch", "stem", "hidden", "dim", "size")}
+    return Encoder(spaces=len(method.spaces), heads=method.heads, splits=splits, **own)
 
 
 def meta_encoder(config):
@@ -1368,19 +1365,18 @@ def print_header(state, dataset, n, place, config, start):
         if steps < FEW_STEPS and not start:
             enough = f"--epochs={math.ceil(FEW_STEPS / (n // batch))}"
             print(f"{steps} steps are few to learn from scratch: {enough} makes {FEW_STEPS}")
-    warnings = [*odd_settings(config, n)]
-    long = (dataset.aspect.log2().abs() > 1).double().mean().item()
-    if long >= 0.01:
-        lose = "stored as squares they lose detail; a larger --canvas keeps more"
-        warnings.append(f"{long:.0%} of the images are longer than 2:1: {lose}")
-    for warning in warnings:
+    for warning in odd_settings(config, n, dataset.aspect):
         print(f"warning: {warning}", file=sys.stderr)
     sys.stdout.flush()
 
 
-def odd_settings(config, n):
-    """What to warn of before a run on n images -> lines."""
+def odd_settings(config, n, aspect):
+    """What to warn of before a run on n images of a data set with this aspect (b,) -> lines."""
     epochs, schedule, queue = (config[name] for name in ("epochs", "schedule", "queue"))
+    long = (aspect.log2().abs() > 1).double().mean().item()
+    if long >= 0.01:
+        lose = "stored as squares they lose detail; a larger --canvas keeps more"
+        yield f"{long:.0%} of the images are longer than 2:1: {lose}"
     if schedule != "cosine":
         late = [at for at in schedule.split(",") if float(at) >= epochs]
         if late:
@@ -1397,14 +1393,9 @@ def odd_settings(config, n):
 def own_key_share(n, batch, queue):
     """The expected share of queries whose own image has a key in the queue, of n images."""
     epoch = n // batch * batch  # the images that one epoch sees
-    shares = []
-    for seen in range(0, epoch, batch):
-        left, missed = queue - seen, 1.0
-        while left > 0 and missed > 0:  # an epoch before this one, or the end of it
-            missed *= 1 - min(left, epoch) / n
-            left -= epoch
-        shares.append(1 - missed)
-    return sum(shares) / len(shares)
+    older = (queue - torch.arange(0, epoch, batch)).clamp(min=0).double()  # keys of epochs before
+    missed = (1 - epoch / n) ** (older // epoch) * (1 - older % epoch / n)
+    return (1 - missed).mean().item()
 
 
 def save_views(dataset, config, path):
@@ -1936,8 +1927,6 @@ def link_latest(out):
     except (OSError, NotImplementedError) as error:
         hint = f"name this run to eval.py as --run={out}"
         print(f"warning: no link runs/latest ({first_line(error)}): {hint}", file=sys.stderr)
-        with contextlib.suppress(OSError):
-            own_link.unlink()
 
 
 def read_jsonl(path):
@@ -2045,21 +2034,15 @@ def strip_prefix(tensors, expected):
 def check_fit(tensors, expected, classifier, config):
     """UserError where tensors, but for the classifier's, have other names or shapes."""
     # Older files do not count batches, nor do we read the count.
-    needed = [name for name in expected if not name.endswith("num_batches_tracked")]
-    extra = [name for name in tensors if not name.startswith(f"{classifier}.")]
-    problems = {
-        "missing": [name for name in needed if name not in tensors],
-        "unknown": [name for name in extra if name not in expected],
-        "of another shape": [
-            f"{name} {list(tensors[name].shape)}, not {list(expected[name].shape)}"
-            for name in needed
-            if name in tensors and tensors[name].shape != expected[name].shape
-        ],
-    }
-    words = [f"{len(x)} {kind} ({', '.join(x[:3])})" for kind, x in problems.items() if x]
-    if words:
+    optional = re.compile(rf"{re.escape(classifier)}\.|.*num_batches_tracked$")
+    wrong = []
+    for name in [name for name in expected | tensors if not optional.match(name)]:
+        have, want = (list(x[name].shape) if name in x else "none" for x in (tensors, expected))
+        if have != want:
+            wrong.append(f"{name} is {have}, expected {want}")
+    if wrong:
         flags = " ".join(f"--{flag}={config[flag]}" for flag in ("init", "arch", "stem", "size"))
-        raise UserError(f"{flags}: these weights do not fit: {'; '.join(words)}")
+        raise UserError(f"{flags}: {len(wrong)} weights do not fit: {'; '.join(wrong[:3])}")
 
 
 def load_encoder(run, device="cpu"):
@@ -2068,18 +2051,18 @@ def load_encoder(run, device="cpu"):
     from data import first_line, read_tensors
 
     run = Path(run)
-    for path in (run / "config.json", run / "backbone.pt", run / "heads.pt"):
-        if not path.exists() and run.is_dir():
-            with lock_folder(run):  # UserError while it is training
-                pass
-        if not path.exists() and (run / "checkpoint.pt").exists():
-            raise UserError(f"{run} has not finished training: give its command again to go on")
-        if not path.exists():
-            raise UserError(f"{path}: no such file; expected a folder that loo.py trained")
+    files = [run / name for name in ("config.json", "backbone.pt", "heads.pt")]
+    missing = [path for path in files if not path.exists()]
+    if missing and run.is_dir():
+        with lock_folder(run):  # UserError while it is training
+            pass
+    if missing and (run / "checkpoint.pt").exists():
+        raise UserError(f"{run} has not finished training: give its command again to go on")
+    if missing:
+        raise UserError(f"{missing[0]}: no such file; expected a folder that loo.py trained")
     try:
-        config = loads((run / "config.json").read_text())
-        backbone = read_tensors(run / "backbone.pt")
-        heads = read_tensors(run / "heads.pt")
+        config = loads(files[0].read_text())
+        backbone, heads = map(read_tensors, files[1:])
         encoder = build_encoder(config)
         encoder.load_state_dict(join_state(backbone, heads, len(encoder.tops)))
     # UserError is a ValueError.

@@ -807,7 +807,7 @@ def test_a_recipes_steps_of_the_learning_rate_follow_the_epochs():
     assert [loo.learning_rate(short, x) / short["lr"] for x in (59, 60, 80)] == [1, 0.1, 0.1**2]
     given = loo.default_config(**flags, epochs=100, schedule="50,300")
     assert given["schedule"] == "50,300"
-    assert list(loo.odd_settings(given | dict(queue=8), 9000)) == [
+    assert list(loo.odd_settings(given | dict(queue=8), 9000, torch.ones(1))) == [
         "--schedule=50,300: 300 never come in --epochs=100"
     ]
 
@@ -821,7 +821,7 @@ def test_how_often_a_query_meets_a_key_of_its_own(batch, queue):
             met += [row in seen[-queue:] for row in rows] if epoch > 3 else []
             seen += rows
     assert loo.own_key_share(200, batch, queue) == pytest.approx(np.mean(met), abs=0.02)
-    warnings = list(loo.odd_settings(CONFIG | dict(batch=batch, queue=queue), 200))
+    warnings = list(loo.odd_settings(CONFIG | dict(batch=batch, queue=queue), 200, torch.ones(1)))
     assert len(warnings) == (queue > 16)
 
 
@@ -899,14 +899,14 @@ def test_start_weights_of_a_vision_transformer_at_another_size(tmp_path, shallow
 
 def test_start_weights_that_do_not_fit_are_named(tmp_path, monkeypatch):
     torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "net.pt")
-    names = r"96 unknown \(layer1.2.conv1.weight, layer1.2.bn1.weight"
+    names = r"80 weights do not fit: layer1.2.conv1.weight is \[64, 64, 3, 3\], expected none"
     with pytest.raises(UserError, match=names):
         loo.start_weights(init_config(tmp_path / "net.pt"))
-    shapes = r"1 of another shape \(conv1.weight \[64, 3, 7, 7\], not \[64, 3, 3, 3\]\)"
+    shapes = r"1 weights do not fit: conv1.weight is \[64, 3, 7, 7\], expected \[64, 3, 3, 3\]"
     with pytest.raises(UserError, match=shapes):
         loo.start_weights(init_config(tmp_path / "net.pt", arch="resnet34", stem="cifar"))
     torch.save([1], tmp_path / "net.pt")
-    with pytest.raises(UserError, match=r"100 missing \(conv1.weight"):
+    with pytest.raises(UserError, match=r"100 weights do not fit: conv1.weight is none"):
         loo.start_weights(init_config(tmp_path / "net.pt"))
 
     def offline(*args, **kwargs):
