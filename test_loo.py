@@ -1075,7 +1075,7 @@ def test_a_ruined_checkpoint_gives_way_to_the_one_before(ruin, here, capsys):
 
 def test_curves_cover_the_whole_log_and_never_end_a_training(here, capsys, monkeypatch):
     drawn, draw, step = [], data.draw_curves, loo.train_step
-    line = f"train --out=run --epochs=12 --save_every=2 {SMALL}"
+    line = f"train --out=run --epochs=2 {QUICK} --save_every=2"
 
     def draw_or_fail(panels, *rest):
         drawn.append(len(panels["loss"]["color"]))
@@ -1096,7 +1096,7 @@ def test_curves_cover_the_whole_log_and_never_end_a_training(here, capsys, monke
     assert drawn == [20, 40]
     assert capsys.readouterr().err.count("warning: run/curves.png is not drawn: no font\n") == 2
     run(loo, line)
-    assert drawn[-1] == 48
+    assert drawn[-1] == 64
     assert Image.open("run/curves.png").width > 1200
 
 
@@ -3293,7 +3293,7 @@ def spawn(function, size, *arguments):
     start(function, (size, port, *arguments), size, start_method="forkserver")
 
 
-def twenty_steps(rank, size, port, out):
+def twelve_steps(rank, size, port, out):
     """Of each method in float64, and what is left of each; then features of some images."""
     torch.set_num_threads(1)
     if size > 1:  # what torchrun sets
@@ -3307,7 +3307,7 @@ def twenty_steps(rank, size, port, out):
             config = CONFIG | dict(method=method, drop_equal=method == "looc++")
             config |= dict(size=16, queue=24, precision="float64")
             state = loo.init_state(config, 3 if supervised else 0)
-            while state.step < 20:
+            while state.step < 12:
                 rows = (torch.arange(16) + 7 * state.step) % 48
                 if supervised:
                     rows = rows[loo.rank_slice(16)]
@@ -3335,7 +3335,7 @@ def test_world_size_changes_nothing(tmp_path):
     """N processes with a part of each batch, and of the images to extract, against one with all."""
     photo_tree(tmp_path / "photos", 3, 50)
     for size in (1, 2, 4):
-        spawn(twenty_steps, size, tmp_path / str(size))
+        spawn(twelve_steps, size, tmp_path / str(size))
         embedded = (tmp_path / str(size) / "embedded").read_bytes()
         assert embedded == (tmp_path / "1" / "embedded").read_bytes()
     for method, size in itertools.product(TRAINED, (2, 4)):
@@ -3380,7 +3380,7 @@ def wait_for(path, process):
 
 def test_killed_at_any_moment_and_resumed_is_uninterrupted(here):
     """kill -9 at random moments, while checkpoints are written too: one a step."""
-    line = f"train --epochs=3 --save_every=1 {QUICK}"
+    line = f"train --epochs=2 --save_every=1 {QUICK}"
     assert program(f"{line} --out=whole").wait(60) == 0
     chance, kills = random.Random(0), 0
     while True:
