@@ -1175,6 +1175,7 @@ def training_rows(dataset, labels):
 
 # ---------------------------------------- the loop and its log
 
+LOG_LINES = 200  # of a run
 FEW_STEPS = 1000  # with fewer, features hardly differ from random ones
 
 
@@ -1487,7 +1488,7 @@ def train_loop(state, dataset, labels, config, out, asked):
     usable = training_rows(dataset, labels)
     per_epoch = len(usable) // config["batch"]
     steps = config["epochs"] * per_epoch
-    log_every = max(1, steps // 200)
+    log_every = max(1, steps // LOG_LINES)
     save_every = config["save_every"] or 20 * log_every
     marks = [(time.perf_counter(), state.step)]
     # On a CPU a second thread would only be in the way.

@@ -1020,11 +1020,12 @@ def same_run(a, b):
 
 def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     """Ended anywhere and resumed equals uninterrupted, bit for bit; --fresh keeps the old run."""
-    # 420 steps, two to a line of the log.
-    monkeypatch.setattr(data, "FACTORS", {"train": 840, "val": 64, "test": 64})
+    # 104 steps, two to a line of the log.
+    monkeypatch.setattr(data, "FACTORS", {"train": 208, "val": 64, "test": 64})
+    monkeypatch.setattr(loo, "LOG_LINES", 50)
     line, step = f"train --method=moco --epochs=4 --save_every=7 {QUICK}", loo.train_step
     run(loo, f"{line} --out=whole")
-    stops = [17, 106, 107, 419]
+    stops = [17, 27, 28, 103]
 
     def step_or_stop(state, *rest):
         if state.step in stops:
@@ -1042,7 +1043,7 @@ def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     torch.save(saved, "parts/checkpoint.pt")
     capsys.readouterr()
     run(loo, f"{line} --out=parts")
-    assert "resuming parts at step 413" in capsys.readouterr().out
+    assert "resuming parts at step 98" in capsys.readouterr().out
     same_run("whole", "parts")
     assert "--tau=0.3" in refused(capsys, loo, f"{line} --out=parts --tau=.3")
     run(loo, f"train --method=moco --epochs=1 --out=parts --fresh {QUICK}")
@@ -3293,7 +3294,7 @@ def spawn(function, size, *arguments):
     start(function, (size, port, *arguments), size, start_method="forkserver")
 
 
-def twelve_steps(rank, size, port, out):
+def some_steps(rank, size, port, out):
     """Of each method in float64, and what is left of each; then features of some images."""
     torch.set_num_threads(1)
     if size > 1:  # what torchrun sets
@@ -3307,7 +3308,7 @@ def twelve_steps(rank, size, port, out):
             config = CONFIG | dict(method=method, drop_equal=method == "looc++")
             config |= dict(size=16, queue=24, precision="float64")
             state = loo.init_state(config, 3 if supervised else 0)
-            while state.step < 12:
+            while state.step < 8:
                 rows = (torch.arange(16) + 7 * state.step) % 48
                 if supervised:
                     rows = rows[loo.rank_slice(16)]
@@ -3335,7 +3336,7 @@ def test_world_size_changes_nothing(tmp_path):
     """N processes with a part of each batch, and of the images to extract, against one with all."""
     photo_tree(tmp_path / "photos", 3, 50)
     for size in (1, 2, 4):
-        spawn(twelve_steps, size, tmp_path / str(size))
+        spawn(some_steps, size, tmp_path / str(size))
         embedded = (tmp_path / str(size) / "embedded").read_bytes()
         assert embedded == (tmp_path / "1" / "embedded").read_bytes()
     for method, size in itertools.product(TRAINED, (2, 4)):
@@ -3380,7 +3381,7 @@ def wait_for(path, process):
 
 def test_killed_at_any_moment_and_resumed_is_uninterrupted(here):
     """kill -9 at random moments, while checkpoints are written too: one a step."""
-    line = f"train --epochs=2 --save_every=1 {QUICK}"
+    line = f"train --epochs=1 --save_every=1 {QUICK}"
     assert program(f"{line} --out=whole").wait(60) == 0
     chance, kills = random.Random(0), 0
     while True:
@@ -3401,7 +3402,7 @@ def test_killed_at_any_moment_and_resumed_is_uninterrupted(here):
 
 def test_two_processes_then_one_then_two_is_one(here):
     """Killed on two ranks, ended by a signal on one, finished on two; in float64."""
-    line = f"train --epochs=2 --save_every=5 --precision=float64 {QUICK}"
+    line = f"train --epochs=1 --save_every=5 --precision=float64 {QUICK}"
     whole, process = program(f"{line} --out=whole"), program(f"{line} --out=parts", ranks=2)
     wait_for(here / "parts" / "checkpoint.pt", process)
     pgrep = ["pgrep", "-P", str(process.pid)]
@@ -3420,7 +3421,7 @@ def test_two_processes_then_one_then_two_is_one(here):
     assert "resuming parts at step" in process.communicate(timeout=90)[0]
     assert process.returncode == whole.wait(60) == 0
     one, many = (read_checkpoint(here / out) for out in ("whole", "parts"))
-    assert one["step"] == many["step"] == 100
+    assert one["step"] == many["step"] == 50
     for part in (*ENCODERS, "queue", POINTER):
         assert_close(many[part], one[part], rtol=1e-10, atol=1e-10)
 
