@@ -234,7 +234,7 @@ def contrastive_forward(state, images, aspect, config, textures=None):
     role = method.role
     if config["drop_equal"] and (role < 0).any():
         role = drop_equal(role, params, method.groups)
-    role = role.to(q.device)
+    role = move_like(images, role)
     return q, k[:, :, move_like(images, rows.query)], positive_keys(k, role), role
 
 
@@ -461,7 +461,7 @@ def supervised_step(state, images, aspect, labels, config, textures=None):
     rows = rank_rows(config, state.step)
     query, _, params = training_views(images, aspect, config, state.step, textures, rows)
     if labels is None:
-        labels = params["rotation"]["turns"][0].to(images.device)
+        labels = move_like(images, params["rotation"]["turns"][0])
     with autocast(config):
         logits = state.classifier(encode(state.encoder_q, query)[0])
     loss = F.cross_entropy(at_least_float32(logits), labels)
@@ -483,7 +483,8 @@ def encode(encoder, images):
     """
     check_shapes({"c": 3}, images=(images, "b c h w"))
     check_images(images, FLOATS, margin=0.5)  # views may leave [0, 1] a little
-    mean, std = images.new_tensor(IMAGENET_NORM)[:, :, None, None]
+    norm = torch.tensor(IMAGENET_NORM, dtype=images.dtype)
+    mean, std = move_like(images, norm)[:, :, None, None]
     return encoder((images - mean) / std)
 
 
@@ -576,15 +577,18 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             raise ValueError(f"a batch of {len(x)} does not divide into {splits} BatchNorm splits")
         mean = self.running_mean.repeat(splits, 1)  # (splits f)
         var = self.running_var.repeat(splits, 1)
-        affine = (self.weight, self.bias, True, self.momentum, self.eps)
-        # batch_norm updates its mean and var in place.
-        parts = [
-            F.batch_norm(part, mean[i], var[i], *affine) for i, part in enumerate(x.chunk(splits))
-        ]
+        affine, settings = (self.weight, self.bias), (True, self.momentum, self.eps)
+        parts = zip(x.chunk(splits), mean, var)  # batch_norm updates its mean and var in place
+        if torch.is_grad_enabled():
+            out = torch.cat([F.batch_norm(*part, *affine, *settings) for part in parts])
+        else:  # keys: each part is written to its place, which saves the copy of torch.cat
+            out, unused = torch.empty_like(x), mean.new_empty(2, len(self.weight))
+            for (part, *stats), place in zip(parts, out.chunk(splits)):
+                torch.native_batch_norm(part, *affine, *stats, *settings, out=(place, *unused))
         self.running_mean.copy_(mean.mean(0))
         self.running_var.copy_(var.mean(0))
         self.num_batches_tracked += 1
-        return torch.cat(parts)
+        return out
 
 
 def backbone(arch, stem="imagenet", splits=1, size=224):
@@ -1433,7 +1437,7 @@ def get_batch(dataset, config, rows):
 
     # Bytes travel to the training device, not floats.
     def place(x):
-        x = x.index_select(0, rows.to(x.device))
+        x = x.index_select(0, move_like(x, rows))
         if on_gpu(config) and not x.is_cuda:
             x = x.pin_memory()
         # From a GPU to the CPU a copy must block: nothing after it waits for the GPU.
@@ -1497,7 +1501,7 @@ def train_loop(state, dataset, labels, config, out, asked):
     for rows, images, aspect, textures in map_ahead(partial(get_batch, dataset, config), batches):
         state.optimizer.param_groups[0]["lr"] = learning_rate(config, state.step / per_epoch)
         if config["method"] == "supervised":
-            y = None if labels is None else labels[rows].to(config["device"])
+            y = None if labels is None else move_like(images, labels[rows])
             state, (loss, *compared) = supervised_step(state, images, aspect, y, config, textures)
         else:
             state, (loss, *compared) = train_step(state, images, aspect, config, textures)

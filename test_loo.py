@@ -31,7 +31,10 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageColor, ImageFont
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import data
 import eval
@@ -434,11 +437,16 @@ def test_a_row_in_the_table_of_groups_gets_a_view_and_a_space(monkeypatch):
     assert method.spaces == ("all", "invert", "rotation")
 
 
-def test_split_batchnorm_is_batchnorm_of_each_part():
+@pytest.mark.parametrize("grad", [True, False])
+def test_split_batchnorm_is_batchnorm_of_each_part(grad):
     x = torch.randn(24, 5, 4, 4, generator=make_generator(0))
+    x = x.to(memory_format=torch.channels_last)
     ours = loo.SplitBatchNorm2d(5, splits=3)
     parts = [torch.nn.BatchNorm2d(5) for _ in range(3)]
-    assert_close(ours(x), torch.cat([norm(part) for norm, part in zip(parts, x.chunk(3))]))
+    with torch.set_grad_enabled(grad):
+        out = ours(x)
+    assert torch.equal(out, torch.cat([norm(part) for norm, part in zip(parts, x.chunk(3))]))
+    assert out.is_contiguous(memory_format=torch.channels_last)
     assert_close(ours.running_mean, torch.stack([norm.running_mean for norm in parts]).mean(0))
     assert_close(ours.running_var, torch.stack([norm.running_var for norm in parts]).mean(0))
     with pytest.raises(ValueError, match="does not divide"):
@@ -712,6 +720,129 @@ def test_other_functions_by_hand_name_what_does_not_fit():
         loo.positive_keys(torch.zeros(Q), ROLE)
     with pytest.raises(ValueError, match="expected mlp or conv5"):
         loo.Encoder("small", heads="conv")
+
+
+# ---------------------------------------------------------------- loo.py: as on a GPU, without one
+
+
+class FakeCuda(TorchDispatchMode):
+    """Tensors of device "cuda" are fake: shape, type and strides, no values; the CPU's are real.
+
+    What would make the host wait raises: .item(), nonzero and masks on "cuda", mixed devices. A
+    copy between the two that blocks is noted: `waits` names the functions of loo.py that made one.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.fake, self.waits = FakeTensorMode(allow_non_fake_inputs=True), set()
+
+    def __enter__(self):
+        self.fake.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.fake.__exit__(*error)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, str(op)
+        if torch.is_inference_mode_enabled() and op.namespace == "aten":
+            with self:  # composite operations come whole there
+                if (out := op.decompose(*args, **kwargs)) is not NotImplemented:
+                    return out
+        flat, _ = tree_flatten((args, kwargs))
+        tensors = [x for x in flat if torch.is_tensor(x)]
+        devices = {x.type for x in flat if isinstance(x, torch.device)}
+        if "cuda" not in devices and not any(isinstance(x, FakeTensor) for x in flat):
+            with unset_fake_temporarily():
+                return op(*args, **kwargs)
+        if name.startswith("aten._fused_sgd_"):  # has no version for shapes alone
+            assert {x.device.type for x in tensors} == {"cuda"}
+            return None
+        first = tensors[0].device.type if tensors else ""
+        if name.startswith("aten.index") and first == "cpu":  # FakeTensorMode lets it pass
+            raise RuntimeError("indices should be on the CPU, as the indexed tensor is")
+        across = name.startswith("aten._to_copy") and devices - {first}
+        rows = [x for x in tensors[1:] if x.ndim and x.device.type == "cpu"]
+        if across and not kwargs.get("non_blocking") or name.startswith("aten.index.") and rows:
+            self.waits.add(caller_in_loo())
+        return op(*args, **kwargs)
+
+
+def caller_in_loo():
+    """The innermost function of loo.py that is running."""
+    frame = sys._getframe()
+    while frame and frame.f_globals.get("__name__") != "loo":
+        frame = frame.f_back
+    return frame.f_code.co_name if frame else "the test"
+
+
+def move_module(module, change, recurse=True):
+    """nn.Module._apply with new parameters, as a real one cannot become a fake one.
+
+    They need no gradient: its graph would look for a driver.
+    """
+    for child in module.children():
+        move_module(child, change)
+    for name, p in module._parameters.items():
+        if p is not None:
+            module._parameters[name] = torch.nn.Parameter(change(p.detach()), requires_grad=False)
+    for name, x in module._buffers.items():
+        module._buffers[name] = None if x is None else change(x)
+    return module
+
+
+def step_without_backward(optimizer, loss):
+    assert loss.device.type == "cuda"
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.empty_like(p)
+    optimizer.step()
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "_apply", move_module)
+    monkeypatch.setattr(loo, "optimizer_step", step_without_backward)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    with FakeCuda() as mode:
+        yield mode
+
+
+ON_GPU = [dict(method=name) for name in ("moco", "moco_same", "moco++", "supervised")]
+ON_GPU += [dict(method="supervised", label="rotation"), dict(method="looc++", drop_equal=True)]
+ON_GPU += [dict(method="looc", precision="float32", cache="host", splits=1)]
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch built with CUDA")
+@pytest.mark.parametrize("changed", ON_GPU, ids=str)
+def test_a_step_on_a_gpu_never_waits(changed, fake_cuda):
+    config = CONFIG | dict(groups=(*GROUPS, "texture"), same=("rotation",), label=None, size=40)
+    config |= dict(device="cuda:0", precision="bfloat16", cache="device", always=("crop", "blur"))
+    config |= dict(batch=4, splits=2) | changed
+    images, labels = (noise(8, 3, 48, 48) * 255).byte(), torch.arange(8) % 3
+    copies = (noise(8, 2, 3, 48, 48) * 255).byte()
+    dataset = data.ImageSet(images, torch.linspace(0.7, 1.4, 8), {}, {}, textures=copies)
+    dataset, place = loo.place_dataset(dataset, config)
+    assert place == config["cache"]
+    state = loo.init_state(config, 4 if config["method"] == "supervised" else 0)
+    fake_cuda.waits.clear()
+    rows = next(loo.batch_rows(config, 8, 0, 1))
+    rows, *inputs = loo.get_batch(dataset, config, rows)
+    assert {x.device.type for x in inputs} == {"cuda"}
+    images, aspect, textures = inputs
+    if config["method"] == "supervised":
+        y = None if config["label"] else loo.move_like(images, labels[rows])
+        state, (loss,) = loo.supervised_step(state, images, aspect, y, config, textures)
+        metrics = {}
+    else:
+        state, (loss, *compared) = loo.train_step(state, images, aspect, config, textures)
+        metrics = loo.contrast_metrics(*compared, config["tau"])
+    assert not fake_cuda.waits
+    made = (loss, state.queue, state.total, *metrics.values())
+    assert {x.device.type for x in made} == {"cuda"}
+    assert loss.dtype == torch.float32
 
 
 # ---------------------------------------------------------------- loo.py: configuration to bench
