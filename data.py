@@ -1384,6 +1384,8 @@ CORRUPTIONS = {  # name: (function, its constants at severity 1 to 5)
 
 # ---------------------------------------------------------------- style transfer, group `texture`
 
+COPIES = 4  # of an image: of one copy alone, two views would often have the same texture
+
 
 def fractal_noise(n, size, decay, generator):
     """Smooth noise of all scales -> (n size size), mean 0, deviation 1; more decay is softer."""
@@ -1610,18 +1612,21 @@ def with_textures(
 
 
 def factors_textures(dataset, cache, device):
-    """Stylized copies (n 1 3 h w) uint8 of the images of `factors`, made once."""
-    path = Path(cache) / f"factors-textures-{fingerprint(dataset)[:16]}.pt"
+    """Stylized copies (n copy 3 h w) uint8 of the images of `factors`, made once."""
+    path = Path(cache) / f"factors-textures-{COPIES}-{fingerprint(dataset)[:16]}.pt"
     if not path.exists():
-        n, side, copies = len(dataset.images), dataset.images.shape[-1], []
-        print(f"making stylized copies of {n} images, once: {path}", flush=True)
+        n, side = len(dataset.images), dataset.images.shape[-1]
+        print(f"making {COPIES} stylized copies of {n} images, once: {path}", flush=True)
         styles = F.interpolate(procedural_textures(56, max(64, side)), size=side, mode="area")
+        copies = torch.empty(n, COPIES, 3, side, side, dtype=torch.uint8)
         for rows in torch.arange(n).split(64):
-            pick = torch.randint(56, (len(rows),), generator=make_generator("style", int(rows[0])))
-            images, style = dataset.images[rows].to(device) / 255, styles[pick].to(device)
-            # the colors stay: hue is another group's
-            copies.append(to_uint8(style_transfer(images, style, keep_color=True)).cpu())
-        copies = torch.cat(copies)[:, None]
+            generator = make_generator("style", int(rows[0]))
+            picks = torch.rand(len(rows), 56, generator=generator).argsort(1)[:, :COPIES]
+            images = dataset.images[rows].to(device) / 255
+            for copy, pick in enumerate(picks.unbind(1)):
+                # the colors stay: hue is another group's
+                changed = style_transfer(images, styles[pick].to(device), keep_color=True)
+                copies[rows, copy] = to_uint8(changed).cpu()
         with optional_write(path):
             write_tensors(path, copies)
         return copies
@@ -1638,7 +1643,7 @@ def stylize(
     styles: str = None,
     out: str = "stylised",
     *,
-    copies: int = 1,
+    copies: int = COPIES,
     size: int = 256,
     split: str = "train",
     features: str = "auto",
@@ -1965,6 +1970,7 @@ RANGES = {
     **dict.fromkeys(("sample", "pictures", "queries", "neighbours"), COUNT),
     **dict.fromkeys(("hidden", "steps"), (0, 2**31 - 1, "0 or more, below 2**31")),
     **dict.fromkeys(("lr", "tau"), POSITIVE),
+    **dict.fromkeys(("p", "gray", "area"), (0, 1, "0 to 1")),
     **dict.fromkeys(("size", "canvas"), (1, 2**14, "1 or more, at most 16384")),
     **dict.fromkeys(("copies", "seeds"), (1, 1000, "1 or more, at most 1000")),
     "weight_decay": (0, sys.float_info.max, "0 or more, and finite"),

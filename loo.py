@@ -268,6 +268,7 @@ def augment_groups(
     aspect=None,
     textures=None,
     rows=None,
+    sampling=None,
 ):
     """The query view and the key views of section 3.
 
@@ -282,6 +283,7 @@ def augment_groups(
     aspect (b,): width / height of each image before it was squashed into a square, by default 1
     textures (b copy c h w): stylized copies of the images, for the group "texture"
     rows: a Rows, when `images` are a part (m c h w) of a global batch
+    sampling: other arguments of the sample functions in GROUPS, as {"rotation": {"p": 0.75}}
     -> query (b c size size), keys (v b c size size) and params {group: {parameter: (1+v b ...)}},
     row 0 the query's. ValueError for images that are not in [0, 1] or not float32 or float64, for
     an unknown name, for texture without textures, and for shapes that do not fit.
@@ -298,7 +300,10 @@ def augment_groups(
         every = torch.arange(len(images))
         rows = Rows(len(images), every, every, every)
     v, b = len(share), len(rows.query)
-    params = sample_groups(rows.total, groups, share, generator, always)
+    sampling = dict(sampling or {})
+    if textures is not None:
+        sampling["texture"] = {"copies": textures.shape[1]} | sampling.get("texture", {})
+    params = sample_groups(rows.total, groups, share, generator, always, sampling)
     # All views go through the operations as one batch of n = b + v b: the query's, then the keys'.
     row = torch.cat([rows.query, rows.key.repeat(v)])  # (n,) in the global batch
     view = torch.arange(1 + v).repeat_interleave(b)  # (n,)
@@ -309,8 +314,8 @@ def augment_groups(
     return query, keys, map_params(params, lambda x: x[:, rows.query])
 
 
-def sample_groups(b, groups, share, generator, always):
-    """The first half of augment_groups: numbers, no pixels.
+def sample_groups(b, groups, share, generator, always, sampling):
+    """The first half of augment_groups, arguments as there: numbers, no pixels.
 
     -> {group: {parameter: (1+v b ...)}} in the order of GROUPS, row 0 the query's.
     """
@@ -321,7 +326,7 @@ def sample_groups(b, groups, share, generator, always):
     share, params = torch.as_tensor(share).bool().cpu(), {}
     for name in [name for name in GROUPS if name in names]:
         sample, _ = GROUPS[name]
-        flat = sample((1 + len(share)) * b, generator)
+        flat = sample((1 + len(share)) * b, generator, **sampling.get(name, {}))
         params[name] = {key: rearrange(x, "(v b) ... -> v b ...", b=b) for key, x in flat.items()}
         if name in groups:
             copies = share[:, groups.index(name)]  # (v,)
@@ -405,6 +410,7 @@ def training_views(images, aspect, config, step, textures=None, rows=None):
         aspect=aspect,
         textures=textures,
         rows=rows,
+        sampling=config.get("sampling"),
     )
 
 
@@ -441,7 +447,6 @@ def drop_equal(role, params, groups):
     """role (s v) -> (s v b): a negative that drew the query's parameters by chance is not used.
 
     Rotations often do; the paper does not speak of it. params as augment_groups returns them.
-    Of texture, only two plain images count as equal.
     """
     b = next(iter(params[groups[0]].values())).shape[1]
     role = repeat(torch.as_tensor(role), "s v -> s v b", b=b).clone()
@@ -623,7 +628,7 @@ def backbone(arch, stem="imagenet", splits=1, size=224):
 
 
 # ---------------------------------------- augmentation operations
-# sample_x(b, generator) -> params {parameter: (b ...)}, on the CPU.
+# sample_x(b, generator, ...) -> params {parameter: (b ...)}, on the CPU; p: its probability.
 # x(images (b 3 h w) on any device, params) -> (b 3 h w), nothing random.
 
 
@@ -643,11 +648,11 @@ def move_like(images, x):
     return x.to(images.device, dtype, non_blocking=True)
 
 
-def sample_texture(b, generator):
-    """A stylized copy with probability 0.5, and which one as a share of their number."""
-    stylized = torch.rand(b, generator=generator) < 0.5
-    copy = torch.where(stylized, torch.rand(b, generator=generator), 0.0)
-    return {"stylized": stylized, "copy": copy}
+def sample_texture(b, generator, p=0.5, copies=1):
+    """Which of the stylized copies an image becomes; -1: it stays as it is."""
+    stylized = torch.rand(b, generator=generator) < p
+    copy = (torch.rand(b, generator=generator) * copies).long()
+    return {"copy": torch.where(stylized, copy, -1)}
 
 
 def texture(images, params, textures, index):
@@ -658,30 +663,33 @@ def texture(images, params, textures, index):
     """
     if textures is None:
         raise ValueError("the group texture needs `textures`, the stylized copies (b copy c h w)")
-    rows = params["stylized"].nonzero().squeeze(1)
-    copy = (params["copy"][rows] * textures.shape[1]).long()
-    out, rows = images.clone(), move_like(images, rows)
-    out[rows] = textures[index[rows], move_like(images, copy)]
+    rows = (params["copy"] >= 0).nonzero().squeeze(1)
+    copy, rows = move_like(images, params["copy"][rows]), move_like(images, rows)
+    out = images.clone()
+    out[rows] = textures[index[rows], copy]
     return out
 
 
-def sample_crop(b, generator):
-    """Random resized crop: ten attempts at area and ratio, and the place in the room left."""
-    area = uniform(0.2, 1, b, 10, generator=generator)
+def sample_crop(b, generator, area=0.2):
+    """Random resized crop: ten attempts at area and ratio, and the place in the room left.
+
+    area: the smallest, as a share of the image.
+    """
+    areas = uniform(area, 1, b, 10, generator=generator)
     log_ratio = uniform(math.log(3 / 4), math.log(4 / 3), b, 10, generator=generator)
     place = torch.rand(b, 2, generator=generator)
-    return {"area": area, "ratio": log_ratio.exp(), "place": place}
+    return {"area": areas, "ratio": log_ratio.exp(), "place": place}
 
 
-def sample_flip(b, generator):
-    """A horizontal flip with probability 0.5."""
-    return {"flip": torch.rand(b, generator=generator) < 0.5}
+def sample_flip(b, generator, p=0.5):
+    """A horizontal flip."""
+    return {"flip": torch.rand(b, generator=generator) < p}
 
 
-def sample_rotation(b, generator):
-    """Counter-clockwise quarter turns: 0 with probability 0.5, else 1, 2 or 3."""
+def sample_rotation(b, generator, p=0.5):
+    """Counter-clockwise quarter turns: 1, 2 or 3 with probability p, else 0."""
     turns = torch.randint(1, 4, (b,), generator=generator)
-    return {"turns": torch.where(torch.rand(b, generator=generator) < 0.5, turns, 0)}
+    return {"turns": torch.where(torch.rand(b, generator=generator) < p, turns, 0)}
 
 
 def resample(images, params, size=None, aspect=None):
@@ -762,12 +770,12 @@ def separable_matmul(images, rows, cols):
     return rows[:, None] @ rearrange(wide, "b (c h) l -> b c h l", c=images.shape[1])
 
 
-def sample_color(b, generator):
-    """Color jitter with probability 0.8, then grayscale with probability 0.2, as in MoCo v2.
+def sample_color(b, generator, p=0.8, gray=0.2):
+    """Color jitter with probability p, then grayscale with probability `gray`, as in MoCo v2.
 
     order (b 4): which adjustment comes when, as an index into JITTER; -1 without jitter.
     """
-    jitter = torch.rand(b, generator=generator) < 0.8
+    jitter = torch.rand(b, generator=generator) < p
 
     def around(center, reach):
         drawn = uniform(center - reach, center + reach, b, generator=generator)
@@ -777,7 +785,7 @@ def sample_color(b, generator):
     params |= {"saturation": around(1, 0.4), "hue": around(0, 0.1)}
     order = torch.rand(b, len(JITTER), generator=generator).argsort(1)
     params["order"] = torch.where(jitter[:, None], order, -1)
-    params["gray"] = torch.rand(b, generator=generator) < 0.2
+    params["gray"] = torch.rand(b, generator=generator) < gray
     return params
 
 
@@ -855,19 +863,19 @@ JITTER = {
 }
 
 
-def sample_blur(b, generator):
-    """Gaussian blur with probability 0.5; sigma in pixels of a 224-pixel image."""
-    blurred = torch.rand(b, generator=generator) < 0.5
+SMALLEST_BLURRED = 34  # side in pixels; below, no neighbor would weigh 1/255
+
+
+def sample_blur(b, generator, p=0.5):
+    """Gaussian blur; sigma in pixels of a 224-pixel image."""
+    blurred = torch.rand(b, generator=generator) < p
     return {"blur": blurred, "sigma": uniform(0.1, 2.0, b, generator=generator)}
 
 
 def blur(images, params):
-    """Gaussian blur, edges reflected; (b c h w) -> (b c h w); sigma shrinks with the image.
-
-    Below 34 pixels no neighbor would weigh 1/255, and nothing is done.
-    """
+    """Gaussian blur, edges reflected; (b c h w) -> (b c h w); sigma shrinks with the image."""
     h, w = images.shape[2:]
-    if 2.0 * w / 224 < 0.3:
+    if w < SMALLEST_BLURRED:
         return images
     rows = params["blur"].nonzero().squeeze(1)
     sigma = move_like(images, params["sigma"][rows]) * w / 224
@@ -980,6 +988,7 @@ def make_config(*, packed, fresh, **flags):
     if flags["schedule"] is None:
         config["schedule"] = scale_schedule(recipe["schedule"], config["epochs"] / recipe["epochs"])
     config["out"] = flags["out"] or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
+    config["sampling"] = parse_sampling(config["sampling"], {*groups, *flags["always"]})
     check_out(config["out"], folder=True)
     if os.path.islink(config["out"]):  # runs/latest will be another run
         config["out"] = os.path.relpath(os.path.realpath(config["out"]))
@@ -1006,6 +1015,28 @@ def check_groups(**flags):
     for flag, names in flags.items():
         for name in names:
             check_choice(flag, name, tuple(GROUPS))
+
+
+def parse_sampling(words, drawn):
+    """Words such as rotation.p=0.75 -> {"rotation": {"p": 0.75}}; None stays.
+
+    UserError where a word names no augmentation in `drawn`, or none of its parameters.
+    """
+    from data import RANGES, check_choice, parse_flag
+
+    if not words:
+        return None
+    sampling, known = {}, []
+    for group in [group for group in GROUPS if group in drawn]:
+        _, _, *names = inspect.signature(GROUPS[group][0]).parameters
+        known += [f"{group}.{name}" for name in names if name != "copies"]
+    for word in words:
+        name, _, value = word.partition("=")
+        group, _, parameter = check_choice("sampling", name, known).partition(".")
+        limits = RANGES.get(parameter, RANGES[float])
+        number = parse_flag(f"sampling={name}", float, value, limits)
+        sampling.setdefault(group, {})[parameter] = number
+    return sampling
 
 
 def check_config(config, packed):
@@ -1194,6 +1225,7 @@ def train(
     recipe: str = None,
     always: tuple = ("crop", "flip", "blur", "color"),
     same: tuple = ("rotation",),
+    sampling: tuple = None,
     label: str = None,
     download: bool = False,
     arch: str = None,
@@ -1240,6 +1272,7 @@ def train(
         recipe: whose defaults to take, by default the data set's own, else those of factors
         always: augmentations drawn anew for every view, without a space; groups leave this list
         same: moco_same only: the groups whose draw query and key share
+        sampling: how augmentations are drawn, as rotation.p=0.75,crop.area=0.3 (see loo.GROUPS)
         label: supervised only: the label to learn, or rotation
         download: let torchvision fetch the data
         arch: small, or a torchvision network such as resnet18 or vit_b_16, without its dropout
@@ -1364,6 +1397,10 @@ def print_header(state, dataset, n, place, config, start):
             f"{steps} steps of {batch}{among}, spaces {', '.join(spaces) or config['label']}; "
             f"{config['device']}, {config['precision']}; see {out}/views.png"
         )
+        drawn = [name for name in GROUPS if name in {*config["groups"], *config["always"]}]
+        small = "blur" in drawn and config["size"] < SMALLEST_BLURRED
+        blurred = f"; blur changes nothing below {SMALLEST_BLURRED} pixels" if small else ""
+        print(f"every view draws {', '.join(drawn) or 'nothing'}{blurred}")
         if spaces:
             full = math.ceil(queue / batch)
             print(f"the queue holds random directions until step {full}, then {queue} keys a space")

@@ -645,8 +645,7 @@ def test_texture_takes_the_drawn_copy():
     """Two views of four images, two copies each, which are told apart by their brightness."""
     images, at = torch.zeros(4, 3, 8, 8), torch.arange(4).repeat(2)
     copies = torch.arange(1.0, 9).view(4, 2, 1, 1, 1).expand(4, 2, 3, 8, 8) / 10
-    params = {"stylized": torch.tensor([1, 1, 0, 1, 0, 1, 1, 0]).bool()}
-    params["copy"] = torch.tensor([0.0, 0.6, 0, 0.99, 0, 0.4, 0.5, 0])
+    params = {"copy": torch.tensor([0, 1, -1, 1, -1, 0, 1, -1])}
     views = loo.texture(images.repeat(2, 1, 1, 1), params, copies, at)
     assert_close(views[:, 0, 0, 0] * 10, torch.tensor([1.0, 4, 0, 8, 0, 3, 6, 0]))
     inputs = images, ("texture",), loo.methods(("texture",))["looc"].share, make_generator(0)
@@ -655,6 +654,30 @@ def test_texture_takes_the_drawn_copy():
     assert not torch.equal(query, keys[0])
     with pytest.raises(ValueError, match="textures"):
         loo.augment_groups(*inputs)
+
+
+@pytest.mark.parametrize("copies, equal", [(1, 0.5), (4, 0.3125)])
+def test_more_copies_make_equal_textures_rarer_and_drop_equal_finds_them(copies, equal):
+    n, method = 4000, loo.methods(("texture",))["looc"]
+    textures = torch.arange(copies).view(1, copies, 1, 1, 1).expand(n, copies, 3, 1, 1) / 10 + 0.1
+    inputs = torch.zeros(n, 3, 1, 1), method.groups, method.share, make_generator(0)
+    query, keys, params = loo.augment_groups(*inputs, always=(), textures=textures)
+    same = (query == keys[0]).all((1, 2, 3))
+    assert abs(same.float().mean() - equal) < 0.03
+    role = loo.drop_equal(method.role, params, method.groups)
+    assert torch.equal(role[1, 0] == 0, same)
+
+
+def test_probabilities_are_parameters_of_the_samplers():
+    share, images = loo.methods(GROUPS)["looc"].share, noise(200)
+    sampling = dict(rotation=dict(p=1), color=dict(p=0, gray=1), crop=dict(area=0.9))
+    options = dict(always=("crop", "flip"), sampling=sampling | dict(flip=dict(p=0)))
+    query, _, params = loo.augment_groups(images, GROUPS, share, make_generator(0), **options)
+    assert (params["rotation"]["turns"] > 0).all()
+    assert (params["color"]["order"] == -1).all()
+    assert (query == query[:, :1]).all()
+    assert not params["flip"]["flip"].any()
+    assert params["crop"]["area"].min() >= 0.9
 
 
 def test_tables_may_be_lists_and_whole_numbers():
@@ -876,6 +899,8 @@ BAD_FLAGS += [
     ("--root", "path"),
 ]
 BAD_FLAGS += [("--label ''", "--label="), ("--groups", "words"), ("-5", "--method=-5")]
+BAD_FLAGS += [("--sampling=rotation.q=1", "rotation.p"), ("--sampling=blur.p=2", "0 to 1")]
+BAD_FLAGS += [("--sampling=texture.p=1", "rotation.p"), ("--sampling=blur.p", "a number")]
 BAD_FLAGS += [("moco color factors stray", "stray"), ("--nofresh=1", "no such flag")]
 
 
@@ -898,8 +923,10 @@ def test_a_home_folder_may_be_named_by_its_sign(here, monkeypatch):
 
 def test_flags_from_python_are_those_of_the_command_line(here):
     given = dict(groups="color", lr=np.float32(1), epochs=np.int64(3), batch=64.0, fresh=False)
+    given["sampling"] = "color.p=0.5,crop.area=1"
     config = loo.default_config(**given, out=Path("run"), drop_equal=np.True_)
     assert config["groups"] == ["color"]
+    assert config["sampling"] == dict(color=dict(p=0.5), crop=dict(area=1))
     assert [config[key] for key in ("lr", "epochs", "batch", "out")] == [1.0, 3, 64, "run"]
     assert json.loads(json.dumps(config)) == config
     refused = [dict(epochs=2.5), dict(lr=math.nan), dict(root=5), dict(groups=7), dict(out=True)]
@@ -2668,6 +2695,17 @@ def test_few_shot_trials_do_not_touch_each_other():
         assert_close(b[t], b_alone[0], atol=1e-5, rtol=1e-5)
 
 
+def test_few_shot_of_the_paper_starts_anywhere_and_draws_batches():
+    y = torch.arange(60).expand(2, 60) % 3
+    x = F.one_hot(y, 3) * 2.0
+    start, _ = eval.fit_few_shot(x, y, 3, 0, generator=make_generator("few"))
+    assert 0.4 < start.abs().max() <= 3**-0.5
+    first, _ = eval.fit_few_shot(x, y, 3, 1, generator=make_generator("few"), batch=1)
+    assert ((first != start).sum(1) == 1).all()  # one sample has one input that is not 0
+    w, b = eval.fit_few_shot(x, y, 3, generator=make_generator("few"), batch=8)
+    assert torch.equal((x @ w + b).argmax(2), y)
+
+
 def test_shots_are_drawn_per_class_and_trial():
     y = torch.arange(60) % 4
     trials = eval.sample_shots(y, 4, 5, 3, seed=0)
@@ -2838,10 +2876,26 @@ def test_train_then_evaluate(method, here, capsys):
     assert method in capsys.readouterr().out
 
 
-def test_papers_protocol(untrained, capsys):
+def test_papers_protocol(untrained, capsys, monkeypatch):
+    areas, augmented = [], eval.augmented_batch
+    monkeypatch.setattr(eval, "augmented_batch", lambda *a: areas.append(a[5]) or augmented(*a))
     run(eval, "rotation --protocol=paper --epochs=1 --json")
-    run(eval, "linear --label=hue --protocol=paper --epochs=2 --json")
-    assert [line["protocol"] for line in results(untrained)] == ["paper", "paper"]
+    run(eval, "linear --label=hue --protocol=paper --epochs=2 --area=0.5 --json")
+    run(eval, "fewshot --label=hue --protocol=paper --trials=2 --shots=20 --json")
+    assert [line["protocol"] for line in results(untrained)] == ["paper"] * 3
+    assert areas == [0.08, 0.5, 0.5]  # one step an epoch
+
+
+def test_papers_protocol_flips_before_it_turns(untrained, monkeypatch):
+    """Turned back by its label, each image is itself or its mirror image."""
+    seen, ctx, images = [], eval.open_run(), noise(64)
+    monkeypatch.setattr(loo, "encode", lambda _, x: (seen.append(x) or x.flatten(1), x))
+    inputs = ctx, ctx.config, images, torch.ones(64), None, 1.0, make_generator("probe")
+    _, turns = eval.augmented_batch(*inputs)
+    back = torch.stack([x.rot90(-int(turn), (1, 2)) for x, turn in zip(seen[0], turns)])
+    same, mirrored = ((back - x).abs().amax((1, 2, 3)) < 1e-4 for x in (images, images.flip(3)))
+    assert (same ^ mirrored).all()
+    assert 16 < mirrored.sum() < 48
 
 
 def test_a_probe_that_is_not_finite_ends_and_keeps_nothing(untrained, capsys, monkeypatch):
@@ -2990,6 +3044,7 @@ def test_every_task_runs_on_imagenet100(untrained, few, capsys):
     run(eval, "table --paper")
     table = capsys.readouterr().out
     assert "| MoCo + rotation | 43.3 | - | 79.4 | - |" in table
+    assert "| LooC + rotation | 65.2* | - | 80.2* | - |" in table
     assert table.count("Table") == 5
 
 
@@ -3135,6 +3190,22 @@ def write_run(folder, config, *lines):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
     (folder / "results.jsonl").write_text(to_jsonl(RESULT | line for line in lines))
+
+
+OTHER_PROTOCOLS = [("fewshot", "adam", "v", "50.0 (fast)"), ("fewshot", "paper", "v", "50.0")]
+OTHER_PROTOCOLS += [
+    ("robust", "folder", "v", "50.0 (fast)"),
+    ("linear", "fast", "v", "50.0 (fast)"),
+]
+OTHER_PROTOCOLS += [("robust", "generated", "v", "50.0 (fast, generated)")]
+OTHER_PROTOCOLS += [("spaces", "fast", "all+color", "50.0 (fast)")]
+
+
+@pytest.mark.parametrize("task, protocol, feature, cell", OTHER_PROTOCOLS)
+def test_what_is_not_the_papers_protocol_is_marked(task, protocol, feature, cell, monkeypatch):
+    line = RESULT | dict(task=task, protocol=protocol, feature=feature)
+    monkeypatch.setitem(eval.COLUMNS, "hue", (task, "factors", "hue", None, None, "top1"))
+    assert eval.papers_cell([line], ("looc", ("color",), feature), "hue") == cell
 
 
 def test_table_keeps_folders_apart(here, capsys):
