@@ -1398,9 +1398,11 @@ def print_header(state, dataset, n, place, config, start):
             f"{config['device']}, {config['precision']}; see {out}/views.png"
         )
         drawn = [name for name in GROUPS if name in {*config["groups"], *config["always"]}]
-        small = "blur" in drawn and config["size"] < SMALLEST_BLURRED
-        blurred = f"; blur changes nothing below {SMALLEST_BLURRED} pixels" if small else ""
-        print(f"every view draws {', '.join(drawn) or 'nothing'}{blurred}")
+        if "blur" in drawn and config["size"] < SMALLEST_BLURRED:
+            drawn[drawn.index("blur")] = (
+                f"no blur (it changes nothing below {SMALLEST_BLURRED} pixels)"
+            )
+        print(f"every view draws {', '.join(drawn) or 'nothing'}")
         if spaces:
             full = math.ceil(queue / batch)
             print(f"the queue holds random directions until step {full}, then {queue} keys a space")

@@ -678,6 +678,9 @@ def test_probabilities_are_parameters_of_the_samplers():
     assert (query == query[:, :1]).all()
     assert not params["flip"]["flip"].any()
     assert params["crop"]["area"].min() >= 0.9
+    config = CONFIG | dict(sampling=dict(rotation=dict(p=0)))
+    _, _, params = loo.training_views(images, None, config, 0)
+    assert (params["rotation"]["turns"] == 0).all()
 
 
 def test_tables_may_be_lists_and_whole_numbers():
@@ -2376,6 +2379,17 @@ def test_copies_belong_to_their_images(tmp_path):
         data.with_textures(*inputs)
 
 
+def test_factors_has_four_copies_of_other_textures(tmp_path, capsys):
+    dataset = data.factors("val", 32, 3)
+    made = data.factors_textures(dataset, tmp_path, "cpu")
+    assert made.shape == (3, 4, 3, 32, 32)
+    for one, other in itertools.combinations([*made.unbind(1), dataset.images], 2):
+        assert ((one.float() - other.float()).abs().mean((1, 2, 3)) > 2).all()
+    capsys.readouterr()
+    assert torch.equal(data.factors_textures(dataset, tmp_path, "cpu"), made)
+    assert not capsys.readouterr().out
+
+
 def test_stylize_goes_on_and_training_reads_it(here, capsys):
     root, copies = photo_tree(here / "photos", each=12), here / "copies"
     stylize = "stylize --root=photos --out=copies --size=32 --copies=2 --features=random --steps=1"
@@ -2394,6 +2408,9 @@ def test_stylize_goes_on_and_training_reads_it(here, capsys):
     run(loo, train)
     out = capsys.readouterr().out
     assert "spaces all, color, texture" in out
+    assert (
+        "every view draws texture, crop, flip, color, no blur (it changes nothing below 34" in out
+    )
     assert "1 steps are few to learn from scratch: --epochs=1000 makes 1000" in out
     # The same images elsewhere are the same run, other images are not.
     train = train.replace("photos", "moved").replace("=copies", "=other")
