@@ -1620,6 +1620,8 @@ def factors_textures(dataset, cache, device):
         styles = F.interpolate(procedural_textures(56, max(64, side)), size=side, mode="area")
         copies = torch.empty(n, COPIES, 3, side, side, dtype=torch.uint8)
         for rows in torch.arange(n).split(64):
+            if rows[0] and rows[0] % 2048 == 0:
+                print(f"{int(rows[0])} of {n}", flush=True)
             generator = make_generator("style", int(rows[0]))
             picks = torch.rand(len(rows), 56, generator=generator).argsort(1)[:, :COPIES]
             images = dataset.images[rows].to(device) / 255
