@@ -1263,18 +1263,8 @@ WRITERS = {".csv": write_csv, ".npz": write_npz, ".pt": write_pt}
 
 # The keys of a line in results.jsonl, in order.
 KEYS = ("run", "task", "data", "root", "label", "on", "feature", "method", "groups", "protocol")
-KEYS += (
-    "shots",
-    "top1",
-    "top5",
-    "ci95",
-    "largest",
-    "balanced",
-    "n_train",
-    "n_test",
-    "seed",
-    "seconds",
-)
+KEYS += ("shots", "top1", "top5", "ci95", "largest", "balanced", "n_train", "n_test", "seed")
+KEYS += ("seconds",)
 # The columns that are printed; OPTIONAL ones only where the first result has a value.
 PRINTED = ("run", "data", "task", "label", "on", "feature", "protocol", "shots", "top1", "top5")
 PRINTED += ("ci95", "largest", "balanced", "gain", "gain95", "n_train", "n_test", "seconds")
