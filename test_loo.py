@@ -1181,12 +1181,12 @@ def same_run(a, b):
 
 def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     """Ended anywhere and resumed equals uninterrupted, bit for bit; --fresh keeps the old run."""
-    # 104 steps, two to a line of the log.
+    # 52 steps, two to a line of the log.
     monkeypatch.setattr(data, "FACTORS", {"train": 208, "val": 64, "test": 64})
-    monkeypatch.setattr(loo, "LOG_LINES", 50)
-    line, step = f"train --method=moco --epochs=4 --save_every=7 {QUICK}", loo.train_step
+    monkeypatch.setattr(loo, "LOG_LINES", 25)
+    line, step = f"train --method=moco --epochs=2 --save_every=7 {QUICK}", loo.train_step
     run(loo, f"{line} --out=whole")
-    stops = [17, 27, 28, 103]
+    stops = [17, 27, 28, 51]
 
     def step_or_stop(state, *rest):
         if state.step in stops:
@@ -1204,7 +1204,7 @@ def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     torch.save(saved, "parts/checkpoint.pt")
     capsys.readouterr()
     run(loo, f"{line} --out=parts")
-    assert "resuming parts at step 98" in capsys.readouterr().out
+    assert "resuming parts at step 49" in capsys.readouterr().out
     same_run("whole", "parts")
     assert "--tau=0.3" in refused(capsys, loo, f"{line} --out=parts --tau=.3")
     run(loo, f"train --method=moco --epochs=1 --out=parts --fresh {QUICK}")
