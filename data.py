@@ -110,6 +110,7 @@ DATASETS = {
     ),
     "cifar10": Source(TRAIN_FLAG, crop_pct=1, torchvision="CIFAR10"),
     "cifar100": Source(TRAIN_FLAG, crop_pct=1, torchvision="CIFAR100"),
+    "fashion_mnist": Source(TRAIN_FLAG, crop_pct=1, torchvision="FashionMNIST"),
     "stl10": Source({"pretrain": dict(split="train+unlabeled")} | TRAIN_TEST, torchvision="STL10"),
     "dtd": Source(SPLIT, torchvision="DTD"),
     "pets": Source(TRAIN_TEST | {"train": dict(split="trainval")}, torchvision="OxfordIIITPet"),

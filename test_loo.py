@@ -1590,6 +1590,20 @@ def test_cifar10_in_its_published_layout(tmp_path, monkeypatch):
     assert len(data.load_dataset("cifar10", "pretrain", root=str(tmp_path)).images) == 50
 
 
+def test_fashion_mnist_in_its_published_layout(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = (torch.arange(10 * 784) % 251).byte().view(10, 1, 28, 28)
+    for name in ("train", "t10k"):
+        images = struct.pack(">4i", 2051, 10, 28, 28) + pixels.numpy().tobytes()
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(images)
+        labels = struct.pack(">2i", 2049, 10) + bytes(range(10))
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(labels)
+    test = data.load_dataset("fashion_mnist", "test", root=str(tmp_path), size=28)
+    assert torch.equal(test.images, pixels.expand(-1, 3, -1, -1))
+    assert test.classes["class"][9] == "Ankle boot"
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "LA", "I;16", "1"])
 def test_any_mode_becomes_rgb(mode, tmp_path):
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
