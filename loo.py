@@ -584,7 +584,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         var = self.running_var.repeat(splits, 1)
         affine, settings = (self.weight, self.bias), (True, self.momentum, self.eps)
         parts = zip(x.chunk(splits), mean, var)  # batch_norm updates its mean and var in place
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             out = torch.cat([F.batch_norm(*part, *affine, *settings) for part in parts])
         else:  # keys: each part is written to its place, which saves the copy of torch.cat
             out, unused = torch.empty_like(x), mean.new_empty(2, len(self.weight))
