@@ -1258,7 +1258,7 @@ def train(
         init: weights to start from: a state dict's file, a run folder, or imagenet (torchvision's)
         stem: imagenet, or cifar for small images (ResNets only)
         size: side of a view in pixels
-        canvas: side of the stored images; imagenet100's recipe has 384, others size / 0.875
+        canvas: side of the stored images; imagenet100's recipe has 384 for --size=224
         epochs: passes over the data
         batch: images a step
         lr: learning rate at the start
