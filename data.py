@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torchvision.transforms.functional import pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 
-from loo import UserError, grayscale, make_generator, typed, uniform
+from loo import UserError, grayscale, make_generator, recipe_canvas, typed, uniform
 
 # ---------------------------------------------------------------- data sets by name
 
@@ -174,7 +175,7 @@ def load_dataset(
     *,
     root=None,
     split_seed=0,
-    workers=2,
+    workers=None,
     cache=None,
     shared=False,
     texture=False,
@@ -639,8 +640,21 @@ def epoch_batches(n, batch, seed, epoch):
     return order[: n - n % batch].view(-1, batch)
 
 
-def iter_batches(dataset, workers=2, batch=256, part=(0, 1), count=None, named=5):
-    """The (first `count`) images in order, decoded ahead in `workers` processes and not kept.
+def decoding_workers(asked, batches, processes=1):
+    """How many processes decode this many batches: as asked, else one for each core.
+
+    processes: of torchrun that decode at the same time; those on this machine share its cores."""
+    if asked is None:
+        own = hasattr(os, "sched_getaffinity")  # SLURM, for one, gives a job some of the cores
+        cores = len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1
+        sharing = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        asked = min(32, max(1, cores // sharing))
+    return min(asked, batches)
+
+
+def iter_batches(dataset, workers=None, batch=256, part=(0, 1), count=None, named=5):
+    """The (first `count`) images in order, decoded ahead in `workers` processes (None: one for
+    each core) and not kept.
 
     Yields rows (b,), images (b 3 h w) uint8, aspect (b,). part (i, of): every of-th batch from the
     i-th on. Unreadable images are left out with a warning that names the first `named` (None: all);
@@ -655,7 +669,7 @@ def iter_batches(dataset, workers=2, batch=256, part=(0, 1), count=None, named=5
     loader = torch.utils.data.DataLoader(
         files,
         batch_sampler=[rows.tolist() for rows in batches],
-        num_workers=workers if n > 256 else 0,
+        num_workers=decoding_workers(workers, len(batches), part[1]) if n > 256 else 0,
         collate_fn=collate,
     )
     try:
@@ -683,7 +697,7 @@ def collate(items):
     return torch.stack(images).numpy(), aspect, errors
 
 
-def decode_all(dataset, workers=2, cache=None, shared=False):
+def decode_all(dataset, workers=None, cache=None, shared=False):
     """ImageSet of files -> ImageSet of a tensor, images (n 3 side side) uint8.
 
     cache: a folder. It keeps sets over 4 GiB, or all if `shared`, as memory maps for the next run
@@ -712,7 +726,10 @@ def decode_all(dataset, workers=2, cache=None, shared=False):
             print(f"decoding {n} images, once: {path}", file=sys.stderr, flush=True)
             with contextlib.suppress(OSError):  # not there, or on a read-only disk
                 path.unlink()
+            begun = time.perf_counter()
             write_atomic(path, write, size=size)
+            rate = n / (time.perf_counter() - begun)
+            print(f"decoded {rate:.0f} images/s", file=sys.stderr, flush=True)
         images, (rows, aspect, _) = map_file(path, *shape), read_tensors(index)
     missing = tuple(sorted(set(range(n)) - set(rows.tolist())))
     labels = {name: y[rows] for name, y in dataset.labels.items()}
@@ -1583,7 +1600,7 @@ def copy_paths(path, top, root, count):
 
 
 def with_textures(
-    name, files, dataset, root, textures, cache, workers=2, device="cpu", split_seed=0
+    name, files, dataset, root, textures, cache, workers=None, device="cpu", split_seed=0
 ):
     """The decoded `dataset` with its stylized copies, from the folder `textures`.
 
@@ -1696,23 +1713,29 @@ def stylize(
     print(f"{total - len(jobs)} of {total} copies are there", end="; ")
     print(f"styles from {styles or 'code'}, features {name}, {device}", flush=True)
     begun, shown = time.perf_counter(), 0
-    for start in range(0, len(jobs), batch):
-        some = jobs[start : start + batch]
-        canvases, aspects, errors = zip(*(images[i] for i, _ in some))
-        style = torch.stack([style_of(copy.relative_to(out)) for _, copy in some]).to(device)
-        content = torch.stack(canvases).to(device) / 255
-        done = to_uint8(style_transfer(content, style, features, steps, strength=strength)).cpu()
-        for (_, copy), image, aspect, error in zip(some, done, aspects, errors):
-            if error:
-                print(f"warning: unreadable: {error}", file=sys.stderr)
-            else:
-                save_copy(copy, image, aspect)
-        end = start + len(some)
-        if end * 10 // len(jobs) > shown or sys.stdout.isatty():
-            shown = end * 10 // len(jobs)
-            rate = end / (time.perf_counter() - begun)
-            left = (len(jobs) - end) / rate / 60
-            print(f"{end}/{len(jobs)}  {rate:.1f} images/s  {left:.0f} minutes left", flush=True)
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(jobs), batch):
+            rows, paths = zip(*jobs[start : start + batch])
+            canvases, aspects, errors = zip(*pool.map(images.__getitem__, rows))
+            style = list(pool.map(style_of, [path.relative_to(out) for path in paths]))
+            content, style = (torch.stack(x).to(device) for x in (canvases, style))
+            done = style_transfer(content / 255, style, features, steps, strength=strength)
+            saving = []
+            for path, image, aspect, error in zip(paths, to_uint8(done).cpu(), aspects, errors):
+                if error:
+                    print(f"warning: unreadable: {error}", file=sys.stderr)
+                else:
+                    saving.append(pool.submit(save_copy, path, image, aspect))
+            for copy in saving:
+                copy.result()
+            end = start + len(rows)
+            if end * 10 // len(jobs) > shown or sys.stdout.isatty():
+                shown = end * 10 // len(jobs)
+                rate = end / (time.perf_counter() - begun)
+                left = (len(jobs) - end) / rate / 60
+                print(
+                    f"{end}/{len(jobs)}  {rate:.1f} images/s  {left:.0f} minutes left", flush=True
+                )
     print(f"wrote {out}; train with --groups=color,rotation,texture --textures={out}")
 
 
@@ -1753,7 +1776,7 @@ def pack(
     out: str = "runs",
     size: int = 224,
     canvas: int = None,
-    workers: int = 2,
+    workers: int = None,
     download: bool = False,
     split_seed: int = 0,
 ):
@@ -1766,8 +1789,8 @@ def pack(
         root: where the data is
         out: folder to write to; runs, the default, is where training looks without --packed
         size: side of a view in pixels
-        canvas: side of the stored images
-        workers: processes that decode images
+        canvas: side of the stored images, by default as in training with the set's own recipe
+        workers: processes that decode images, by default one for each core
         download: let torchvision fetch the data
         split_seed: of the folder's own split
     """
@@ -1775,6 +1798,7 @@ def pack(
         raise UserError("--data=factors is drawn by code: there is nothing to decode")
     if data == "folder":
         forbid_inside("out", out, check_root(root))
+    canvas = canvas or recipe_canvas(data, size)
     where = dict(root=root, size=size, canvas=canvas, split_seed=split_seed)
     files = open_dataset(data, "pretrain", download=download, **where)
     begun = time.perf_counter()

@@ -103,7 +103,7 @@ def open_run(
     root: str = None,
     feature: str = "v",
     download: bool = False,
-    workers: int = 2,
+    workers: int = None,
     device: str = "auto",
     seed: int = 0,
 ):
@@ -113,7 +113,7 @@ def open_run(
     root: where that data is
     feature: v (the backbone's), z (all spaces) or the name of one space
     download: let torchvision fetch the data
-    workers: processes that decode images
+    workers: processes that decode images, by default one for each core
     device: auto, cpu or cuda
     seed: of held-out parts, shots and orders
     json: print the JSON lines and nothing else
@@ -168,7 +168,7 @@ def hash_weights(run):
     return hashlib.sha1(b"".join(weights)).hexdigest()
 
 
-def on_device(encoder, dataset, workers=2, batch=256, count=None, named=5):
+def on_device(encoder, dataset, workers=None, batch=256, count=None, named=5):
     """This rank's part of the (first `count`) images, on the encoder's device; see iter_batches.
 
     Yields rows (b,), images (b 3 h w) in [0, 1].
@@ -179,7 +179,7 @@ def on_device(encoder, dataset, workers=2, batch=256, count=None, named=5):
 
 
 @torch.no_grad()
-def features(encoder, dataset, turns=(0,), workers=2, batch=256):
+def features(encoder, dataset, turns=(0,), workers=None, batch=256):
     """The frozen encoder on an ImageSet of central crops, decoded batch by batch. Ranks share it.
 
     turns: every image is seen once for each, in quarter turns.
@@ -1144,7 +1144,7 @@ def embed(
     run: str = "runs/latest",
     feature: str = None,
     classify: str = None,
-    workers: int = 2,
+    workers: int = None,
     device: str = "auto",
 ):
     """Embed every image in a folder and below: a row for each file, in the order of their names.
@@ -1159,7 +1159,7 @@ def embed(
         feature: v (the backbone's), z (all spaces) or the name of one space; by default v, or what
             the classifier reads
         classify: a classifier that `linear --save` wrote; it adds a class and its probability
-        workers: processes that decode images
+        workers: processes that decode images, by default one for each core
         device: auto, cpu or cuda
     """
     out = Path(out)

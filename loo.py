@@ -34,6 +34,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -915,14 +916,15 @@ GROUPS = {
 # Defaults of a data set; each of them is also a flag. `factors` also serves folders and small sets
 # and takes minutes on a CPU. It departs from the paper: a short queue and a low tau give the own
 # negatives weight among few queued ones, and with the lower momentum the key encoder keeps up
-# within 1,152 steps. `imagenet100` is the paper's (section 4).
+# within 1,152 steps. `imagenet100` is the paper's (section 4); its canvas keeps most of what the
+# crops of a photograph of 500 x 375 show, see docs/paper.md.
 RECIPES = {
     "factors": dict(arch="small", stem="imagenet", size=32, hidden=512, dim=64, splits=8)
     | dict(epochs=18, batch=128, lr=0.1, schedule="cosine", weight_decay=5e-4)
     | dict(queue=128, tau=0.1, momentum=0.99),
     "imagenet100": dict(arch="resnet50", stem="imagenet", size=224, hidden=2048, dim=128, splits=8)
     | dict(epochs=500, batch=256, lr=0.03, schedule="300,400", weight_decay=1e-4)
-    | dict(queue=16384, tau=0.2, momentum=0.999),
+    | dict(queue=16384, tau=0.2, momentum=0.999, canvas=384),
 }
 
 # Squeezenets have no last linear layer, the other two have several outputs in training.
@@ -987,6 +989,8 @@ def make_config(*, packed, fresh, **flags):
     config = {name: recipe.get(name) if value is None else value for name, value in flags.items()}
     if flags["schedule"] is None:
         config["schedule"] = scale_schedule(recipe["schedule"], config["epochs"] / recipe["epochs"])
+    if flags["canvas"] is None:
+        config["canvas"] = recipe_canvas(data, config["size"], flags["recipe"])
     config["out"] = flags["out"] or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
     config["sampling"] = parse_sampling(config["sampling"], {*groups, *flags["always"]})
     check_out(config["out"], folder=True)
@@ -1006,6 +1010,18 @@ def make_config(*, packed, fresh, **flags):
         # Links stay: runs/latest will be another run when this one goes on.
         config["init"] = os.path.abspath(config["init"])
     return config
+
+
+def recipe_canvas(data, size, recipe=None):
+    """The side of the images that a recipe stores for views of this size; None: see open_dataset.
+
+    Of photographs alone: evaluations crop them.
+    """
+    from data import crop_pct
+
+    recipe = RECIPES.get(recipe or data, {})
+    if "canvas" in recipe and crop_pct(data) < 1:
+        return round(recipe["canvas"] * size / recipe["size"])
 
 
 def check_groups(**flags):
@@ -1248,7 +1264,7 @@ def train(
     save_every: int = None,
     seed: int = 0,
     split_seed: int = 0,
-    workers: int = 2,
+    workers: int = None,
     device: str = "auto",
     precision: str = "auto",
     compile: bool = False,
@@ -1279,7 +1295,7 @@ def train(
         init: weights to start from: a state dict's file, a run folder, or imagenet (torchvision's)
         stem: imagenet, or cifar for small images (ResNets only)
         size: side of a view in pixels
-        canvas: side of the stored images
+        canvas: side of the stored images; imagenet100's recipe has 384 for --size=224
         epochs: passes over the data
         batch: images a step
         lr: learning rate at the start
@@ -1295,7 +1311,7 @@ def train(
         save_every: steps between checkpoints, by default a tenth of the training
         seed: of everything random in training
         split_seed: of a folder's own split: runs of one split_seed have the same test images
-        workers: processes that decode images
+        workers: processes that decode images, by default one for each core
         device: auto, cpu or cuda
         precision: auto, float32, bfloat16, or float64 (to check that two runs are the same)
         compile: torch.compile the encoders: slow to start, then often faster; see `bench --compile`
@@ -1309,6 +1325,8 @@ def train(
 
     tune_malloc()
     out = Path(config["out"])
+    if canvas is None and not fresh and left_canvas(out):
+        config["canvas"] = None
     where = dict(root=root, textures=textures, cache=packed or out.parent)
     where |= {k: config[k] for k in ("size", "canvas", "split_seed", "download")}
     where |= {k: config[k] for k in ("workers", "device")}
@@ -1353,6 +1371,12 @@ def train(
             task = "fewshot" if label_names(dataset.classes) else "rotation"
             latest = os.path.realpath(out) == os.path.realpath("runs/latest")
             print(f"next: python eval.py {task}" + ("" if latest else f" --run={out}"))
+
+
+def left_canvas(out):
+    """Did the run in this folder begin before its recipe had a canvas? Then it keeps its own."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return loads((out / "config.json").read_text()).get("canvas") is None
 
 
 def prepare_folder(state, dataset, config, out):
@@ -1482,8 +1506,8 @@ def get_batch(dataset, config, rows):
         # From a GPU to the CPU a copy must block: nothing after it waits for the GPU.
         return x.to(config["device"], non_blocking=on_gpu(config)).to(dtype_of(config))
 
-    textures = None if dataset.textures is None else place(dataset.textures) / 255
-    return rows, place(dataset.images) / 255, place(dataset.aspect), textures
+    textures = None if dataset.textures is None else place(dataset.textures).div_(255)
+    return rows, place(dataset.images).div_(255), place(dataset.aspect), textures
 
 
 def prefetch(function, items):
@@ -2154,7 +2178,8 @@ def bench(
     """Time the phases of a training step, and the whole step against its network alone.
 
     The network alone is the same encoder: forward and backward of a batch, and a forward without
-    gradient for each key view. Prints medians and quartiles of runs that alternate.
+    gradient for each key view. Prints medians and quartiles of runs that alternate. In training, a
+    thread fetches a batch during the step before: input keeps up where that takes less time.
 
     Args:
         method: a contrastive one
@@ -2197,11 +2222,16 @@ def bench(
 
 
 def bench_phases(config):
-    """What `bench` times -> {name: function}. "step" is all that stand before it in turn."""
+    """What `bench` times -> {name: function}. "step" is all that stand before it in turn.
+
+    "fetch" is from where --cache=auto puts the images, the last two from memory and a disk.
+    """
     method = get_method(config)
     batch, size = config["batch"], config["size"]
     state = init_state(config)
     dataset = noise_dataset(config)
+    in_memory = noise_dataset(config | {"cache": "host"})
+    from_disk = file_reader(in_memory.images)
     rows = torch.arange(batch) * 2
     # The network alone passes one key view at a time.
     bare_key = build_encoder(config, config["splits"])
@@ -2255,6 +2285,8 @@ def bench_phases(config):
         "optimizer": state.optimizer.step,
         "step": step,
         "network": network,
+        "fetch, memory": lambda: get_batch(in_memory, config, rows),
+        "fetch, disk": lambda: get_batch(in_memory._replace(images=from_disk()), config, rows),
     }
 
 
@@ -2262,13 +2294,34 @@ def noise_dataset(config):
     """Two batches of noise, as large as the canvases of --data and where --cache puts them."""
     from data import ImageSet, crop_pct
 
-    n, side = 2 * config["batch"], round(config["size"] / crop_pct(config["data"]))
+    n = 2 * config["batch"]
+    side = config["canvas"] or round(config["size"] / crop_pct(config["data"]))
     kind = dict(dtype=torch.uint8, generator=make_generator("bench"))
     images = torch.randint(256, (n, 3, side, side), **kind)
     dataset = ImageSet(images, torch.ones(n), {}, {})
     if "texture" in config["groups"]:
         dataset = dataset._replace(textures=torch.randint(256, (n, 1, 3, side, side), **kind))
     return place_dataset(dataset, config)[0]
+
+
+def file_reader(images):
+    """A function that maps these images anew, from a file of which nothing is in memory any more.
+
+    The file is in the system's folder for such, on another disk with TMPDIR=DIR.
+    """
+    from data import map_file, write_atomic
+
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    write_atomic(Path(folder.name) / "images", images.numpy().tobytes())
+
+    def read():
+        path = Path(folder.name) / "images"  # the folder lives as long as this function
+        if hasattr(os, "posix_fadvise"):
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return map_file(path, *images.shape)
+
+    return read
 
 
 def time_once(function, config):

@@ -973,6 +973,16 @@ def test_a_recipes_steps_of_the_learning_rate_follow_the_epochs():
     ]
 
 
+def test_a_recipes_canvas_follows_the_size():
+    flags = dict(recipe="imagenet100", arch="small")
+    config = loo.default_config(**flags, data="folder", size=112)
+    assert config["canvas"] == 192  # 384 for 224
+    assert loo.noise_dataset(config | dict(batch=2)).images.shape == (4, 3, 192, 192)
+    assert loo.default_config(**flags, data="folder", size=112, canvas=99)["canvas"] == 99
+    assert loo.default_config(**flags, data="cifar10", size=32)["canvas"] is None  # no photographs
+    assert loo.default_config(data="folder")["canvas"] is None
+
+
 @pytest.mark.parametrize("batch, queue", [(128, 128), (64, 128), (32, 250), (32, 16)])
 def test_how_often_a_query_meets_a_key_of_its_own(batch, queue):
     """200 images, as train shuffles them; 128 of each, the defaults: two queries of three."""
@@ -1306,6 +1316,14 @@ def test_bench_times_a_real_step(here, capsys):
     assert line["step_ms"] > line["network_ms"] / 2
     assert 0 < line["peak"] < 1
     assert {"network_ms", "arch", "size", "batch", "device", "dtype", "group_ms"} <= set(line)
+
+
+def test_bench_reads_a_file_anew():
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    read = loo.file_reader(images)
+    for _ in range(2):
+        assert torch.equal(read(), images)
+        assert read().is_shared()
 
 
 # ---------------------------------------------------------------- data.py: open, read, cache, draw
@@ -1747,6 +1765,21 @@ def test_a_killed_worker_is_one_clear_line():
     files = data.ImageFiles(range(300), killed, 8)
     with pytest.raises(UserError, match="decoding stopped .*--workers=0"):
         list(data.iter_batches(data.ImageSet(files, None, {}, {}), workers=1))
+
+
+def test_every_core_decodes_unless_processes_share_them(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert data.decoding_workers(None, 99) == 12  # rank 0 alone
+    assert data.decoding_workers(None, 99, 8) == 3  # 8 on two machines
+    assert data.decoding_workers(None, 2) == 2
+    assert [data.decoding_workers(asked, 99) for asked in (0, 40)] == [0, 40]
+    asked = []
+    monkeypatch.setattr(data, "decoding_workers", lambda *given: asked.append(given) or 0)
+    files = data.ImageFiles(range(600), lambda *_: Image.new("RGB", (1, 1)), 1)
+    assert len(list(data.iter_batches(data.ImageSet(files, None, {}, {}), part=(1, 2)))) == 1
+    list(data.iter_batches(data.ImageSet(files, None, {}, {}), batch=200, part=(0, 2)))
+    assert asked == [(None, 2, 2)]
 
 
 def test_decoded_images_are_kept_for_the_next_run(tmp_path, monkeypatch):
@@ -2404,12 +2437,17 @@ def test_factors_has_four_copies_of_other_textures(tmp_path, capsys):
     assert not capsys.readouterr().out
 
 
-def test_stylize_goes_on_and_training_reads_it(here, capsys):
+def test_stylize_goes_on_and_training_reads_it(here, capsys, monkeypatch):
     root, copies = photo_tree(here / "photos", each=12), here / "copies"
     stylize = "stylize --root=photos --out=copies --size=32 --copies=2 --features=random --steps=1"
     train = "train --data=folder --root=photos --groups=color,texture --textures=copies --out=run"
     train += f" --size=28 --epochs=1 --batch=16 {TINY}"
-    run(data, f"{stylize} --batch=3")
+    real, threads = data.save_copy, set()
+    spy = lambda *job: (threads.add(threading.current_thread()), real(*job))  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "save_copy", spy)
+        run(data, f"{stylize} --batch=3")
+    assert threads and threading.main_thread() not in threads
     made = {path: path.read_bytes() for path in sorted(copies.rglob("*.jpg"))}
     assert len(made) % 2 == 0
     assert all((root / path.relative_to(copies).parent).is_dir() for path in made)
@@ -2458,6 +2496,33 @@ def test_pack_is_read_by_training_and_whole_or_not_at_all(here, capsys, monkeypa
     pack = "pack --root=photos --size=28 --out=full"
     assert "No space left" in refused(capsys, data, pack, lines=2)  # and what it decodes
     assert not list((here / "full").iterdir())
+
+
+def test_pack_and_train_have_one_canvas_and_an_old_run_keeps_its_own(
+    here, few, capsys, monkeypatch
+):
+    imagenet_tree(here / "in", few)
+    train = (
+        f"train moco color --data=imagenet100 --root=in --arch=small --size=28 --epochs=1 {TINY}"
+    )
+    train += " --batch=32 --schedule=cosine --splits=2"
+    with monkeypatch.context() as patch:
+        patch.delitem(loo.RECIPES["imagenet100"], "canvas")  # as it was before
+        run(loo, f"{train} --out=old")
+    run(data, "pack --data=imagenet100 --root=in --size=28 --out=packed")
+    out, err = capsys.readouterr()
+    assert "60 images of 48 x 48" in out
+    assert re.search(r"decoded \d+ images/s", err)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "decode", None)  # not again
+        run(loo, f"{train} --out=new --packed=packed")
+    run(loo, f"{train} --out=old")
+    assert "old is trained already" in capsys.readouterr().out
+    canvases = [json.loads(Path(x, "config.json").read_text())["canvas"] for x in ("old", "new")]
+    assert canvases == [None, 48]
+    assert "--canvas=48 (the run has None)" in refused(
+        capsys, loo, f"{train} --out=old --canvas=48"
+    )
 
 
 def test_what_is_written_is_not_read_as_a_class(here, capsys):
