@@ -1655,7 +1655,10 @@ def exit_for_signal(number, step):
     if rank() == 0:
         launch = ["python"]
         if world_size() > 1:
-            launch = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
+            of_torchrun = os.environ.get("LOCAL_WORLD_SIZE")
+            by_srun = "SLURM_PROCID" in os.environ and not of_torchrun
+            count = f"--nproc-per-node={of_torchrun or world_size()}"
+            launch = ["srun", "python"] if by_srun else ["torchrun", count]
         words = [word for word in sys.argv if not word.startswith("--fresh")]
         print(f"stopped by {signal.Signals(number).name} at step {step}, all is saved")
         print(f"resume with: {shlex.join(launch + words)}", flush=True)
@@ -1737,10 +1740,18 @@ def wrap_ddp(module):
 
 
 def asked_processes():
-    """How many processes torchrun started, or another launcher; some say 1 and no more."""
-    said = os.environ.get("WORLD_SIZE") or "1"
-    if not said.isdecimal() or said == "0":
-        raise UserError(f"WORLD_SIZE={said}: expected 1 or more; unset it to train in one process")
+    """How many processes torchrun or another launcher started; some say 1 and no more."""
+    from data import launcher_environ
+
+    launcher_environ()
+    return environ_count("WORLD_SIZE", 1)
+
+
+def environ_count(name, default):
+    """A variable of the environment that counts something; UserError for what is no count."""
+    said = os.environ.get(name) or str(default)
+    if not re.fullmatch("[1-9][0-9]{0,8}", said):
+        raise UserError(f"{name}={said}: expected 1 or more; unset it for {default}")
     return int(said)
 
 
@@ -1749,47 +1760,59 @@ class PeerLost(UserError):
 
 
 @contextlib.contextmanager
-def init_distributed(device, patience=60):
-    """Join the processes that torchrun started, or do nothing. PeerLost when one is lost later.
+def init_distributed(device):
+    """Join the processes that torchrun or srun started, or do nothing.
 
     -> leader_first: a context that rank 0 enters first, however long it takes.
+    PeerLost when a process is lost later, or does not answer in 30 times the patience of
+    `meet_processes`.
     """
     from data import first_line
 
     if asked_processes() == 1:
         yield contextlib.nullcontext
         return
+    patience = datetime.timedelta(seconds=environ_count("LOOC_PATIENCE", 60))
     store, me, size = meet_processes(patience)
     gpu, backend = torch.device(device), "gloo"
     if gpu.type == "cuda":
         torch.cuda.set_device(gpu.index or 0)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=me, world_size=size)
+    group = dict(store=store, rank=me, world_size=size, timeout=30 * patience)
+    dist.init_process_group(backend, **group)
+    ended = None
     try:
         yield partial(take_turns, store, me, itertools.count())
+    except SystemExit as error:  # after a signal
+        ended = error
     except RuntimeError as error:
         of_peers = re.search("gloo|nccl|connection|peer", str(error), re.IGNORECASE)
         if not isinstance(error, dist.DistError) and not of_peers:
             raise
         message = f"another process was lost; its own last words say why ({first_line(error)})"
         raise PeerLost(message) from None
-    dist.destroy_process_group()
+    # In a thread, for NCCL may wait for a process that the signal ended.
+    closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    closing.start()
+    closing.join(10)
+    if ended:
+        raise ended
 
 
 def meet_processes(patience):
-    """Wait for all processes -> store, rank, world size. UserError after `patience` seconds."""
+    """Wait for all processes -> store, rank, world size. UserError after `patience`."""
     from data import first_line
 
-    limit = datetime.timedelta(seconds=patience)
     try:
-        store, me, size = next(dist.rendezvous("env://", timeout=limit))
+        store, me, size = next(dist.rendezvous("env://", timeout=patience))
         store.set(f"rank {me}", "here")
-        store.wait([f"rank {i}" for i in range(size)], limit)
+        store.wait([f"rank {i}" for i in range(size)], patience)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"not all WORLD_SIZE={os.environ['WORLD_SIZE']} processes came within {patience} s "
-            f"({first_line(error)}): start all of them, as torchrun does, with the same "
-            "MASTER_ADDR and MASTER_PORT"
+            f"not all WORLD_SIZE={os.environ['WORLD_SIZE']} processes came within "
+            f"{patience.total_seconds():.0f} s ({first_line(error)}): start all of them, as "
+            "torchrun or srun does, with the same MASTER_ADDR and MASTER_PORT; "
+            "LOOC_PATIENCE=SECONDS waits longer"
         ) from None
     return store, me, size
 
