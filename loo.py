@@ -225,8 +225,9 @@ def contrastive_forward(state, images, aspect, config, textures=None):
     # inference_mode is no_grad with less bookkeeping: a tenth of the augmentation's time on a CPU.
     with torch.inference_mode():
         query, keys, params = training_views(images, aspect, config, step, textures, rows)
-        with autocast(config):
-            k = encode(state.encoder_k, rearrange(keys, "v b c h w -> (v b) c h w"))[1]
+    # Not in inference_mode, which not every torch.compile knows.
+    with torch.no_grad(), autocast(config):
+        k = encode(state.encoder_k, rearrange(keys, "v b c h w -> (v b) c h w"))[1]
     with autocast(config):
         q = encode(state.encoder_q, query)[1]
     k = all_gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)))
@@ -1260,7 +1261,7 @@ def train(
         split_seed: of a folder's own split: runs of one split_seed have the same test images
         workers: processes that decode images
         device: auto, cpu or cuda
-        precision: auto, float32, bfloat16, or float64 (to check that two runs are the same)
+        precision: auto, float32 (no TF32), bfloat16, or float64 (to check that two runs agree)
         compile: torch.compile the encoders: slow to start, then often faster; see `bench --compile`
         cache: where decoded images are: device, host (memory), none (a memory map on disk), or auto
         packed: the folder that `python data.py pack` wrote, by default the run folder's parent
@@ -1270,7 +1271,7 @@ def train(
     config = make_config(**locals())
     from data import label_names, load_dataset
 
-    tune_malloc()
+    tune_backends()
     out = Path(config["out"])
     where = dict(root=root, textures=textures, cache=packed or out.parent)
     where |= {k: config[k] for k in ("size", "canvas", "split_seed", "download")}
@@ -1665,8 +1666,12 @@ def exit_for_signal(number, step):
     raise SystemExit(128 + number)
 
 
-def tune_malloc():
-    """Let glibc keep up to 1 GiB of freed memory, for it is slow to ask the system for it again."""
+def tune_backends():
+    """Let cuDNN try its convolutions and take the fastest, and none that rounds float32 to TF32.
+
+    Let glibc keep up to 1 GiB of freed memory, for it is slow to ask the system for it again.
+    """
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
@@ -2147,14 +2152,14 @@ def bench(
         splits: parts of the batch with BatchNorm statistics of their own
         steps: how often everything is timed
         device: auto, cpu or cuda
-        precision: auto, float32 or bfloat16
+        precision: auto, float32 (no TF32) or bfloat16
         compile: with torch.compile, whose time to warm up is printed
         json: print one JSON line and nothing else
     """
     given = {k: v for k, v in locals().items() if k not in ("steps", "json")}
     if method == "supervised":
         raise UserError(f"--method={method}: expected a contrastive method")
-    tune_malloc()
+    tune_backends()
     config = default_config(**given, data=recipe)
     begun = time.perf_counter()
     phases = bench_phases(config)
@@ -2204,7 +2209,7 @@ def bench_phases(config):
             z = encode(state.encoder_q, images)[1]
         z.sum().backward()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def keys():
         with autocast(config):
             encode(state.encoder_k, images.repeat(len(method.share), 1, 1, 1))

@@ -332,6 +332,30 @@ def test_ema_moves_the_key_encoder_a_little():
     assert_close(list(a.parameters()), want, check_stride=False)
 
 
+def test_compiled_encoders_train_to_the_same_losses(monkeypatch):
+    """By torch.compile without a C++ compiler, on a network of two layers."""
+    nn, modes, compile_module = torch.nn, [], torch.nn.Module.compile
+
+    def tiny(arch, stem, splits, size):
+        layers = nn.Conv2d(3, 4, 3), loo.SplitBatchNorm2d(4, splits), nn.AdaptiveAvgPool2d(1)
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 1))
+
+    def backend(graph, inputs):
+        def run(*inputs):
+            modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+            return graph.forward(*inputs)
+
+        return run
+
+    monkeypatch.setattr(loo, "backbone", tiny)
+    monkeypatch.setattr(nn.Module, "compile", lambda x: compile_module(x, backend=backend))
+    few = dict(method="moco", splits=2)
+    _, (want, *_) = small_step(**few)[-1]
+    _, (loss, *_) = small_step(compile=True, **few)[-1]
+    assert modes == [(False, False), (False, True)]  # the keys in no_grad, the query
+    assert_close(loss, want)
+
+
 def test_shuffled_keys_come_back_in_order():
     """With a BatchNorm that does not mix images (eval mode), shuffling only changes rounding."""
     config, images, state, _ = small_step()
@@ -1187,6 +1211,14 @@ def test_a_second_trainer_is_refused(here, capsys):
         assert "another process is training in run" in refused(capsys, loo, line)
         assert "another process is training in run" in refused(capsys, eval, "knn --run=run")
     run(loo, line)
+
+
+def test_float32_is_not_tf32():
+    with torch.backends.cudnn.flags():  # as they were, afterwards
+        loo.tune_backends()
+        assert torch.backends.cudnn.benchmark
+        assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_bench_times_a_real_step(here, capsys):
