@@ -2130,7 +2130,7 @@ def outlive_readers(stream):
 
 def command_line(commands, argv=None):
     """Run commands[argv[0]], flags typed by its signature. UserError: one line and exit code 2."""
-    rank = os.environ.get("RANK", "0")
+    rank = launcher_environ().get("RANK", "0")
     sys.stdout, sys.stderr = outlive_readers(sys.stdout), outlive_readers(sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not Jupyter's
@@ -2168,18 +2168,39 @@ def command_line(commands, argv=None):
         raise SystemExit(getattr(error, "code", 2)) from None
 
 
+def launcher_environ():
+    """os.environ, with torchrun's variables also where `srun` started several processes."""
+    env = os.environ
+    # sbatch's script belongs to no step and salloc's shell to one beyond 2**31: they are one
+    # process, whatever SLURM_NTASKS says.
+    step = int(env.get("SLURM_STEP_ID", 2**32 if "SLURM_JOB_ID" in env else 0))
+    size = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
+    if "RANK" in env or "SLURM_PROCID" not in env or size == "1" or step >= 2**31:
+        return env
+    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
+    first = re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).split(",")[0]  # gpu03 of gpu[03-05,07],cpu1
+    env.setdefault("MASTER_ADDR", "localhost" if first == nodes else first)
+    port = 15000 + (int(env.get("SLURM_JOB_ID", 0)) + 97 * step) % 15000
+    env.setdefault("MASTER_PORT", str(port))
+    env.setdefault("WORLD_SIZE", size)
+    if torch.cuda.device_count() != 1:  # the only one that SLURM shows is this process's own
+        env.setdefault("LOCAL_RANK", env.get("SLURM_LOCALID", "0"))
+    env["RANK"] = env["SLURM_PROCID"]
+    return env
+
+
 def resolve_device(flag):
     """ "auto", "cpu", "cuda" or "cuda:1" -> the device's name; UserError where there is none."""
     kind, _, index = flag.partition(":")
     check_choice("device", kind, ("auto", "cpu", "cuda"))
-    count, local = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "")  # torchrun's
+    count, local = torch.cuda.device_count(), launcher_environ().get("LOCAL_RANK", "")
     shows = f"this machine shows {count} CUDA devices"
     if kind == "cuda" and (index or "0") not in map(str, range(count)):
         raise UserError(f"--device={flag}: {shows}; leave the flag out, or --device=cpu")
     if kind == "cpu" or not count:
         return "cpu"
     if local and not index and int(local) >= count:
-        raise UserError(f"--nproc-per-node: {shows}, none for process {local}; use at most {count}")
+        raise UserError(f"{shows}, none for its process {local}: start at most {count} on it")
     return f"cuda:{index or local}" if index or local else "cuda"
 
 
@@ -2190,7 +2211,7 @@ class WriteError(UserError):
 @functools.cache
 def warn_once(text):
     """Print a warning, once for each command."""
-    if os.environ.get("RANK", "0") == "0":
+    if launcher_environ().get("RANK", "0") == "0":
         print(f"warning: {text}", file=sys.stderr)
 
 

@@ -226,8 +226,9 @@ def contrastive_forward(state, images, aspect, config, textures=None):
     # inference_mode is no_grad with less bookkeeping: a tenth of the augmentation's time on a CPU.
     with torch.inference_mode():
         query, keys, params = training_views(images, aspect, config, step, textures, rows)
-        with autocast(config):
-            k = encode(state.encoder_k, rearrange(keys, "v b c h w -> (v b) c h w"))[1]
+    # Not in inference_mode, which not every torch.compile knows.
+    with torch.no_grad(), autocast(config):
+        k = encode(state.encoder_k, rearrange(keys, "v b c h w -> (v b) c h w"))[1]
     with autocast(config):
         q = encode(state.encoder_q, query)[1]
     k = all_gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)))
@@ -1313,7 +1314,7 @@ def train(
         split_seed: of a folder's own split: runs of one split_seed have the same test images
         workers: processes that decode images, by default one for each core
         device: auto, cpu or cuda
-        precision: auto, float32, bfloat16, or float64 (to check that two runs are the same)
+        precision: auto, float32 (no TF32), bfloat16, or float64 (to check that two runs agree)
         compile: torch.compile the encoders: slow to start, then often faster; see `bench --compile`
         cache: where decoded images are: device, host (memory), none (a memory map on disk), or auto
         packed: the folder that `python data.py pack` wrote, by default the run folder's parent
@@ -1323,7 +1324,7 @@ def train(
     config = make_config(**locals())
     from data import label_names, load_dataset
 
-    tune_malloc()
+    tune_backends()
     out = Path(config["out"])
     if canvas is None and not fresh and left_canvas(out):
         config["canvas"] = None
@@ -1722,15 +1723,22 @@ def exit_for_signal(number, step):
     if rank() == 0:
         launch = ["python"]
         if world_size() > 1:
-            launch = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
+            of_torchrun = os.environ.get("LOCAL_WORLD_SIZE")
+            by_srun = "SLURM_PROCID" in os.environ and not of_torchrun
+            count = f"--nproc-per-node={of_torchrun or world_size()}"
+            launch = ["srun", "python"] if by_srun else ["torchrun", count]
         words = [word for word in sys.argv if not word.startswith("--fresh")]
         print(f"stopped by {signal.Signals(number).name} at step {step}, all is saved")
         print(f"resume with: {shlex.join(launch + words)}", flush=True)
     raise SystemExit(128 + number)
 
 
-def tune_malloc():
-    """Let glibc keep up to 1 GiB of freed memory, for it is slow to ask the system for it again."""
+def tune_backends():
+    """Let cuDNN try its convolutions and take the fastest, and none that rounds float32 to TF32.
+
+    Let glibc keep up to 1 GiB of freed memory, for it is slow to ask the system for it again.
+    """
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
@@ -1804,10 +1812,18 @@ def wrap_ddp(module):
 
 
 def asked_processes():
-    """How many processes torchrun started, or another launcher; some say 1 and no more."""
-    said = os.environ.get("WORLD_SIZE") or "1"
-    if not said.isdecimal() or said == "0":
-        raise UserError(f"WORLD_SIZE={said}: expected 1 or more; unset it to train in one process")
+    """How many processes torchrun or another launcher started; some say 1 and no more."""
+    from data import launcher_environ
+
+    launcher_environ()
+    return environ_count("WORLD_SIZE", 1)
+
+
+def environ_count(name, default):
+    """A variable of the environment that counts something; UserError for what is no count."""
+    said = os.environ.get(name) or str(default)
+    if not re.fullmatch("[1-9][0-9]{0,8}", said):
+        raise UserError(f"{name}={said}: expected 1 or more; unset it for {default}")
     return int(said)
 
 
@@ -1816,47 +1832,59 @@ class PeerLost(UserError):
 
 
 @contextlib.contextmanager
-def init_distributed(device, patience=60):
-    """Join the processes that torchrun started, or do nothing. PeerLost when one is lost later.
+def init_distributed(device):
+    """Join the processes that torchrun or srun started, or do nothing.
 
     -> leader_first: a context that rank 0 enters first, however long it takes.
+    PeerLost when a process is lost later, or does not answer in 30 times the patience of
+    `meet_processes`.
     """
     from data import first_line
 
     if asked_processes() == 1:
         yield contextlib.nullcontext
         return
+    patience = datetime.timedelta(seconds=environ_count("LOOC_PATIENCE", 60))
     store, me, size = meet_processes(patience)
     gpu, backend = torch.device(device), "gloo"
     if gpu.type == "cuda":
         torch.cuda.set_device(gpu.index or 0)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=me, world_size=size)
+    group = dict(store=store, rank=me, world_size=size, timeout=30 * patience)
+    dist.init_process_group(backend, **group)
+    ended = None
     try:
         yield partial(take_turns, store, me, itertools.count())
+    except SystemExit as error:  # after a signal
+        ended = error
     except RuntimeError as error:
         of_peers = re.search("gloo|nccl|connection|peer", str(error), re.IGNORECASE)
         if not isinstance(error, dist.DistError) and not of_peers:
             raise
         message = f"another process was lost; its own last words say why ({first_line(error)})"
         raise PeerLost(message) from None
-    dist.destroy_process_group()
+    # In a thread, for NCCL may wait for a process that the signal ended.
+    closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    closing.start()
+    closing.join(10)
+    if ended:
+        raise ended
 
 
 def meet_processes(patience):
-    """Wait for all processes -> store, rank, world size. UserError after `patience` seconds."""
+    """Wait for all processes -> store, rank, world size. UserError after `patience`."""
     from data import first_line
 
-    limit = datetime.timedelta(seconds=patience)
     try:
-        store, me, size = next(dist.rendezvous("env://", timeout=limit))
+        store, me, size = next(dist.rendezvous("env://", timeout=patience))
         store.set(f"rank {me}", "here")
-        store.wait([f"rank {i}" for i in range(size)], limit)
+        store.wait([f"rank {i}" for i in range(size)], patience)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"not all WORLD_SIZE={os.environ['WORLD_SIZE']} processes came within {patience} s "
-            f"({first_line(error)}): start all of them, as torchrun does, with the same "
-            "MASTER_ADDR and MASTER_PORT"
+            f"not all WORLD_SIZE={os.environ['WORLD_SIZE']} processes came within "
+            f"{patience.total_seconds():.0f} s ({first_line(error)}): start all of them, as "
+            "torchrun or srun does, with the same MASTER_ADDR and MASTER_PORT; "
+            "LOOC_PATIENCE=SECONDS waits longer"
         ) from None
     return store, me, size
 
@@ -2192,14 +2220,14 @@ def bench(
         splits: parts of the batch with BatchNorm statistics of their own
         steps: how often everything is timed
         device: auto, cpu or cuda
-        precision: auto, float32 or bfloat16
+        precision: auto, float32 (no TF32) or bfloat16
         compile: with torch.compile, whose time to warm up is printed
         json: print one JSON line and nothing else
     """
     given = {k: v for k, v in locals().items() if k not in ("steps", "json")}
     if method == "supervised":
         raise UserError(f"--method={method}: expected a contrastive method")
-    tune_malloc()
+    tune_backends()
     config = default_config(**given, data=recipe)
     begun = time.perf_counter()
     phases = bench_phases(config)
@@ -2254,7 +2282,7 @@ def bench_phases(config):
             z = encode(state.encoder_q, images)[1]
         z.sum().backward()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def keys():
         with autocast(config):
             encode(state.encoder_k, images.repeat(len(method.share), 1, 1, 1))

@@ -1,7 +1,9 @@
 """Every clever line beside its slow twin, in the order of the modules. `python -m pytest`"""
 
 import colorsys
+import contextlib
 import csv
+import datetime
 import functools
 import itertools
 import json
@@ -331,6 +333,30 @@ def test_ema_moves_the_key_encoder_a_little():
     want = [0.9 * x + 0.1 * y for x, y in zip(a.parameters(), b.parameters())]
     loo.ema(a.requires_grad_(False), b, 0.9)
     assert_close(list(a.parameters()), want, check_stride=False)
+
+
+def test_compiled_encoders_train_to_the_same_losses(monkeypatch):
+    """By torch.compile without a C++ compiler, on a network of two layers."""
+    nn, modes, compile_module = torch.nn, [], torch.nn.Module.compile
+
+    def tiny(arch, stem, splits, size):
+        layers = nn.Conv2d(3, 4, 3), loo.SplitBatchNorm2d(4, splits), nn.AdaptiveAvgPool2d(1)
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 1))
+
+    def backend(graph, inputs):
+        def run(*inputs):
+            modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+            return graph.forward(*inputs)
+
+        return run
+
+    monkeypatch.setattr(loo, "backbone", tiny)
+    monkeypatch.setattr(nn.Module, "compile", lambda x: compile_module(x, backend=backend))
+    few = dict(method="moco", splits=2)
+    _, (want, *_) = small_step(**few)[-1]
+    _, (loss, *_) = small_step(compile=True, **few)[-1]
+    assert modes == [(False, False), (False, True)]  # the keys in no_grad, the query
+    assert_close(loss, want)
 
 
 def test_shuffled_keys_come_back_in_order():
@@ -1300,12 +1326,70 @@ def test_one_process_needs_no_other_variable(monkeypatch):
             pass
 
 
+# What SLURM sets, the CUDA devices that are seen; where the process is, and its device.
+STEP = dict(SLURM_JOB_ID="15005", SLURM_PROCID="3", SLURM_LOCALID="1", SLURM_NTASKS="4")
+STEP |= dict(SLURM_STEP_ID="2", SLURM_STEP_NUM_TASKS="4", SLURM_STEP_NODELIST="gpu[03-05,7],a")
+LAUNCHED = {
+    "two nodes": (STEP, 2, ["3", "4", "gpu03", "15199"], "cuda:1"),
+    "one node": (
+        STEP | dict(SLURM_STEP_NODELIST="a"),
+        2,
+        ["3", "4", "localhost", "15199"],
+        "cuda:1",
+    ),
+    "a GPU for each task": (STEP, 1, ["3", "4", "gpu03", "15199"], "cuda"),
+    "no GPU": (STEP, 0, ["3", "4", "gpu03", "15199"], "cpu"),
+    "an address": (STEP | dict(MASTER_ADDR="b"), 2, ["3", "4", "b", "15199"], "cuda:1"),
+    "no more said": (
+        dict(SLURM_PROCID="1", SLURM_NTASKS="2", SLURM_LOCALID="1"),
+        2,
+        ["1", "2", "localhost", "15000"],
+        "cuda:1",
+    ),
+    "torchrun": (STEP | dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0"), 2, ["0", "2"], "cuda:0"),
+    "one task": (STEP | dict(SLURM_STEP_NUM_TASKS="1"), 2, [], "cuda"),
+    "sbatch": (dict(SLURM_JOB_ID="1", SLURM_PROCID="0", SLURM_NTASKS="4"), 2, [], "cuda"),
+    "salloc": (STEP | dict(SLURM_STEP_ID="4294967290"), 2, [], "cuda"),
+    "flags of sbatch": (dict(SLURM_NTASKS="4"), 2, [], "cuda"),
+}
+
+
+@pytest.mark.parametrize("case", LAUNCHED)
+def test_srun_starts_processes_as_torchrun_does(case, monkeypatch):
+    said, gpus, expected, device = LAUNCHED[case]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with unittest.mock.patch.dict(os.environ, said, clear=True):
+        assert data.resolve_device("auto") == device
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        assert [os.environ[name] for name in names if name in os.environ] == expected
+        assert loo.asked_processes() == int((*expected, 1, 1)[1])
+
+
+def test_patience_is_a_variable(monkeypatch):
+    meet = unittest.mock.Mock(side_effect=UserError("alone"))
+    monkeypatch.setattr(loo, "meet_processes", meet)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for said, why in (("5", "alone"), ("5 s", "5 s: expected 1 or more; unset it for 60")):
+        monkeypatch.setenv("LOOC_PATIENCE", said)
+        with pytest.raises(UserError, match=why), loo.init_distributed("cpu"):
+            pass
+    meet.assert_called_once_with(datetime.timedelta(seconds=5))
+
+
 def test_a_second_trainer_is_refused(here, capsys):
     line = f"train --epochs=1 --out=run {SMALL}"
     with loo.lock_folder(here / "run"):
         assert "another process is training in run" in refused(capsys, loo, line)
         assert "another process is training in run" in refused(capsys, eval, "knn --run=run")
     run(loo, line)
+
+
+def test_float32_is_not_tf32():
+    with torch.backends.cudnn.flags():  # as they were, afterwards
+        loo.tune_backends()
+        assert torch.backends.cudnn.benchmark
+        assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_bench_times_a_real_step(here, capsys):
@@ -3600,7 +3684,8 @@ def some_steps(rank, size, port, out):
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     images = data.factors("val", 16, 48).images.double() / 255
     aspect = torch.linspace(0.7, 1.4, 48)
-    with loo.init_distributed("cpu") as leader_first:
+    stop = contextlib.suppress(SystemExit)
+    with stop, loo.init_distributed("cpu") as leader_first:
         for method in TRAINED:
             supervised, losses = method == "supervised", []
             config = CONFIG | dict(method=method, drop_equal=method == "looc++")
@@ -3628,6 +3713,8 @@ def some_steps(rank, size, port, out):
         paths = data.image_paths(out.parent / "photos")
         where = paths, out / "embedded", 0, leader_first
         eval.embed_files(encoder.eval(), dict(size=32), "v", *where)
+        raise SystemExit(128 + signal.SIGTERM)  # as after a signal
+    assert not torch.distributed.is_initialized()
 
 
 def test_world_size_changes_nothing(tmp_path):
@@ -3662,13 +3749,14 @@ data.command_line({{"train": loo.train}})
 """
 
 
-def program(line, ranks=None):
+def program(line, ranks=None, **variables):
     """The training on 400 images as a process of its own, or as `ranks` of them under torchrun."""
     Path("program.py").write_text(PROGRAM.format(folder=str(Path(__file__).parent)))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *(launch if ranks else []), "program.py", *line.split()]
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, env=dict(os.environ, OMP_NUM_THREADS="1"), **streams)
+    environ = dict(os.environ, OMP_NUM_THREADS="1", **variables)
+    return subprocess.Popen(command, env=environ, **streams)
 
 
 def wait_for(path, process):
@@ -3699,7 +3787,7 @@ def test_killed_at_any_moment_and_resumed_is_uninterrupted(here):
 
 
 def test_two_processes_then_one_then_two_is_one(here):
-    """Killed on two ranks, ended by a signal on one, finished on two; in float64."""
+    """Killed on two ranks, ended by a signal on one, finished on two of srun; in float64."""
     line = f"train --epochs=1 --save_every=5 --precision=float64 {QUICK}"
     whole, process = program(f"{line} --out=whole"), program(f"{line} --out=parts", ranks=2)
     wait_for(here / "parts" / "checkpoint.pt", process)
@@ -3715,9 +3803,13 @@ def test_two_processes_then_one_then_two_is_one(here):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    process = program(f"{line} --out=parts", ranks=2)
-    assert "resuming parts at step" in process.communicate(timeout=90)[0]
-    assert process.returncode == whole.wait(60) == 0
+    step = dict(SLURM_JOB_ID=str(os.getpid()), SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2")
+    tasks = [program(f"{line} --out=parts", SLURM_PROCID=str(i), **step) for i in range(2)]
+    first, second = (process.communicate(timeout=90)[0] for process in tasks)
+    assert "resuming parts at step" in first
+    assert "on 2 processes" in first
+    assert second == ""
+    assert [process.wait(60) for process in (whole, *tasks)] == [0, 0, 0]
     one, many = (read_checkpoint(here / out) for out in ("whole", "parts"))
     assert one["step"] == many["step"] == 50
     for part in (*ENCODERS, "queue", POINTER):
