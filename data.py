@@ -1636,7 +1636,7 @@ def factors_textures(dataset, cache, device):
         n, side = len(dataset.images), dataset.images.shape[-1]
         print(f"making {COPIES} stylized copies of {n} images, once: {path}", flush=True)
         styles = F.interpolate(procedural_textures(56, max(64, side)), size=side, mode="area")
-        copies = torch.empty(n, COPIES, 3, side, side, dtype=torch.uint8)
+        copies = torch.zeros(n, COPIES, 3, side, side, dtype=torch.uint8)
         for rows in torch.arange(n).split(64):
             if rows[0] and rows[0] % 2048 == 0:
                 print(f"{int(rows[0])} of {n}", flush=True)
