@@ -1741,7 +1741,7 @@ def claims(
     """
     check_choice("budget", budget, tuple(BUDGETS))
     if loo.asked_processes() > 1:
-        raise UserError("claims starts processes of its own: call it with python, not torchrun")
+        raise UserError("claims starts processes of its own: start it as one process")
     chosen = range(first, first + seeds)
     if results:
         return print_claims(chosen_results(results, budget, chosen))
