@@ -42,7 +42,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torchvision.transforms.functional import pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 
-from loo import UserError, grayscale, make_generator, recipe_canvas, typed, uniform
+from loo import UserError, grayscale, make_generator, normalize, recipe_canvas, typed, uniform
 
 # ---------------------------------------------------------------- data sets by name
 
@@ -1416,6 +1416,7 @@ def fractal_noise(n, size, decay, generator):
 
 
 def zigzag(t):
+    """t (...) -> (...): a triangle wave of period 1 in [-1, 1]."""
     return (t - t.floor() - 0.5).abs() * 4 - 1
 
 
@@ -1525,8 +1526,7 @@ def random_features(images, filters=48):
 def vgg_features(net, images):
     """conv1_1, 2_1, 3_1, 4_1, 4_2 and 5_1 of torchvision's VGG-19 (Gatys et al. 2016):
     (b 3 h w) -> maps [(b f h w), ...], the content map's index (conv4_2)."""
-    mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
-    maps, x = [], (images - mean) / std
+    maps, x = [], normalize(images)
     for i, layer in enumerate(net.features[:30]):
         x = layer(x)
         if i in (1, 6, 11, 20, 22, 29):

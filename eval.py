@@ -350,12 +350,11 @@ def sgd_probe(ctx, dataset, label, k, d, epochs, lr, area, batch=256):
     on_gpu = ctx.device.type == "cuda"
     precision = "bfloat16" if on_gpu and loo.fast_bfloat16(ctx.device) else "float32"
     config = ctx.config | dict(device=ctx.device, precision=precision)
-    map_ahead = loo.prefetch if on_gpu else map
     for epoch in range(epochs):
         drops = (epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)
         optimizer.param_groups[0]["lr"] = lr * 0.1**drops
         batches = (usable[rows] for rows in epoch_batches(n, batch, ctx.seed, epoch))
-        loaded = map_ahead(functools.partial(loo.get_batch, dataset, config), batches)
+        loaded = loo.get_batches(dataset, config, batches)
         for i, (rows, images, aspect, _) in enumerate(loaded):
             generator = loo.make_generator("probe", ctx.seed, epoch, i)
             y = None if labels is None else labels[rows]

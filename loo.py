@@ -490,9 +490,14 @@ def encode(encoder, images):
     """
     check_shapes({"c": 3}, images=(images, "b c h w"))
     check_images(images, FLOATS, margin=0.5)  # views may leave [0, 1] a little
+    return encoder(normalize(images))
+
+
+def normalize(images):
+    """images (b 3 h w) in [0, 1] -> (b 3 h w) by ImageNet's mean and deviation."""
     norm = torch.tensor(IMAGENET_NORM, dtype=images.dtype)
     mean, std = move_like(images, norm)[:, :, None, None]
-    return encoder((images - mean) / std)
+    return (images - mean) / std
 
 
 class Encoder(nn.Module):
@@ -1511,6 +1516,13 @@ def get_batch(dataset, config, rows):
     return rows, place(dataset.images).div_(255), place(dataset.aspect), textures
 
 
+def get_batches(dataset, config, batches):
+    """get_batch of each of these rows (m,), on a GPU one ahead of its use."""
+    # On a CPU a second thread would only be in the way.
+    map_ahead = prefetch if on_gpu(config) else map
+    return map_ahead(partial(get_batch, dataset, config), batches)
+
+
 def prefetch(function, items):
     """map, but a thread computes the next result while this one is used."""
     with ThreadPoolExecutor(1) as pool:
@@ -1559,10 +1571,8 @@ def train_loop(state, dataset, labels, config, out, asked):
     log_every = max(1, steps // LOG_LINES)
     save_every = config["save_every"] or 20 * log_every
     marks = [(time.perf_counter(), state.step)]
-    # On a CPU a second thread would only be in the way.
-    map_ahead = prefetch if on_gpu(config) else map
     batches = (usable[rows] for rows in batch_rows(config, len(usable), state.step, steps))
-    for rows, images, aspect, textures in map_ahead(partial(get_batch, dataset, config), batches):
+    for rows, images, aspect, textures in get_batches(dataset, config, batches):
         state.optimizer.param_groups[0]["lr"] = learning_rate(config, state.step / per_epoch)
         if config["method"] == "supervised":
             y = None if labels is None else move_like(images, labels[rows])
@@ -2257,8 +2267,8 @@ def bench_phases(config):
     method = get_method(config)
     batch, size = config["batch"], config["size"]
     state = init_state(config)
-    dataset = noise_dataset(config)
-    in_memory = noise_dataset(config | {"cache": "host"})
+    in_memory = noise_dataset(config)
+    dataset, _ = place_dataset(in_memory, config)
     from_disk = file_reader(in_memory.images)
     rows = torch.arange(batch) * 2
     # The network alone passes one key view at a time.
@@ -2319,7 +2329,7 @@ def bench_phases(config):
 
 
 def noise_dataset(config):
-    """Two batches of noise, as large as the canvases of --data and where --cache puts them."""
+    """Two batches of noise in memory, as large as the canvases of --data."""
     from data import ImageSet, crop_pct
 
     n = 2 * config["batch"]
@@ -2329,7 +2339,7 @@ def noise_dataset(config):
     dataset = ImageSet(images, torch.ones(n), {}, {})
     if "texture" in config["groups"]:
         dataset = dataset._replace(textures=torch.randint(256, (n, 1, 3, side, side), **kind))
-    return place_dataset(dataset, config)[0]
+    return dataset
 
 
 def file_reader(images):
@@ -2363,6 +2373,7 @@ def time_once(function, config):
 
 
 def quartiles(x):
+    """x (n,) -> three numbers."""
     return x.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
 
 
