@@ -41,6 +41,7 @@ import torchvision
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torchvision.transforms.functional import pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
+from torchvision.transforms.v2 import functional as v2
 
 from loo import UserError, grayscale, make_generator, normalize, recipe_canvas, typed, uniform
 
@@ -607,13 +608,14 @@ class ImageFiles(torch.utils.data.Dataset):
             blank = torch.zeros(3, self.side, self.side, dtype=torch.uint8)
             return blank, 1.0, str(error) or type(error).__name__
         w, h = image.size
-        box, aspect = None, w / h
-        if self.share:
-            half, aspect = min(w, h) * self.share / 2, 1.0
-            box = (w / 2 - half, h / 2 - half, w / 2 + half, h / 2 + half)
-        size = self.side, self.side
+        size = [self.side, self.side]
+        if not self.share:  # torch resizes photographs five times as fast as Pillow
+            image = v2.resize(pil_to_tensor(image), size, v2.InterpolationMode.BICUBIC)
+            return image, w / h, ""
+        half = min(w, h) * self.share / 2
+        box = (w / 2 - half, h / 2 - half, w / 2 + half, h / 2 + half)
         image = image.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3)
-        return pil_to_tensor(image), aspect, ""
+        return pil_to_tensor(image), 1.0, ""
 
 
 def central_files(paths, size):

@@ -1816,6 +1816,19 @@ def test_evaluations_see_the_central_crop(w, h, tmp_path):
     assert (crop - TF.pil_to_tensor(want).float()).abs().mean() < 1
 
 
+@pytest.mark.parametrize("w, h", [(64, 40), (20, 31), (3, 200), (40, 40)])
+def test_training_sees_the_whole_image_as_pillow_squashes_it(w, h, tmp_path):
+    """torch resizes, since it is faster: the pixels are Pillow's but for rounding."""
+    image = TF.to_pil_image(smooth(h, w, coarse=(6, 6), seed=w)[0])
+    for name in ("x.png", "y.png"):
+        image.save(tmp_path / name)
+    files = data.open_dataset("folder", "train", root=tmp_path, size=32, canvas=40).images
+    canvas, aspect, _ = files[0]
+    want = TF.pil_to_tensor(image.resize((40, 40), Image.Resampling.BICUBIC))
+    assert (canvas.dtype, aspect) == (torch.uint8, w / h)
+    assert (canvas.int() - want.int()).abs().max() <= 5
+
+
 def test_a_stream_leaves_out_what_cannot_be_read(tmp_path):
     folder = tmp_path / "train" / "a"
     for i in range(7):
