@@ -1714,13 +1714,16 @@ BUDGETS = {"small": {}, "large": dict(arch="resnet18", size=64, epochs=100)}  # 
 def claims(
     budget: str = "small",
     *,
+    data: str = "factors",
+    root: str = None,
+    labels: tuple = None,
     seeds: int = 5,
     first: int = 21,
     jobs: int = 1,
-    out: str = "runs/claims",
+    out: str = None,
     results: str = None,
 ):
-    """Train and judge the rows of the paper's tables on factors; say whether each claim holds.
+    """Train and judge the rows of the paper's tables; say whether each claim holds.
 
     It runs the commands that it prints, one after the other. What is there already is not done
     again, and a training that was stopped goes on where it was. A cell is the mean +- half of
@@ -1732,20 +1735,29 @@ def claims(
     Args:
         budget: small (the default recipe, minutes a run on a CPU) or large (ResNet-18, 64 pixels,
             100 epochs, for a GPU)
+        data: factors, or another data set
+        root: its folder
+        labels: what stands for the labels of factors there, as hue=tone,object=kind. Needed but for
+            factors; `object` is needed. Cells of other labels, and runs with texture, are left out
         seeds: how many
-        first: the first of them; no setting was ever chosen on 21 and above
+        first: the first of them; no setting was ever chosen on 21 to 99
         jobs: 1, because the commands run one after the other
-        out: where the runs are, and the results of all of them in one file, OUT/BUDGET.jsonl
+        out: where the runs are, and the results of all of them in one file, OUT/BUDGET.jsonl; by
+            default runs/claims, with the data set's name if it is not factors
         results: print the tables of such a file, and train nothing
     """
     check_choice("budget", budget, tuple(BUDGETS))
+    tables = claimed_tables(check_choice("data", data, NAMES), parse_labels(data, labels))
+    name = Path(root).name if root else data
+    out = out or ("runs/claims" if data == "factors" else f"runs/claims-{name}")
+    place = {} if data == "factors" else dict(data=data, root=root)
     if loo.asked_processes() > 1:
         raise UserError("claims starts processes of its own: start it as one process")
     chosen = range(first, first + seeds)
     if results:
-        return print_claims(chosen_results(results, budget, chosen))
+        return print_claims(chosen_results(results, budget, chosen), tables, name)
     folder = Path(out) / budget
-    chains = missing_commands(folder, chosen, BUDGETS[budget])
+    chains = missing_commands(folder, chosen, BUDGETS[budget] | place, tables)
     try:
         run_all(chains)
     finally:  # the tables so far, whatever ended it
@@ -1756,7 +1768,7 @@ def claims(
         text = "".join(dumps(line) + "\n" for line in lines)
         write_atomic(Path(out) / f"{budget}.jsonl", text.encode())
         if lines := [line for line in lines if line["seed"] in chosen]:
-            print_claims(lines)
+            print_claims(lines, tables, name)
 
 
 def chosen_results(path, budget, seeds):
@@ -1772,12 +1784,58 @@ def chosen_results(path, budget, seeds):
     return lines
 
 
-def missing_commands(out, seeds, flags):
-    """For each run that TABLES need on factors, a list of the commands that are not done yet.
+def parse_labels(data, words):
+    """Words such as hue=tone -> {label of factors: its counterpart}; of factors all, themselves."""
+    known = ("object", "hue", "species", "texture")
+    if data == "factors":
+        if words:
+            raise UserError(f"--labels={','.join(words)} is for another data set than factors")
+        return {label: label for label in known}
+    pairs = dict(word.partition("=")[::2] for word in words or ())
+    for label in pairs:
+        check_choice("labels", label, known)
+    if not pairs.get("object") or not all(pairs.values()):
+        raise UserError(f"--labels names the labels of {data}, as hue=tone,object=kind")
+    return pairs
+
+
+def claimed_tables(data, labels):
+    """TABLES and CLAIMS on a data set: (title, rows, {name: column}, claims) each.
+
+    labels: {label of factors: its counterpart}. What has none there is left out, and on other sets
+    than factors also shifts and runs with texture.
+    """
+    columns, names = {}, {}  # names: {name on factors: name here}
+    for name, (task, _, label, shots, on, value) in ON_FACTORS.items():
+        if label == "rotation" or (label in labels and (data == "factors" or not on)):
+            counterpart = labels.get(label, label)
+            names[name] = name.replace(label, counterpart)
+            columns[names[name]] = (task, data, counterpart, shots, on, value)
+    tables = []
+    for (title, _, rows), (shown, said) in zip(TABLES, CLAIMS):
+        if data != "factors":
+            rows = {name: row for name, row in rows.items() if "texture" not in (row[1] or ALL3)}
+        claims = {}
+        for claim, comparisons in said.items():
+            kept = []
+            for row, sign, others, some in comparisons:
+                some = [names[name] for name in some if name in names]
+                if some and {row, *others} <= set(rows):
+                    kept.append((row, sign, others, some))
+            if len(kept) == len(comparisons):
+                claims[claim.replace("object", labels["object"])] = kept
+        if claims:
+            shown = {names[name]: columns[names[name]] for name in shown if name in names}
+            tables.append((title, rows, shown, claims))
+    return tables
+
+
+def missing_commands(out, seeds, flags, tables):
+    """For each run that the tables need, a list of the commands that are not done yet.
 
     UserError where a run was trained with other settings.
     """
-    wanted = wanted_cells()
+    wanted = wanted_cells(tables)
     chains = []
     for seed, (method, groups) in itertools.product(seeds, wanted):
         run = out / f"{method}-{'+'.join(groups)}-{seed}"
@@ -1791,7 +1849,7 @@ def missing_commands(out, seeds, flags):
         chain = [] if (run / "heads.pt").exists() else [command_of("loo.py", "train", **given)]
         lines = [line for _, line in results_of(run)]
         for name, cells in wanted[method, groups].items():
-            if all(seed in factors_cell(lines, row, column) for row, column in cells):
+            if all(seed in fast_cell(lines, row, column) for row, column in cells):
                 continue
             options = dict(run=run, seed=seed)
             if name != "rotation":
@@ -1803,13 +1861,12 @@ def missing_commands(out, seeds, flags):
     return chains
 
 
-def wanted_cells():
-    """The cells of TABLES on factors, {(method, groups): {task: [(row, column), ...]}}."""
+def wanted_cells(tables):
+    """The cells of the tables, {(method, groups): {task: [(row, column), ...]}}."""
     wanted = defaultdict(lambda: defaultdict(list))
-    for (_, _, rows), (columns, _) in zip(TABLES, CLAIMS):
-        for row, name in itertools.product(rows.values(), columns):
+    for _, rows, columns, _ in tables:
+        for row, column in itertools.product(rows.values(), columns.values()):
             method, groups, feature, *_ = row
-            column = ON_FACTORS[name]
             task = column[0] if feature == "v" else "spaces"
             wanted[method, groups or ("color",)][task].append((row, column))
     return wanted
@@ -1821,8 +1878,8 @@ def command_of(script, name, **flags):
     return [script, name, *(f"--{k}={v}" for k, v in values.items())]
 
 
-def factors_cell(lines, row, column):
-    """A cell of TABLES on factors, {seed: value}, by the default protocol of its task."""
+def fast_cell(lines, row, column):
+    """A cell of TABLES, {seed: value}, by the default protocol of its task."""
     protocol = {"fewshot": "adam", "robust": "generated"}.get(column[0], "fast")
     return by_protocol(lines, row, column)[protocol]
 
@@ -1869,19 +1926,19 @@ def run_command(command, asked):
         return process.returncode, output.read()
 
 
-def print_claims(lines):
-    """TABLES on factors, and under each what becomes of the paper's claims.
+def print_claims(lines, tables, name):
+    """Tables on the data set of this name, and under each what becomes of the paper's claims.
 
-    lines: results, `seed` the training's.
+    lines: results, `seed` the training's; tables: of `claimed_tables`.
     """
     verdicts = []
-    for (title, _, rows), (columns, said) in zip(TABLES, CLAIMS):
-        print(f"{title}, on factors\n\n{table_head(['method', 'seeds', *columns])}")
+    for title, rows, columns, said in tables:
+        print(f"{title}, on {name}\n\n{table_head(['method', 'seeds', *columns])}")
         cells = {}
-        for name, row in rows.items():
-            for column in columns:
-                cells[name, column] = factors_cell(lines, row, ON_FACTORS[column])
-            print(table_row([name, *row_cells(cells, name, columns)]))
+        for row, column in itertools.product(rows, columns):
+            cells[row, column] = fast_cell(lines, rows[row], columns[column])
+        for row in rows:
+            print(table_row([row, *row_cells(cells, row, columns)]))
         print()
         for claim, comparisons in said.items():
             decision, evidence = judge_claim(cells, comparisons)

@@ -3505,14 +3505,50 @@ def test_claims_name_rows_and_columns_that_there_are():
             assert sign in (">", ">=")
 
 
+def tables_on_factors():
+    return eval.claimed_tables("factors", eval.parse_labels("factors", None))
+
+
+def test_claims_on_other_images_keep_what_can_be_said_there():
+    labels = eval.parse_labels("folder", ["hue=tone", "object=kind"])
+    tables = eval.claimed_tables("folder", labels)
+    columns = [list(columns) for _, _, columns, _ in tables]
+    assert columns == [
+        ["rotation", "kind"],
+        ["tone", "rotation", "kind"],
+        ["kind", "tone", "rotation"],
+    ]
+    assert tables[1][2]["tone"] == ("linear", "folder", "tone", None, None, "top1")
+    said = {claim: comparisons for *_, claims in tables for claim, comparisons in claims.items()}
+    row = "LooC (color, rotation)"
+    assert said["LooC beats MoCo with the same groups, without losing kind"] == [
+        (row, ">", ["MoCo (color, rotation)"], ["tone", "rotation"]),
+        (row, ">=", ["MoCo (color, rotation)"], ["kind"]),
+    ]
+    assert not any("texture" in str(rows) or "MoCo (all)" in rows for _, rows, *_ in tables)
+    assert len(said) == 8
+    everything = eval.wanted_cells(tables)
+    assert {task for cells in everything.values() for task in cells} == {"rotation", "linear"}
+
+
+def test_claims_on_other_images_name_their_labels(capsys):
+    there = "claims --data=folder --root=emoji"
+    assert "--labels names the labels of folder" in refused(capsys, eval, there)
+    assert "--labels names" in refused(capsys, eval, f"{there} --labels=hue=tone")
+    assert "--labels names" in refused(capsys, eval, f"{there} --labels=object=kind,hue")
+    assert "--labels=color" in refused(capsys, eval, f"{there} --labels=color=tone,object=kind")
+    assert "another data set" in refused(capsys, eval, "claims --labels=object=kind")
+
+
 def test_claims_train_each_row_once_and_go_on(tmp_path):
     folder, trained = tmp_path / "moco-color-2", set()
     for _, _, rows in eval.TABLES:
         trained |= {(method, groups) for method, groups, *_ in rows.values()}
-    assert len(eval.missing_commands(tmp_path, (1, 2), {})) == 2 * len(trained)
+    tables = tables_on_factors()
+    assert len(eval.missing_commands(tmp_path, (1, 2), {}, tables)) == 2 * len(trained)
 
     def mine(**flags):
-        chains = eval.missing_commands(tmp_path, (1, 2), flags)
+        chains = eval.missing_commands(tmp_path, (1, 2), flags, tables)
         return next(chain for chain in chains if f"--run={folder}" in str(chain))
 
     def mine_with(**line):
@@ -3626,7 +3662,11 @@ def test_claims_from_training_to_tables(here, monkeypatch, capsys):
     pair = {some: ("looc++", ("color",), some) for some in ("all", "all+color")}
     tables = [(title, c, pair if "all" in rows else moco) for title, c, rows in eval.TABLES]
     monkeypatch.setattr(eval, "TABLES", tuple(tables))
-    monkeypatch.setattr(eval, "CLAIMS", tuple((columns, {}) for columns, _ in eval.CLAIMS))
+    claims = []
+    for (columns, _), (_, _, rows) in zip(eval.CLAIMS, tables):
+        row = next(iter(rows))
+        claims.append((columns, {"it is itself": [(row, ">=", [row], ["object"])]}))
+    monkeypatch.setattr(eval, "CLAIMS", tuple(claims))
     tiny = dict(epochs=1, size=16, queue=16, hidden=16, dim=8)
     monkeypatch.setitem(eval.BUDGETS, "small", tiny)
     done, kept = [], Path("claims/small.jsonl")
@@ -3650,7 +3690,7 @@ def test_claims_from_training_to_tables(here, monkeypatch, capsys):
     assert {line["budget"] for line in loo.read_jsonl(kept)} == {"small"}
     aside = loo.move_aside(Path("claims/small/moco-color-21"))  # as --fresh does
     assert aside.name == "moco-color-21.1"
-    missing = eval.missing_commands(Path("claims/small"), (21,), tiny)
+    missing = eval.missing_commands(Path("claims/small"), (21,), tiny, tables_on_factors())
     assert [len(chain) for chain in missing] == [5, 0]
     monkeypatch.setattr(eval, "run_all", fail)
     with pytest.raises(UserError, match="one failed"):  # not "no results of these seeds"
