@@ -1030,6 +1030,7 @@ def retrieve(
     against: str = None,
     label: tuple = (),
     queries: int = 8,
+    classes: tuple = (),
     neighbours: int = 5,
     turn: bool = False,
     out: str = None,
@@ -1043,6 +1044,8 @@ def retrieve(
         against: another run, shown beside this one; its numbers are printed, not kept
         label: labels to count; every label if none is named
         queries: rows of the image
+        classes: a row for each of these classes of the first label instead. A part of its name is
+            enough; another image of the class for each time that it is named
         neighbours: of each query
         turn: give every image a random quarter turn first, and count rotation too: does a neighbor
             have the query's orientation?
@@ -1051,16 +1054,20 @@ def retrieve(
     n = len(ctx.split["test"].images)
     if neighbours >= n:
         raise UserError(f"--neighbours={neighbours}: there are {n} test images")
-    labels = select_labels(ctx, label, least=0) + ["rotation"] * turn
+    labels = select_labels(ctx, label, least=1 if classes else 0) + ["rotation"] * turn
     path = Path(out or ctx.run / "retrieve.png")
     check_out(path)
     runs = [ctx, open_other(ctx, against)] if against else [ctx]
     near, y = zip(*(nearest_images(run, neighbours, turn) for run in runs))
-    for run, rows, known in zip(runs, near, y):
+    order = torch.randperm(len(near[0]), generator=loo.make_generator("queries", ctx.seed))
+    rows = order[:queries]
+    if classes:
+        rows = choose_queries(order, y[0][labels[0]], class_names(ctx, labels[0]), classes)
+    for run, neighbors, known in zip(runs, near, y):
         of_run = {key: run.config[key] for key in ("method", "groups")} | {"run": run.run.name}
         of_run |= dict(on="turned" if turn else None, protocol="cosine")
         for name in labels:
-            same = label_share(known[name], rows)
+            same = label_share(known[name], neighbors)
             found = dict(label=name, top1=same.mean().item(), ci95=ci95(same), n_test=len(same))
             # The other run may have been trained on some of these images.
             yield found | of_run | dict(keep=run is ctx)
@@ -1069,7 +1076,7 @@ def retrieve(
         for run in runs:
             heads += [f"nearest in {run.run.name}", *[""] * (neighbours - 1)]
         with contextlib.nullcontext() if out else optional_write(path):
-            save_neighbors(ctx, near, y[0], labels[:2], queries, heads, path)
+            save_neighbors(ctx, near, y[0], labels[:2], rows, heads, path)
             print(f"wrote {path}", file=sys.stderr)
 
 
@@ -1113,8 +1120,24 @@ def label_share(y, near):
     return share[known.any(1)]
 
 
-def save_neighbors(ctx, near, y, labels, queries, heads, path):
-    """Write a PNG: some test images, and their neighbors (m k) in each run of `near`."""
+def choose_queries(order, y, names, classes):
+    """The first image in `order` (m,) of each of these classes, the second of one named twice, ...
+
+    y (m,): the classes of all images, -1 if not known; a part of a name will do -> (queries,)
+    """
+    rows = []
+    for i, part in enumerate(classes):
+        wanted = torch.tensor([c for c, name in enumerate(names) if part in str(name)])
+        found, place = order[torch.isin(y[order], wanted)], classes[:i].count(part)
+        if place >= len(found):
+            known = ", ".join(map(str, names))
+            raise UserError(f"--classes={part}: {len(found)} test images of it; classes: {known}")
+        rows.append(found[place])
+    return torch.stack(rows)
+
+
+def save_neighbors(ctx, near, y, labels, rows, heads, path):
+    """Write a PNG: test images (rows,), and their neighbors (m k) in each run of `near`."""
     images = ctx.split["test"].images
 
     def display_image(i):
@@ -1122,8 +1145,6 @@ def save_neighbors(ctx, near, y, labels, queries, heads, path):
         image = images[row] if torch.is_tensor(images) else images[row][0]
         return image.rot90(int(y["rotation"][i]), (1, 2))
 
-    generator = loo.make_generator("queries", ctx.seed)
-    rows = torch.randperm(len(near[0]), generator=generator)[:queries]
     shown = torch.cat([rows[:, None], *(one[rows] for one in near)], 1)  # (queries 1+runs*k)
     grid = torch.stack([display_image(i) for i in shown.flatten()])
     names = []

@@ -3313,6 +3313,19 @@ def test_retrieve_counts_neighbors_and_draws_them(untrained, capsys):
         assert line["top1"] == pytest.approx(same * 100, abs=0.5)
 
 
+def test_retrieve_shows_the_classes_that_are_named(untrained, monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(eval, "save_neighbors", lambda *words: shown.append(words[4]))
+    run(eval, "retrieve --classes=tree,cu,tree")
+    objects = data.factors("test").labels["object"]
+    names = data.factors("test").classes["object"]
+    assert [names[int(objects[i])] for i in shown[0]] == ["tree", "cup", "tree"]
+    assert shown[0][0] != shown[0][2]
+    assert "--classes=xylophone: 0 test images" in refused(
+        capsys, eval, "retrieve --classes=xylophone"
+    )
+
+
 def gaps(factors, split, *rest):
     """factors, but some images have no hue, none of training the last, none of test a texture."""
     found = factors(split, *rest)
