@@ -604,8 +604,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def backbone(arch, stem="imagenet", splits=1, size=224):
-    """A classification network of torchvision, or "small": a quarter of ResNet-18's width, one
-    block a stage.
+    """A classification network of torchvision, or "small": a ResNet of one block a stage, for
+    images of 32 pixels.
 
     stem: "cifar" is SimCLR's for small images, ResNets only; splits: see SplitBatchNorm2d;
     size: of the images. Without dropout and stochastic depth, whose draws would not be a function
@@ -617,9 +617,9 @@ def backbone(arch, stem="imagenet", splits=1, size=224):
         net.inplanes = 16
         net.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
         net.bn1, net.maxpool = nn.BatchNorm2d(16), nn.Identity()
-        for i, stride in enumerate((1, 2, 2, 1)):
-            setattr(net, f"layer{i + 1}", net._make_layer(block, 16 << i, 1, stride=stride))
-        net.fc = nn.Linear(128, 1)
+        for i, (width, stride) in enumerate(((16, 1), (32, 2), (64, 2), (256, 2))):
+            setattr(net, f"layer{i + 1}", net._make_layer(block, width, 1, stride=stride))
+        net.fc = nn.Linear(256, 1)
     else:
         sized = {"vit": {"image_size": size}, "maxvit": {"input_size": (size, size)}}
         net = torchvision.models.get_model(arch, **sized.get(arch.split("_")[0], {}))
@@ -921,13 +921,15 @@ GROUPS = {
 
 # Defaults of a data set; each of them is also a flag. `factors` also serves folders and small sets
 # and takes minutes on a CPU. It departs from the paper: a short queue and a low tau give the own
-# negatives weight among few queued ones, and with the lower momentum the key encoder keeps up
-# within 1,152 steps. `imagenet100` is the paper's (section 4); its canvas keeps most of what the
-# crops of a photograph of 500 x 375 show, see docs/paper.md.
+# negatives weight among few queued ones, with the lower momentum the key encoder keeps up within
+# 2,304 steps, and linear heads and weaker augmentations learn more in so few; see docs/claims.md.
+# `imagenet100` is the paper's (section 4); its canvas keeps most of what the crops of a photograph
+# of 500 x 375 show, see docs/paper.md.
 RECIPES = {
-    "factors": dict(arch="small", stem="imagenet", size=32, hidden=512, dim=64, splits=8)
-    | dict(epochs=18, batch=128, lr=0.1, schedule="cosine", weight_decay=5e-4)
-    | dict(queue=128, tau=0.1, momentum=0.99),
+    "factors": dict(arch="small", stem="imagenet", size=32, hidden=0, dim=128, splits=4)
+    | dict(epochs=18, batch=64, lr=0.1, schedule="cosine", weight_decay=2e-3)
+    | dict(queue=128, tau=0.07, momentum=0.99)
+    | dict(sampling={"crop": {"area": 0.4}, "color": {"gray": 0.1}}),
     "imagenet100": dict(arch="resnet50", stem="imagenet", size=224, hidden=2048, dim=128, splits=8)
     | dict(epochs=500, batch=256, lr=0.03, schedule="300,400", weight_decay=1e-4)
     | dict(queue=16384, tau=0.2, momentum=0.999, canvas=384),
@@ -998,7 +1000,9 @@ def make_config(*, packed, fresh, **flags):
     if flags["canvas"] is None:
         config["canvas"] = recipe_canvas(data, config["size"], flags["recipe"])
     config["out"] = flags["out"] or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
-    config["sampling"] = parse_sampling(config["sampling"], {*groups, *flags["always"]})
+    config["sampling"] = parse_sampling(
+        flags["sampling"], {*groups, *flags["always"]}, recipe.get("sampling", {})
+    )
     check_out(config["out"], folder=True)
     if os.path.islink(config["out"]):  # runs/latest will be another run
         config["out"] = os.path.relpath(os.path.realpath(config["out"]))
@@ -1039,26 +1043,27 @@ def check_groups(**flags):
             check_choice(flag, name, tuple(GROUPS))
 
 
-def parse_sampling(words, drawn):
-    """Words such as rotation.p=0.75 -> {"rotation": {"p": 0.75}}; None stays.
+def parse_sampling(words, drawn, default):
+    """Words such as rotation.p=0.75, added to the default {"crop": {"area": 0.4}} -> such a table,
+    None if nothing is in it.
 
-    UserError where a word names no augmentation in `drawn`, or none of its parameters.
+    drawn: names of augmentations, the rest of the default is left out. UserError where a word names
+    another, or none of its parameters.
     """
     from data import RANGES, check_choice, parse_flag
 
-    if not words:
-        return None
-    sampling, known = {}, []
+    sampling = {group: dict(default[group]) for group in GROUPS if group in {*drawn} & {*default}}
+    known = []
     for group in [group for group in GROUPS if group in drawn]:
         _, _, *names = inspect.signature(GROUPS[group][0]).parameters
         known += [f"{group}.{name}" for name in names if name != "copies"]
-    for word in words:
+    for word in words or ():
         name, _, value = word.partition("=")
         group, _, parameter = check_choice("sampling", name, known).partition(".")
         limits = RANGES.get(parameter, RANGES[float])
         number = parse_flag(f"sampling={name}", float, value, limits)
         sampling.setdefault(group, {})[parameter] = number
-    return sampling
+    return sampling or None
 
 
 def check_config(config, packed):

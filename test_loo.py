@@ -370,7 +370,8 @@ def test_shuffled_keys_come_back_in_order():
     config, state = config | dict(momentum=1.0), state._replace(step=7)
     _, (_, _, k, _, _) = loo.train_step(state, images, torch.ones(16), config)
     share, views = loo.methods(GROUPS)["looc"].share, make_generator("views", 0, 7)
-    _, keys, _ = loo.augment_groups(images, GROUPS, share, views, always=("crop", "flip"), size=32)
+    options = dict(always=("crop", "flip"), size=32, sampling=config["sampling"])
+    _, keys, _ = loo.augment_groups(images, GROUPS, share, views, **options)
     with torch.no_grad():
         want = torch.stack([loo.encode(key_encoder, view)[1] for view in keys], 1)
     assert_close(k, want, atol=1e-5, rtol=1e-4)
@@ -500,7 +501,7 @@ def test_vmapped_heads_are_each_spaces_own(heads, hidden):
     encoder = loo.Encoder("small", spaces=3, heads=heads, hidden=hidden, dim=8).eval()
     images = torch.rand(4, 3, 32, 32)
     v, z = loo.encode(encoder, images)
-    assert v.shape == (4, 384 if heads == "conv5" else 128)
+    assert v.shape == (4, 768 if heads == "conv5" else 256)
     assert_close(z.norm(dim=-1), torch.ones(3, 4))
     x = encoder.trunk(TF.normalize(images, *IMAGENET_NORM))
     for s in range(3):
@@ -907,7 +908,7 @@ def test_a_step_on_a_gpu_never_waits(changed, fake_cuda):
 BAD_FLAGS = [("--epochz=3", "--epochs"), ("--lr=abc", "a number"), ("--epochs", "a whole number")]
 BAD_FLAGS += [("--epochs=2.5", "a whole number"), ("--groups=colour", "color")]
 BAD_FLAGS += [("--data=nope", "factors"), ("--data=folder --root=/missing", "/missing")]
-BAD_FLAGS += [("--root=.", "folder"), ("--method=loco", "looc"), ("--batch=100", "--splits=8")]
+BAD_FLAGS += [("--root=.", "folder"), ("--method=loco", "looc"), ("--batch=101", "--splits=4")]
 BAD_FLAGS += [("--lr=-1", "more than 0"), ("--arch=resnet19", "resnet18")]
 BAD_FLAGS += [("--schedule=cosinus", "cosine"), ("--groups=color,color", "twice")]
 BAD_FLAGS += [("--fresh=maybe", "true or false"), ("epochs=3", "--epochs")]
@@ -954,12 +955,28 @@ def test_a_home_folder_may_be_named_by_its_sign(here, monkeypatch):
     assert (here / "new" / "sheet.png").exists()
 
 
+def test_a_recipes_sampling_is_of_what_is_drawn():
+    recipe = loo.RECIPES["factors"]["sampling"]
+    assert (
+        loo.default_config()["sampling"] == recipe == dict(crop={"area": 0.4}, color={"gray": 0.1})
+    )
+    assert loo.default_config(sampling="crop.area=0.2")["sampling"] == recipe | dict(
+        crop={"area": 0.2}
+    )
+    assert recipe["crop"] == {"area": 0.4}
+    assert loo.default_config(groups="rotation", always="crop")["sampling"] == dict(
+        crop={"area": 0.4}
+    )
+    assert loo.default_config(groups="rotation", always="flip")["sampling"] is None
+    assert loo.default_config(recipe="imagenet100")["sampling"] is None
+
+
 def test_flags_from_python_are_those_of_the_command_line(here):
     given = dict(groups="color", lr=np.float32(1), epochs=np.int64(3), batch=64.0, fresh=False)
     given["sampling"] = "color.p=0.5,crop.area=1"
     config = loo.default_config(**given, out=Path("run"), drop_equal=np.True_)
     assert config["groups"] == ["color"]
-    assert config["sampling"] == dict(color=dict(p=0.5), crop=dict(area=1))
+    assert config["sampling"] == dict(color=dict(p=0.5, gray=0.1), crop=dict(area=1))
     assert [config[key] for key in ("lr", "epochs", "batch", "out")] == [1.0, 3, 64, "run"]
     assert json.loads(json.dumps(config)) == config
     refused = [dict(epochs=2.5), dict(lr=math.nan), dict(root=5), dict(groups=7), dict(out=True)]
@@ -1200,7 +1217,7 @@ def test_readmes_examples_run(here, monkeypatch):
     names = {"paths": ["a.png", "a.png"]}
     for part in next(block for block in blocks if "loo.load_encoder(" in block).split("\n\n")[:2]:
         exec(part, names)
-    assert names["features"].shape == (2, 128)
+    assert names["features"].shape == (2, 256)
     names = {"loader": [noise(8, seed=i) for i in range(2)]}
     exec(loop, names)
     assert names["pointer"] == 16
@@ -2815,7 +2832,7 @@ def test_rotated_features_are_those_of_rotated_images():
     encoder = loo.Encoder("small", spaces=2, hidden=16, dim=8)
     dataset = data.factors("val", 32, 5)
     v, z, rows = eval.features(encoder, dataset, (0, 1, 3), batch=2)
-    assert (v.shape, z.shape) == ((15, 128), (2, 15, 8))
+    assert (v.shape, z.shape) == ((15, 256), (2, 15, 8))
     assert rows.tolist() == [0, 1, 2, 3, 4]
     for turns, at in ((0, slice(5)), (1, slice(5, 10)), (3, slice(10, 15))):
         want_v, want_z = loo.encode(encoder, dataset.images.rot90(turns, (2, 3)) / 255)
@@ -3097,7 +3114,7 @@ def test_papers_protocol_flips_before_it_turns(untrained, monkeypatch):
 
 
 def test_a_probe_that_is_not_finite_ends_and_keeps_nothing(untrained, capsys, monkeypatch):
-    batch = torch.full((256, 128), math.nan), torch.zeros(256, dtype=torch.long)
+    batch = torch.full((256, 256), math.nan), torch.zeros(256, dtype=torch.long)
     monkeypatch.setattr(eval, "augmented_batch", lambda *_: batch)
     line = "linear --protocol=paper --label=hue --epochs=1"
     assert "weights of the probe are not finite" in refused(capsys, eval, line)
