@@ -604,8 +604,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def backbone(arch, stem="imagenet", splits=1, size=224):
-    """A classification network of torchvision, or "small": a ResNet of one block a stage, for
-    images of 32 pixels.
+    """A classification network of torchvision, or "small": a quarter of ResNet-18's width, one
+    block a stage.
 
     stem: "cifar" is SimCLR's for small images, ResNets only; splits: see SplitBatchNorm2d;
     size: of the images. Without dropout and stochastic depth, whose draws would not be a function
@@ -617,9 +617,9 @@ def backbone(arch, stem="imagenet", splits=1, size=224):
         net.inplanes = 16
         net.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
         net.bn1, net.maxpool = nn.BatchNorm2d(16), nn.Identity()
-        for i, (width, stride) in enumerate(((16, 1), (32, 2), (64, 2), (256, 2))):
-            setattr(net, f"layer{i + 1}", net._make_layer(block, width, 1, stride=stride))
-        net.fc = nn.Linear(256, 1)
+        for i, stride in enumerate((1, 2, 2, 1)):
+            setattr(net, f"layer{i + 1}", net._make_layer(block, 16 << i, 1, stride=stride))
+        net.fc = nn.Linear(128, 1)
     else:
         sized = {"vit": {"image_size": size}, "maxvit": {"input_size": (size, size)}}
         net = torchvision.models.get_model(arch, **sized.get(arch.split("_")[0], {}))
@@ -927,7 +927,7 @@ GROUPS = {
 # of 500 x 375 show, see docs/paper.md.
 RECIPES = {
     "factors": dict(arch="small", stem="imagenet", size=32, hidden=0, dim=128, splits=4)
-    | dict(epochs=18, batch=64, lr=0.1, schedule="cosine", weight_decay=2e-3)
+    | dict(epochs=18, batch=64, lr=0.1, schedule="cosine", weight_decay=1e-3)
     | dict(queue=128, tau=0.07, momentum=0.99)
     | dict(sampling={"crop": {"area": 0.4}, "color": {"gray": 0.1}}),
     "imagenet100": dict(arch="resnet50", stem="imagenet", size=224, hidden=2048, dim=128, splits=8)

@@ -501,7 +501,7 @@ def test_vmapped_heads_are_each_spaces_own(heads, hidden):
     encoder = loo.Encoder("small", spaces=3, heads=heads, hidden=hidden, dim=8).eval()
     images = torch.rand(4, 3, 32, 32)
     v, z = loo.encode(encoder, images)
-    assert v.shape == (4, 768 if heads == "conv5" else 256)
+    assert v.shape == (4, 384 if heads == "conv5" else 128)
     assert_close(z.norm(dim=-1), torch.ones(3, 4))
     x = encoder.trunk(TF.normalize(images, *IMAGENET_NORM))
     for s in range(3):
@@ -1217,7 +1217,7 @@ def test_readmes_examples_run(here, monkeypatch):
     names = {"paths": ["a.png", "a.png"]}
     for part in next(block for block in blocks if "loo.load_encoder(" in block).split("\n\n")[:2]:
         exec(part, names)
-    assert names["features"].shape == (2, 256)
+    assert names["features"].shape == (2, 128)
     names = {"loader": [noise(8, seed=i) for i in range(2)]}
     exec(loop, names)
     assert names["pointer"] == 16
@@ -2832,7 +2832,7 @@ def test_rotated_features_are_those_of_rotated_images():
     encoder = loo.Encoder("small", spaces=2, hidden=16, dim=8)
     dataset = data.factors("val", 32, 5)
     v, z, rows = eval.features(encoder, dataset, (0, 1, 3), batch=2)
-    assert (v.shape, z.shape) == ((15, 256), (2, 15, 8))
+    assert (v.shape, z.shape) == ((15, 128), (2, 15, 8))
     assert rows.tolist() == [0, 1, 2, 3, 4]
     for turns, at in ((0, slice(5)), (1, slice(5, 10)), (3, slice(10, 15))):
         want_v, want_z = loo.encode(encoder, dataset.images.rot90(turns, (2, 3)) / 255)
@@ -3114,7 +3114,7 @@ def test_papers_protocol_flips_before_it_turns(untrained, monkeypatch):
 
 
 def test_a_probe_that_is_not_finite_ends_and_keeps_nothing(untrained, capsys, monkeypatch):
-    batch = torch.full((256, 256), math.nan), torch.zeros(256, dtype=torch.long)
+    batch = torch.full((256, 128), math.nan), torch.zeros(256, dtype=torch.long)
     monkeypatch.setattr(eval, "augmented_batch", lambda *_: batch)
     line = "linear --protocol=paper --label=hue --epochs=1"
     assert "weights of the probe are not finite" in refused(capsys, eval, line)
