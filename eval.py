@@ -1768,15 +1768,22 @@ def claims(
         results: print the tables of such a file, and train nothing
     """
     check_choice("budget", budget, tuple(BUDGETS))
-    tables = claimed_tables(check_choice("data", data, NAMES), parse_labels(data, labels))
-    name = Path(root).name if root else data
+    labels = parse_labels(check_choice("data", data, NAMES), labels)
+    tables = claimed_tables(data, labels)
+    name = Path(root).resolve().name if root else data
     out = out or ("runs/claims" if data == "factors" else f"runs/claims-{name}")
-    place = {} if data == "factors" else dict(data=data, root=root)
+    place = {} if data == "factors" else {"data": data}
+    if root:
+        place["root"] = root
     if loo.asked_processes() > 1:
         raise UserError("claims starts processes of its own: start it as one process")
     chosen = range(first, first + seeds)
     if results:
         return print_claims(chosen_results(results, budget, chosen), tables, name)
+    if place:  # refused before anything runs
+        known = tuple(open_dataset(data, "train", root=root).classes)
+        for label in labels.values():
+            check_choice("labels", label, known)
     folder = Path(out) / budget
     chains = missing_commands(folder, chosen, BUDGETS[budget] | place, tables)
     try:
@@ -1870,7 +1877,7 @@ def missing_commands(out, seeds, flags, tables):
         chain = [] if (run / "heads.pt").exists() else [command_of("loo.py", "train", **given)]
         lines = [line for _, line in results_of(run)]
         for name, cells in wanted[method, groups].items():
-            if all(seed in fast_cell(lines, row, column) for row, column in cells):
+            if all(seed in default_cell(lines, row, column) for row, column in cells):
                 continue
             options = dict(run=run, seed=seed)
             if name != "rotation":
@@ -1899,7 +1906,7 @@ def command_of(script, name, **flags):
     return [script, name, *(f"--{k}={v}" for k, v in values.items())]
 
 
-def fast_cell(lines, row, column):
+def default_cell(lines, row, column):
     """A cell of TABLES, {seed: value}, by the default protocol of its task."""
     protocol = {"fewshot": "adam", "robust": "generated"}.get(column[0], "fast")
     return by_protocol(lines, row, column)[protocol]
@@ -1957,7 +1964,7 @@ def print_claims(lines, tables, name):
         print(f"{title}, on {name}\n\n{table_head(['method', 'seeds', *columns])}")
         cells = {}
         for row, column in itertools.product(rows, columns):
-            cells[row, column] = fast_cell(lines, rows[row], columns[column])
+            cells[row, column] = default_cell(lines, rows[row], columns[column])
         for row in rows:
             print(table_row([row, *row_cells(cells, row, columns)]))
         print()

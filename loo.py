@@ -1052,9 +1052,10 @@ def parse_sampling(words, drawn, default):
     """
     from data import RANGES, check_choice, parse_flag
 
-    sampling = {group: dict(default[group]) for group in GROUPS if group in {*drawn} & {*default}}
-    known = []
+    sampling, known = {}, []
     for group in [group for group in GROUPS if group in drawn]:
+        if group in default:
+            sampling[group] = dict(default[group])
         _, _, *names = inspect.signature(GROUPS[group][0]).parameters
         known += [f"{group}.{name}" for name in names if name != "copies"]
     for word in words or ():

@@ -3561,13 +3561,26 @@ def test_claims_on_other_images_keep_what_can_be_said_there():
     assert {task for cells in everything.values() for task in cells} == {"rotation", "linear"}
 
 
-def test_claims_on_other_images_name_their_labels(capsys):
+def test_claims_on_other_images_name_their_labels(here, capsys):
     there = "claims --data=folder --root=emoji"
     assert "--labels names the labels of folder" in refused(capsys, eval, there)
     assert "--labels names" in refused(capsys, eval, f"{there} --labels=hue=tone")
     assert "--labels names" in refused(capsys, eval, f"{there} --labels=object=kind,hue")
     assert "--labels=color" in refused(capsys, eval, f"{there} --labels=color=tone,object=kind")
     assert "another data set" in refused(capsys, eval, "claims --labels=object=kind")
+    assert "reads no folder" in refused(capsys, eval, "claims --root=.")
+    assert "needs --root" in refused(capsys, eval, "claims --data=folder --labels=object=kind")
+    for name in ("a/x.png", "b/y.png"):
+        write_image(here / "emoji" / name, (200, 0, 0))
+    assert "--labels=kind" in refused(capsys, eval, f"{there} --labels=object=kind")
+    assert not Path("runs").exists()
+
+
+def test_claims_on_other_images_name_the_data_set_in_each_training(tmp_path):
+    tables = eval.claimed_tables("cifar10", eval.parse_labels("cifar10", ["object=class"]))
+    chains = eval.missing_commands(tmp_path, (1,), {"data": "cifar10"}, tables)
+    assert all("--data=cifar10" in train for train, *_ in chains)
+    assert "None" not in str(chains)
 
 
 def test_claims_train_each_row_once_and_go_on(tmp_path):
