@@ -235,7 +235,7 @@ COLLAPSED = 1e-3  # of the mean; untrained encoders deviate by 0.2 and more
 
 def check_features(split, x):
     """UserError where features x (n ...) are not finite; a warning where they are nearly equal."""
-    check_finite(f"features of the {split} images", x)
+    check_all_finite(f"features of the {split} images", x)
     mean, deviation = x.mean(0).norm(), x.std(0, correction=0).norm()
     if split == "test" and len(x) > 1 and deviation <= COLLAPSED * mean:
         figures = f"norm {mean:.1e}, deviation {deviation:.1e}"
@@ -243,7 +243,7 @@ def check_features(split, x):
         warn_once(f"all test images have nearly the same features ({figures}): {cause}")
 
 
-def check_finite(what, *tensors):
+def check_all_finite(what, *tensors):
     """UserError where a number in these tensors is not finite."""
     parts = itertools.chain(*(x.split(4096) for x in tensors))  # isfinite copies what it reads
     if not all(part.isfinite().all() for part in parts):
@@ -315,7 +315,7 @@ def lbfgs_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
 
     x ((r n) d), y ((r n),) of k classes -> w (k d), b (k,). All turns of an image are held out.
     """
-    check_finite("inputs of the probe", x)
+    check_all_finite("inputs of the probe", x)
     n = len(x) // turns
     order = torch.randperm(n, generator=loo.make_generator("held out", seed))
     offsets = n * torch.arange(turns)[:, None]
@@ -360,7 +360,7 @@ def sgd_probe(ctx, dataset, label, k, d, epochs, lr, area, batch=256):
             y = None if labels is None else labels[rows]
             x, y = augmented_batch(ctx, config, images, aspect, y, area, generator)
             loo.optimizer_step(optimizer, F.cross_entropy(layer(x), y))
-    check_finite("weights of the probe", layer.weight, layer.bias)
+    check_all_finite("weights of the probe", layer.weight, layer.bias)
     return layer.weight.detach(), layer.bias.detach()
 
 
@@ -410,7 +410,7 @@ def fit_few_shot(x, y, k, iterations=250, lr=0.03, generator=None, batch=64):
         logits = rearrange(torch.baddbmm(b, some, w), "t n k -> (t n) k")
         loss = F.cross_entropy(logits, labels.flatten(), reduction="sum") / labels.shape[1]
         loo.optimizer_step(optimizer, loss)
-    check_finite("weights of the probe", w, b)
+    check_all_finite("weights of the probe", w, b)
     return w.detach(), b.detach()
 
 
@@ -1058,11 +1058,12 @@ def retrieve(
     path = Path(out or ctx.run / "retrieve.png")
     check_out(path)
     runs = [ctx, open_other(ctx, against)] if against else [ctx]
-    near, y = zip(*(nearest_images(run, neighbours, turn) for run in runs))
-    order = torch.randperm(len(near[0]), generator=loo.make_generator("queries", ctx.seed))
+    order = torch.randperm(n, generator=loo.make_generator("queries", ctx.seed))
     rows = order[:queries]
     if classes:
-        rows = choose_queries(order, y[0][labels[0]], class_names(ctx, labels[0]), classes)
+        first = torch.as_tensor(ctx.split["test"].labels[labels[0]])
+        rows = choose_queries(order, first, class_names(ctx, labels[0]), classes)
+    near, y = zip(*(nearest_images(run, neighbours, turn) for run in runs))
     for run, neighbors, known in zip(runs, near, y):
         of_run = {key: run.config[key] for key in ("method", "groups")} | {"run": run.run.name}
         of_run |= dict(on="turned" if turn else None, protocol="cosine")

@@ -1831,13 +1831,12 @@ def asked_processes():
     """How many processes torchrun or another launcher started; some say 1 and no more."""
     from data import launcher_environ
 
-    launcher_environ()
-    return environ_count("WORLD_SIZE", 1)
+    return environ_count("WORLD_SIZE", 1, launcher_environ())
 
 
-def environ_count(name, default):
+def environ_count(name, default, env=os.environ):
     """A variable of the environment that counts something; UserError for what is no count."""
-    said = os.environ.get(name) or str(default)
+    said = env.get(name) or str(default)
     if not re.fullmatch("[1-9][0-9]{0,8}", said):
         raise UserError(f"{name}={said}: expected 1 or more; unset it for {default}")
     return int(said)
