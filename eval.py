@@ -1058,12 +1058,11 @@ def retrieve(
     path = Path(out or ctx.run / "retrieve.png")
     check_out(path)
     runs = [ctx, open_other(ctx, against)] if against else [ctx]
-    order = torch.randperm(n, generator=loo.make_generator("queries", ctx.seed))
+    near, y = zip(*(nearest_images(run, neighbours, turn) for run in runs))
+    order = torch.randperm(len(near[0]), generator=loo.make_generator("queries", ctx.seed))
     rows = order[:queries]
     if classes:
-        first = torch.as_tensor(ctx.split["test"].labels[labels[0]])
-        rows = choose_queries(order, first, class_names(ctx, labels[0]), classes)
-    near, y = zip(*(nearest_images(run, neighbours, turn) for run in runs))
+        rows = choose_queries(order, y[0][labels[0]], class_names(ctx, labels[0]), classes)
     for run, neighbors, known in zip(runs, near, y):
         of_run = {key: run.config[key] for key in ("method", "groups")} | {"run": run.run.name}
         of_run |= dict(on="turned" if turn else None, protocol="cosine")
