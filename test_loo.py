@@ -3343,6 +3343,16 @@ def test_retrieve_shows_the_classes_that_are_named(untrained, monkeypatch, capsy
     )
 
 
+def test_retrieve_queries_only_images_that_can_be_read(here):
+    photo_tree(here / "tree", classes=2, each=60)
+    run(loo, "train --data=folder --root=tree --epochs=1 --batch=16 --splits=1 --queue=16")
+    paths = data.open_dataset("folder", "test", root="tree").images.source
+    for path in paths[: len(paths) // 2]:
+        Path(path).write_bytes(b"broken")
+    run(eval, f"retrieve --queries={len(paths)} --neighbours=2 --out=found.png")
+    assert Path("found.png").exists()
+
+
 def gaps(factors, split, *rest):
     """factors, but some images have no hue, none of training the last, none of test a texture."""
     found = factors(split, *rest)
