@@ -3391,6 +3391,10 @@ def test_every_task_takes_the_images_that_have_the_label(untrained, capsys, monk
     others = [line for line in hue if line["task"] in ("linear", "knn", "fewshot", "spaces")]
     assert {line["n_test"] for line in others} == {counts["test"]}
     assert "" in titles and set(titles) - {""}
+    titles.clear()
+    run(eval, "retrieve --label=object,hue --queries=32")
+    assert any(", " in title for title in titles)
+    assert any(", " not in title for title in titles)  # the object alone where no hue is known
     assert [x["label"] for x in found if x["task"] == "knn"] == ["object", "hue", "species"]
     assert "none of test, has it" in refused(capsys, eval, "knn --label=texture")
     # As if the others were not there.
