@@ -294,22 +294,41 @@ def list_files(top):
     return images, others
 
 
-def class_folders(top):
+def sub_folders(top):
     return sorted(p.name for p in top.iterdir() if p.is_dir() and not is_hidden(p.name))
+
+
+def class_folders(top):
+    """The folders in which something is an image, or nothing is anything."""
+
+    def is_class(path):
+        return not any(files_below(path)) or any(map(is_image, files_below(path)))
+
+    return [name for name in sub_folders(top) if is_class(top / name)]
 
 
 def split_folders(root):
     """The folders of a root's splits -> {split: folder}; {} where its folders are classes.
 
-    They are splits where all are named so, or where one for training stands beside another."""
-    names = class_folders(root) if root.is_dir() else []
-    found = [name for name in names if split_of(name)]
-    splits = {split_of(name): root / name for name in found}
+    They are splits where all are named so, or where one for training stands beside another.
+    What all names begin with, as in set1_train and set1_test, does not count."""
+    names = sub_folders(root) if root.is_dir() else []
+    start = re.match(r".*[\W_]|", os.path.commonprefix(names)).end()
+    split = {name: split_of(name) or split_of(name[start:]) for name in names}
+    found = [name for name in names if split[name]]
+    splits = {split[name]: root / name for name in found}
     if len(found) < len(names) and ("train" not in splits or len(splits) == 1):
         return {}
     if len(splits) < len(found):
         raise UserError(f"{root}: {', '.join(found)}: two of them are one split; join them")
     return splits
+
+
+def inner_folder(top):
+    """The folder, or, where there is nothing else in it, the one of the same name in it."""
+    while [path.name for path in top.iterdir() if not is_hidden(path.name)] == [top.name]:
+        top /= top.name
+    return top
 
 
 def folder(split, root, seed=0):
@@ -320,12 +339,13 @@ def folder(split, root, seed=0):
     for name in ("train", split) if splits else ():
         if name not in splits:
             raise UserError(f"{root}: no folder {name}, beside {', '.join(splits)} it needs one")
-    train, top = splits.get("train", root), splits.get(split, root)
+    train, top = (inner_folder(splits.get(name, root)) for name in ("train", split))
     # a class has the same number in every split
     classes, here = class_folders(train), class_folders(top)
     for name in here:
         if name not in classes:
-            raise UserError(f"{top / name}: a class that {train} does not have")
+            problem = f"{top / name}: a class that {train} does not have"
+            raise UserError(f"{problem}; add it there, or list all images in {TABLE}")
     if classes and not here:
         raise UserError(f"{top}: no sub-folders; it needs those of {train}, one for each class")
     if len(here) == 1 and len(split_folders(top / here[0])) > 1:
@@ -426,6 +446,8 @@ def read_table(root, seed=0):
         raise UserError(f"{root / TABLE}, line {line}: {problem}")
 
     line, columns = next(rows, (1, []))
+    own = ("file", "split", "group", "class", "rotation", "image")
+    columns = [name.lower() if name.lower() in own else name for name in columns]
     if "file" not in columns:
         refuse(f"expected a column file, found {', '.join(columns) or 'none'}")
     for name in filter(None, columns):
@@ -442,6 +464,8 @@ def read_table(root, seed=0):
             refuse(f"{len(cells)} cells, the header has {len(columns)}")
         row = dict(zip(columns, cells))
         file = Path(row["file"].replace("\\", "/")).as_posix()
+        below = Path(os.path.relpath(file, root)).as_posix()
+        file = below if file not in table and below in table else file
         if table.get(file):
             refuse(f"{file} is listed twice")
         if "split" in row:
@@ -2018,7 +2042,7 @@ MEGAPIXELS_FLAG = inspect.Parameter("megapixels", inspect.Parameter.KEYWORD_ONLY
 
 
 def suggest(word, words):
-    close = difflib.get_close_matches(str(word), words, 1, 0.6)
+    close = difflib.get_close_matches(str(word).lower(), words, 1, 0.6)
     return f"did you mean {close[0]}? " if close else ""
 
 

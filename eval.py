@@ -1151,7 +1151,9 @@ def save_neighbors(ctx, near, y, labels, rows, heads, path):
     for name in labels:
         words = [*class_names(ctx, name), ""]  # -1, not labeled, is the last
         names.append([str(words[c]) for c in y[name][rows]])
-    titles = [", ".join(filter(None, words)) for words in zip(*names)] if names else [""] * len(rows)
+    titles = (
+        [", ".join(filter(None, words)) for words in zip(*names)] if names else [""] * len(rows)
+    )
     zoom = max(1, 64 // ctx.config["size"])
     image_grid(grid.unflatten(0, shown.shape), titles, heads, path, zoom=zoom)
 

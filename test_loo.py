@@ -1527,6 +1527,9 @@ LAYOUTS += [(dict(TRAIN__x=2, dev__x=1, Test__x=1, more=1), ("train", "val", "te
 LAYOUTS += [(dict(dev=9, ops=9), ("train", "val"), 2)]
 LAYOUTS += [({"Train Set": 0, "Train Set/x": 2, "test_images/x": 1}, ("train", "test"), 1)]
 LAYOUTS += [(dict(train2017__x=2, eval__x=1), ("train", "val"), 1)]
+LAYOUTS += [(dict(seg_train__x=2, seg_train__y=2, seg_test__x=1), ("train", "test"), 2)]
+LAYOUTS += [(dict(bullet_train=9, eye_test=9), ("train", "val"), 2)]
+LAYOUTS += [(dict(a_train__a_train__x=2, a_test__a_test__x=1), ("train", "test"), 1)]
 
 
 @pytest.mark.parametrize("counts, splits, classes", LAYOUTS)
@@ -1549,6 +1552,19 @@ REFUSED += [({".": 20, "thumbs": 3}, "train", "20 images lie beside the folders 
 def test_folders_that_could_be_read_in_two_ways_are_refused(counts, split, hint, tmp_path):
     with pytest.raises(UserError, match=hint):
         opened(folder_of(tmp_path, **counts), split)
+
+
+def test_folders_of_other_files_are_no_classes(tmp_path, capsys):
+    folder_of(tmp_path, train__images=3, val__images=2)
+    for split in ("train", "val"):
+        (tmp_path / split / "labels").mkdir()
+        (tmp_path / split / "labels" / "0.txt").touch()
+    assert opened(tmp_path)[2] == {"class": ["images"]}
+    assert len(opened(tmp_path, "val")[0]) == 2
+    assert "left out: 1 files (1 .txt), the first is" in capsys.readouterr().err
+    (tmp_path / "train" / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no images; put some there"):
+        opened(tmp_path)
 
 
 def test_only_files_are_images_and_links_are_followed(tmp_path, capsys):
@@ -1618,6 +1634,14 @@ def test_tables_of_spreadsheets_are_read(separator, tmp_path):
     columns, table = data.read_table(tmp_path)
     assert columns == ["file", "kind", ""]
     assert [table[file]["kind"] for file in ("a.png", "b.png")] == ["x", "y"]
+
+
+def test_tables_may_name_files_from_elsewhere_and_columns_in_capitals(tmp_path):
+    folder = os.path.relpath(tmp_path)  # from where python runs
+    rows = f"{tmp_path}/a.png,1,train", f"{folder}/b.png,2,TEST"
+    write_table(tmp_path, "File,Kind,SPLIT", *rows, images="ab")
+    assert data.read_table(tmp_path)[0] == ["file", "Kind", "split"]
+    assert opened(tmp_path, "test")[:2] == (["b.png"], {"class": [-1], "Kind": [1]})
 
 
 def test_a_table_beside_class_folders_adds_labels(tmp_path):
@@ -2730,6 +2754,7 @@ def test_flags_are_typed_by_the_signature_and_commands_guessed(capsys):
     assert got[0] == ("1e3", ("color",), 3.0, True)
     assert got[1:3] == [("runs/lr=3", (), 1.0, False), ("lr=.1", (), 1.0, True)]
     assert got[3:] == [("x", ("color",), 1.0, False), ("x", ("color",), 2.0, False)]
+    assert "did you mean looc" in refused(capsys, loo, "train --method=LooC")
     assert "did you mean train" in refused(capsys, loo, "trian")
 
 
