@@ -58,14 +58,15 @@ from data import (
     file_stats,
     fingerprint,
     image_grid,
-    image_paths,
     iter_batches,
     label_names,
+    list_files,
     map_file,
     open_dataset,
     optional_write,
     read_tensors,
     resolve_device,
+    warn_left_out,
     warn_once,
     write_atomic,
     write_tensors,
@@ -1194,9 +1195,10 @@ def embed(
         head = open_classifier(classify, run, feature) if classify else None
         feature = feature or (head["feature"] if head else "v")
         encoder, config = open_encoder(run, feature, workers, device)
-        paths = image_paths(Path(root))
+        paths, others = list_files(Path(root))
         if not paths:
             raise UserError(f"--root={root}: no images in this folder and below")
+        warn_left_out(Path(root), others)
         part = out.with_name(f"{out.name}.rows.part")
         try:
             rows, x = embed_files(encoder, config, feature, paths, part, workers, leader_first)

@@ -3213,8 +3213,11 @@ def read_embedded(path):
 
 @pytest.mark.parametrize("kind", ["csv", "npz", "pt"])
 def test_embed_gives_what_the_encoder_gives(kind, photos_to_embed, capsys):
+    Path("photos/notes.txt").touch()
     run(eval, f"embed --root=photos --out=x.{kind}")
-    assert "broken.jpg" in capsys.readouterr().err
+    warnings = capsys.readouterr().err
+    assert "unreadable: photos/broken.jpg" in warnings
+    assert "left out: 1 files (1 .txt), the first is photos/notes.txt" in warnings
     files, features, _ = read_embedded(f"x.{kind}")
     stems = [file.partition(".")[0] for file in files]
     assert stems == [*(f"class{c}/{i}" for c in range(2) for i in range(3)), "flat"]
