@@ -947,11 +947,11 @@ def spaces(ctx, label: tuple = (), layer: str = "output", margin: float = 1.0):
     Linear classifiers on Z_0 (the space named all), on Z_0 with any of the other spaces beside it,
     and on each space alone; every one is compared with Z_0 alone, on the same images.
 
-    The verdicts, a line for each label under the table, compare spaces of one size: what a group's
-    space knows more than Z_0, which is invariant to that group too. A label "wants" a group if the
-    whole paired 95% interval is above zero, and is "better without" it if below. If the interval
-    spans zero, it "does not care" where all of it is within the margin, else one "cannot tell".
-    Intervals are over test images, of one run.
+    The verdicts, a line for each label under the table, leave one space out: what all spaces know
+    more than all but the group's. A label "wants" a group if the whole paired 95% interval is above
+    zero, and is "better without" it if below. If the interval spans zero, it "does not care" where
+    all of it is within the margin, else one "cannot tell". Intervals are over test images, of one
+    run.
 
     Args:
         label: labels with commas between, rotation is one; all of them if none is named
@@ -963,14 +963,23 @@ def spaces(ctx, label: tuple = (), layer: str = "output", margin: float = 1.0):
     with_all = [("all", *some) for n in sizes for some in itertools.combinations(groups, n)]
     alone = [(group,) for group in groups]
     for name in select_labels(ctx, label, ("rotation",)):
-        found = {}
-        for subset, line in probe_spaces(ctx, name, [*with_all, *alone], layer):
-            found[subset] = line
+        right = {}
+        for subset, right[subset], line in probe_spaces(ctx, name, [*with_all, *alone], layer):
             if subset == alone[-1]:
-                pairs = [(g, found[g,]["gain"], found[g,]["gain95"]) for g in groups]
-                says = ", ".join(verdict(*pair, margin) for pair in pairs)
-                line = line | dict(note=f"{name} {says}")
+                says = [
+                    verdict(group, *group_gain(right, groups, group), margin) for group in groups
+                ]
+                line = line | dict(note=f"{name} {', '.join(says)}")
             yield line
+
+
+def group_gain(right, groups, group):
+    """All spaces over all but this group's: points, and half of the paired interval.
+
+    right {spaces: (n,)}: how often each image was classified right on these spaces."""
+    every = ("all", *groups)
+    others = tuple(space for space in every if space != group)
+    return paired_ci95(right[every], right[others])
 
 
 def check_spaces(ctx, layer):
@@ -987,7 +996,9 @@ def check_spaces(ctx, layer):
 
 
 def probe_spaces(ctx, name, subsets, layer):
-    """A linear classifier for each subset of spaces, ("all",) first; yields subset, result."""
+    """A linear classifier for each subset of spaces, ("all",) first.
+
+    Yields the subset, how often each image was classified right (n,), and the result."""
     turns = (0, 1, 2, 3) if name == "rotation" else (0,)
     on = None if ctx.config["method"] == "looc++" else layer
     v, z, y = cached_features(ctx, "train", turns)
@@ -1009,7 +1020,7 @@ def probe_spaces(ctx, name, subsets, layer):
         else:
             gain, half = paired_ci95(right, baseline)
         more = dict(n_train=len(x), feature="+".join(subset), on=on, gain=gain, gain95=half)
-        yield subset, result(logits, y_logits, name, len(turns), **more)
+        yield subset, right, result(logits, y_logits, name, len(turns), **more)
 
 
 def verdict(group, gain, half, margin):
