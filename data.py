@@ -43,7 +43,17 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin, Unidenti
 from torchvision.transforms.functional import pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.transforms.v2 import functional as v2
 
-from loo import UserError, grayscale, make_generator, normalize, recipe_canvas, typed, uniform
+from loo import (
+    UserError,
+    check_images,
+    environ_count,
+    grayscale,
+    make_generator,
+    normalize,
+    recipe_canvas,
+    typed,
+    uniform,
+)
 
 # ---------------------------------------------------------------- data sets by name
 
@@ -310,18 +320,33 @@ def class_folders(top):
 def split_folders(root):
     """The folders of a root's splits -> {split: folder}; {} where its folders are classes.
 
-    They are splits where all are named so, or where one for training stands beside another.
-    What all names begin with, as in set1_train and set1_test, does not count."""
+    They are splits where all are named so, or where one for training stands beside another; what
+    else their names say, as seg in seg_train and seg_test, is the same."""
     names = sub_folders(root) if root.is_dir() else []
-    start = re.match(r".*[\W_]|", os.path.commonprefix(names)).end()
-    split = {name: split_of(name) or split_of(name[start:]) for name in names}
-    found = [name for name in names if split[name]]
-    splits = {split[name]: root / name for name in found}
-    if len(found) < len(names) and ("train" not in splits or len(splits) == 1):
-        return {}
-    if len(splits) < len(found):
+    named = defaultdict(lambda: defaultdict(list))  # {rest of the name: {split: names}}
+    for name in names:
+        split, rest = split_and_rest(name)
+        if split:
+            named[rest][split].append(name)
+    sets = [splits for splits in named.values() if "train" in splits and len(splits) > 1]
+    if not sets and sum(map(len, named[""].values())) == len(names):
+        sets = [named[""]]
+    found = [name for splits in sets for words in splits.values() for name in words]
+    if len(sets) > 1 or any(len(words) > 1 for splits in sets for words in splits.values()):
         raise UserError(f"{root}: {', '.join(found)}: two of them are one split; join them")
-    return splits
+    return {split: root / name for splits in sets for split, (name,) in splits.items()}
+
+
+def split_and_rest(name):
+    """The split that a folder's name means, or None; its other words: "test", "seg" of segTest."""
+    if split_of(name):
+        return split_of(name), ""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)
+    for i, word in enumerate(words):
+        if split_of(word):
+            rest = " ".join(words[:i] + words[i + 1 :])
+            return split_of(word), re.sub(r"^\d+ ?", "", rest)  # a number in front only sorts
+    return None, name
 
 
 def inner_folder(top):
@@ -350,6 +375,13 @@ def folder(split, root, seed=0):
         raise UserError(f"{top}: no sub-folders; it needs those of {train}, one for each class")
     if len(here) == 1 and len(split_folders(top / here[0])) > 1:
         raise UserError(f"{top}: its splits are one folder further: --root={top / here[0]}")
+    inner = sub_folders(top / here[0]) if len(here) == 1 else []
+    if len(inner) > 1:
+        hint = f"if its {len(inner)} folders are classes, --root={top / here[0]}"
+        warn_once(f"{top}: {here[0]} is the only class; {hint}")
+    if len(here) < len(classes):
+        lost = len(classes) - len(here)
+        warn_once(f"{top}, label class: {lost} of the {len(classes)} classes have no image")
     images, others = list_files(top)
     files = defaultdict(list)
     for path in images:
@@ -425,7 +457,8 @@ def table_rows(path):
     try:
         text = path.read_text("utf-8-sig")
         delimiter = max(",;\t", key=text.lstrip().partition("\n")[0].count)
-        reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+        options = dict(delimiter=delimiter, skipinitialspace=True, strict=True)
+        reader = csv.reader(io.StringIO(text), **options)
         for cells in reader:
             cells = [cell.strip() for cell in cells]
             if any(cells):
@@ -449,7 +482,8 @@ def read_table(root, seed=0):
     own = ("file", "split", "group", "class", "rotation", "image")
     columns = [name.lower() if name.lower() in own else name for name in columns]
     if "file" not in columns:
-        refuse(f"expected a column file, found {', '.join(columns) or 'none'}")
+        found = ", ".join(columns) or "none"
+        refuse(f"expected a column file, found {found}; give the column of paths this name")
     for name in filter(None, columns):
         if columns.count(name) > 1:
             refuse(f"two columns are named {name}")
@@ -544,7 +578,7 @@ def open_image(path):
     if not os.path.isfile(path) and os.path.exists(path):
         raise ValueError("not a file")
     image = Image.open(path, formats=FORMATS)
-    most = int(os.environ.get("LOOC_MEGAPIXELS", MEGAPIXELS))
+    most = environ_count("LOOC_MEGAPIXELS", MEGAPIXELS)
     megapixels = image.width * image.height / 1e6
     if megapixels > most:
         part = 2 ** math.ceil(math.log(megapixels / most, 4))
@@ -562,6 +596,8 @@ def read_image(paths, i, border=0):
             tags = getattr(image, "tag_v2", {})
             if tags.get(CHANNELS, 0) > len(image.getbands()):
                 raise UnidentifiedImageError  # Pillow would drop the others
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                warn_once(f"{path} has several pages or frames: of such files the first is read")
             image = to_rgb(image)
             box = border, border, image.width - border, image.height - border
             return image.crop(box) if border else image
@@ -1169,7 +1205,13 @@ REFERENCE_SIZE = 224
 
 
 def corrupt(images, name, severity, generator):
-    """images (b 3 h w) in [0, 1], severity 1 to 5 -> (b 3 h w) in [0, 1], in steps of 1 / 255."""
+    """images (b 3 h w) in [0, 1], severity 1 to 5 -> (b 3 h w) in [0, 1], in steps of 1 / 255.
+
+    ValueError for other images, another severity or name."""
+    check_images(images, (torch.float32,))
+    if name not in CORRUPTIONS or severity not in range(1, 6):
+        expected = f"expected 1 to 5 of {', '.join(CORRUPTIONS)}"
+        raise ValueError(f"corruption {name}, severity {severity}: {expected}")
     function, constants = CORRUPTIONS[name]
     return function(images, generator, *constants[severity - 1]).clamp(0, 1).mul(255).round() / 255
 
@@ -1863,7 +1905,8 @@ def check(data: str = "factors", root: str = None, sample: str = "64", download:
             print(f"| {split} | 0 | {classes or '-'} | 0 | {count or '-'} | all | - |")
             continue
         files, n = found.images, len(found.images)
-        labels = next(iter(found.labels.values()))
+        label = next(iter(label_names(found.classes) or found.labels))
+        labels = found.labels[label]
         seen = len(labels[labels >= 0].unique())
         missing = [path for path in files.source if not path.exists()] if source.address else []
         opened = range(0, 0 if torch.is_tensor(files) else n, max(1, n // most))
@@ -2134,20 +2177,24 @@ def parse_words(function, words):
 
 
 class Stream(io.FileIO):
-    """Standard output that nobody reads any more, as after `| head`, ends no command."""
+    """Standard output that ends no command: nobody reads it any more, or its disk is full."""
+
+    lost = ""  # why something could not be written, which is an error when the command is done
 
     def write(self, text):
         try:
             return super().write(text)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: of a terminal that was closed
-                raise
+                Stream.lost = error.strerror
             return len(text)
 
 
 def outlive_readers(stream):
     """sys.stdout or sys.stderr, as a Stream where it is still the shell's."""
-    if stream not in (sys.__stdout__, sys.__stderr__) or stream is None:
+    if stream is None:  # closed by the shell
+        return open(os.devnull, "w")
+    if stream not in (sys.__stdout__, sys.__stderr__):
         return stream
     stream.flush()
     buffer = io.BufferedWriter(Stream(stream.fileno(), "w", closefd=False))
@@ -2156,7 +2203,7 @@ def outlive_readers(stream):
 
 def command_line(commands, argv=None):
     """Run commands[argv[0]], flags typed by its signature. UserError: one line and exit code 2."""
-    rank = launcher_environ().get("RANK", "0")
+    rank = own_rank()
     sys.stdout, sys.stderr = outlive_readers(sys.stdout), outlive_readers(sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not Jupyter's
@@ -2175,11 +2222,17 @@ def command_line(commands, argv=None):
             hint = f"{suggest(word, commands)}there are {', '.join(commands)}; --help says more"
             raise UserError(f"{word}: expected a command; {hint}")
         warn_once.cache_clear()
+        Stream.lost = ""
         flags = parse_words(commands[word], argv[1:])
         if "megapixels" in flags:
             megapixels = parse_flag("megapixels", int, flags.pop("megapixels"), COUNT)
             os.environ["LOOC_MEGAPIXELS"] = str(megapixels)  # which workers inherit
         typed(commands[word])(**flags)
+        sys.stdout.flush()
+        if Stream.lost:
+            raise UserError(f"standard output: {Stream.lost}; what {word} printed is lost")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except Exception as error:
         message = str(error)
         if lacks_memory(error):
@@ -2194,19 +2247,26 @@ def command_line(commands, argv=None):
         raise SystemExit(getattr(error, "code", 2)) from None
 
 
+def own_rank():
+    """RANK as the launcher set it; "0" of a process that is alone, whatever RANK says."""
+    environ = launcher_environ()
+    return environ.get("RANK", "0") if environ.get("WORLD_SIZE", "1") != "1" else "0"
+
+
 def launcher_environ():
     """os.environ, with torchrun's variables also where `srun` started several processes."""
     env = os.environ
     # sbatch's script belongs to no step and salloc's shell to one beyond 2**31: they are one
     # process, whatever SLURM_NTASKS says.
-    step = int(env.get("SLURM_STEP_ID", 2**32 if "SLURM_JOB_ID" in env else 0))
+    step, job = env.get("SLURM_STEP_ID", ""), env.get("SLURM_JOB_ID", "")
+    step = int(step) if step.isdigit() else 2**32 if job else 0
     size = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
     if "RANK" in env or "SLURM_PROCID" not in env or size == "1" or step >= 2**31:
         return env
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
     first = re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).split(",")[0]  # gpu03 of gpu[03-05,07],cpu1
     env.setdefault("MASTER_ADDR", "localhost" if first == nodes else first)
-    port = 15000 + (int(env.get("SLURM_JOB_ID", 0)) + 97 * step) % 15000
+    port = 15000 + (int(job if job.isdigit() else 0) + 97 * step) % 15000
     env.setdefault("MASTER_PORT", str(port))
     env.setdefault("WORLD_SIZE", size)
     if torch.cuda.device_count() != 1:  # the only one that SLURM shows is this process's own
@@ -2237,7 +2297,7 @@ class WriteError(UserError):
 @functools.cache
 def warn_once(text):
     """Print a warning, once for each command."""
-    if launcher_environ().get("RANK", "0") == "0":
+    if own_rank() == "0":
         print(f"warning: {text}", file=sys.stderr)
 
 
@@ -2281,6 +2341,18 @@ def check_out(path, folder=False):
     is_wanted = there.is_dir if wanted == "folder" else there.is_file
     if not is_wanted():
         raise WriteError(f"{path} cannot be written: {there} is no {wanted}; name another")
+
+
+def check_user_out(path):
+    """`check_out`, and UserError where a run's file, a table or no PNG image would be replaced."""
+    check_out(path)
+    path, replaced = Path(path), Path(path).exists()
+    if replaced and path.name in {"backbone.pt", "heads.pt", "checkpoint.pt", "config.json"}:
+        raise UserError(f"{path} belongs to a run: name another file")
+    if replaced and path.name in {TABLE, "log.jsonl", "results.jsonl"}:
+        raise UserError(f"{path} is there and holds other things: name another file")
+    if path.suffix.lower() in SUFFIXES - {".png"}:
+        raise UserError(f"{path} would be a PNG: give it a name that ends in .png")
 
 
 def write_atomic(path, content, keep=None, size=None):

@@ -48,7 +48,7 @@ from data import (
     allocate,
     central_files,
     check_choice,
-    check_out,
+    check_user_out,
     command_line,
     corrupt,
     dataset_splits,
@@ -57,6 +57,7 @@ from data import (
     epoch_batches,
     file_stats,
     fingerprint,
+    first_line,
     image_grid,
     iter_batches,
     label_names,
@@ -707,7 +708,7 @@ def linear(
             f"--save={save} keeps one classifier: name its label, as --label={labels[0]}"
         )
     if save:
-        check_out(save)
+        check_user_out(save)
     yield from probe(ctx, labels, (0,), protocol, epochs, lr, area, per_class, save)
 
 
@@ -1068,7 +1069,7 @@ def retrieve(
         raise UserError(f"--neighbours={neighbours}: there are {n} test images")
     labels = select_labels(ctx, label, least=1 if classes else 0) + ["rotation"] * turn
     path = Path(out or ctx.run / "retrieve.png")
-    check_out(path)
+    check_user_out(path)
     runs = [ctx, open_other(ctx, against)] if against else [ctx]
     near, y = zip(*(nearest_images(run, neighbours, turn) for run in runs))
     order = torch.randperm(len(near[0]), generator=loo.make_generator("queries", ctx.seed))
@@ -1199,7 +1200,7 @@ def embed(
     out = Path(out)
     if out.suffix not in WRITERS:
         raise UserError(f"--out={out}: expected a file that ends in {', '.join(WRITERS)}")
-    check_out(out)
+    check_user_out(out)
     if not root or not Path(root).is_dir():
         raise UserError(f"--root={root}: no such folder; embed needs --root=DIR, images in it")
     with loo.init_distributed(resolve_device(device)) as leader_first:
@@ -1430,8 +1431,8 @@ def unify_roots(pairs):
     for config, line in pairs:
         if config["data"] == "folder" and "root" in config.get("held", {}):
             unify(config, config["held"]["root"][1])
-            if line.get("fingerprint"):
-                unify(line, line["fingerprint"])
+            if line.get("images"):
+                unify(line, line["images"])
     return pairs
 
 
@@ -1440,8 +1441,13 @@ def results_of(run):
     path = run / "results.jsonl"
     if not path.exists():
         return []
-    config = loads((run / "config.json").read_text()) | {"out": str(run)}
-    lines = [line for line in loo.read_jsonl(path) if line["top1"] is not None]
+    try:
+        config = loads((run / "config.json").read_text()) | {"out": str(run)}
+        config["seed"], config["data"], config["method"], config["groups"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        warn_once(f"{run}: its config.json is no run's ({first_line(error)}); it is left out")
+        return []
+    lines = [line for line in loo.read_jsonl(path) if line.get("top1") is not None]
     return [(config, line | {"seed": config["seed"]}) for line in lines]
 
 
@@ -1463,7 +1469,7 @@ def curves(runs: tuple = ("runs/*",), out: str = "curves.png"):
         runs: run folders or patterns, with commas between
         out: where to write the image
     """
-    check_out(out)
+    check_user_out(out)
     logs = {}
     for file in find_files(runs, "log.jsonl"):
         config = loads(file.with_name("config.json").read_text())

@@ -76,6 +76,8 @@ class Method(NamedTuple):
 
 def methods(groups, same=()):
     """The paper's methods (section 3, tables 1 and 4) -> {name: Method}. same: for moco_same."""
+    if isinstance(groups, str):
+        raise ValueError(f"groups is {groups!r}: expected a tuple of names, as ({groups!r},)")
     n = len(groups)
     share_none = torch.zeros(1, n, dtype=torch.bool)
     share_same = torch.tensor([[group in same for group in groups]], dtype=torch.bool)
@@ -151,6 +153,8 @@ def positive_view(role):
     """
     positive = rearrange(role == 1, "s v ... -> s v (...)")  # (s v 1) or (s v b)
     if positive.device.type == "cpu":
+        if role.dtype == torch.bool or not torch.isin(role, torch.tensor([-1, 0, 1])).all():
+            raise ValueError("role holds something else than 1, 0 and -1: see Method")
         of_all = positive.all(2)
         if not of_all.equal(positive.any(2)) or (of_all.sum(1) != 1).any():
             raise ValueError(
@@ -296,6 +300,8 @@ def augment_groups(
     check_shapes(known, images=(images, "b c h w"), aspect=(aspect, "b"), textures=copies)
     check_shapes(known, share=(share, "v g"))
     check_images(images, FLOATS[:2])
+    if not (share.bool() == share).all():
+        raise ValueError("share holds something else than 0 and 1")
     if images.requires_grad and torch.is_grad_enabled():
         raise ValueError("images require a gradient, which views do not pass on: images.detach()")
     if rows is None:
@@ -490,6 +496,7 @@ def encode(encoder, images):
     """
     check_shapes({"c": 3}, images=(images, "b c h w"))
     check_images(images, FLOATS, margin=0.5)  # views may leave [0, 1] a little
+    images = images.to(next(encoder.parameters()).dtype)  # float64 of numpy, say
     return encoder(normalize(images))
 
 
@@ -1424,7 +1431,8 @@ def print_header(state, dataset, n, place, config, start):
         known = label_names(dataset.classes)
         labels = "" if known else ", no labels"
         if "class" in known:
-            labels = f", {len(dataset.classes['class'])} classes"
+            first, *more = dataset.classes["class"]
+            labels = f", {len(more) + 1} classes ({first} to {more[-1]})"
         parts = "backbone and heads" if "w2" in start else "backbone"
         source = f" ({parts} from {config['init']})" if start else ""
         print(
@@ -2043,10 +2051,11 @@ def link_latest(out):
 def read_jsonl(path):
     """The lines of a JSONL file; one that was cut short is left out."""
     lines = []
-    for number, text in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for number, line in enumerate(text.splitlines(), 1):
         try:
-            lines.append(loads(text))
-        except ValueError:
+            lines.append(dict(loads(line)))
+        except (ValueError, TypeError):
             print(f"warning: {path}, line {number} is not whole and left out", file=sys.stderr)
     return lines
 

@@ -1529,6 +1529,11 @@ LAYOUTS += [({"Train Set": 0, "Train Set/x": 2, "test_images/x": 1}, ("train", "
 LAYOUTS += [(dict(train2017__x=2, eval__x=1), ("train", "val"), 1)]
 LAYOUTS += [(dict(seg_train__x=2, seg_train__y=2, seg_test__x=1), ("train", "test"), 2)]
 LAYOUTS += [(dict(bullet_train=9, eye_test=9), ("train", "val"), 2)]
+LAYOUTS += [(dict(box_train__x=2, box_test__x=1, more=1), ("train", "test"), 1)]
+LAYOUTS += [({"ISIC_Training_Input/x": 2, "ISIC_Test_Input/x": 1}, ("train", "test"), 1)]
+LAYOUTS += [({"1-train/x": 2, "2-val/x": 1, "3-test/x": 1}, ("train", "val", "test"), 1)]
+LAYOUTS += [({"train_256/x": 2, "test_256/x": 1}, ("train", "test"), 1)]
+LAYOUTS += [(dict(train1__x=2, test1__x=1), ("train", "test"), 1)]
 LAYOUTS += [(dict(a_train__a_train__x=2, a_test__a_test__x=1), ("train", "test"), 1)]
 
 
@@ -1544,6 +1549,7 @@ def test_folders_named_like_splits_are_splits_beside_others(counts, splits, clas
 
 REFUSED = [(dict(train__x=1, val__x=1, valid__x=1), "train", "two of them are one split")]
 REFUSED += [(dict(val__x=1, test__x=1), "train", "no folder train")]
+REFUSED += [(dict(trainA=1, trainB=1, testA=1, testB=1), "train", "two of them are one split")]
 REFUSED += [(dict(a__train__x=1, a__val__x=1), "train", "one folder further: --root=.*a")]
 REFUSED += [({".": 20, "thumbs": 3}, "train", "20 images lie beside the folders thumbs")]
 
@@ -1702,6 +1708,7 @@ BAD_TABLES += [("file,kind\na.png,1\n./a.png,2", "line 3: a.png is listed twice"
 BAD_TABLES += [("file,split\na.png,trian", "line 2: split trian: expected train")]
 BAD_TABLES += [("file\na.png\nx.png\nlabels.csv", "line 3: x.png: no such image in .*; 2 files")]
 BAD_TABLES += [("file,split\na.png,test\nb.png,test", "no images for train")]
+BAD_TABLES += [('file,kind\na.png,"x\nb.png,"y', "expected after|unexpected end")]
 BAD_TABLES += [('file\n"' + "x" * 200_000, "larger than field limit.*UTF-8")]
 
 
@@ -2791,13 +2798,54 @@ def test_a_number_out_of_its_range_is_one_clear_line(module, line, here, capsys)
 
 
 def test_a_command_goes_on_when_nobody_reads(tmp_path):
-    """As after `| head`; a full disk still ends it."""
+    """As after `| head`, or when the disk of its output is full, which it says at the end."""
     reader, writer = os.pipe()
     os.close(reader)
     stream = data.Stream(writer, "w")
     assert stream.write(b"text") == 4
-    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space"):
-        data.Stream(full.fileno(), "w", closefd=False).write(b"text")
+    run_twice = "import data; data.command_line(dict(go=lambda: print('a\\n' * 9999)), ['go'])"
+    script = [sys.executable, "-c", run_twice]
+    with open("/dev/full", "wb", buffering=0) as full:
+        done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert (
+        done.stderr == "error: standard output: No space left on device; what go printed is lost\n"
+    )
+
+
+def test_a_command_goes_on_without_standard_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as after >&-
+    data.command_line(dict(go=lambda: print("nobody reads it")), ["go"])
+
+
+def test_control_c_is_no_traceback(capsys):
+    with pytest.raises(SystemExit, match="130"):
+        data.command_line(dict(go=lambda: signal.raise_signal(signal.SIGINT)), ["go"])
+
+
+def test_a_rank_without_a_number_of_processes_is_alone(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    data.warn_once("this is said")
+    assert "this is said" in capsys.readouterr().err
+
+
+def test_a_step_of_slurm_that_is_no_number_is_none(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in dict(JOB_ID="x", STEP_ID="batch", PROCID="0", NTASKS="2").items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert "RANK" not in data.launcher_environ()
+
+
+def test_files_of_a_run_and_tables_are_not_replaced(untrained, capsys):
+    photo_tree(untrained / "more", 2, 15)
+    backbone = Path("runs/latest/backbone.pt").read_bytes()
+    line = "linear --data=folder --root=more --save=runs/latest/backbone.pt"
+    assert "belongs to a run" in refused(capsys, eval, line)
+    Path("more/labels.csv").write_text("file\n")
+    assert "name another" in refused(capsys, eval, "embed --root=more --out=more/labels.csv")
+    assert "ends in .png" in refused(capsys, eval, "retrieve --out=x.jpg")
+    assert Path("runs/latest/backbone.pt").read_bytes() == backbone
 
 
 def test_what_is_no_file_is_not_written_over(here, capsys):
@@ -3510,7 +3558,7 @@ def test_table_knows_a_folder_by_its_images(here, capsys):
     """Two seeds, each from a copy of its own, share a row; images added make another."""
     for seed, (root, mark) in enumerate([("x", "one"), ("y", "one"), ("y", "more")]):
         images = dict(data="folder", root=root, held={"root": [9, mark]}, seed=seed)
-        line = dict(data="folder", label="class", root=root, fingerprint=mark, top1=seed + 1.0)
+        line = dict(data="folder", label="class", root=root, images=mark, top1=seed + 1.0)
         write_run(here / f"run{seed}", images, line)
     run(eval, "table --runs=run0,run1")
     head, _, row = capsys.readouterr().out.splitlines()
