@@ -740,6 +740,8 @@ BAD_LOSS += [(dict(queue=(2, 5, 7)), "queue has .* c=8"), (dict(queue=(5, 8)), "
 BAD_LOSS += [(dict(role=[[1, 0]]), "role has .* s=2"), (dict(role=[1, 0]), "role")]
 BAD_LOSS += [(dict(role=[[1, 0], [-1, 0]]), "one positive"), (dict(tau=0), "tau is 0")]
 BAD_LOSS += [(dict(role=[[1, 0], [1, 1]]), "one positive"), (dict(tau=math.nan), "tau is nan")]
+BAD_LOSS += [(dict(role=[[1, 0.5], [-1, 1]]), "role holds something else than 1, 0 and -1")]
+BAD_LOSS += [(dict(role=[[True, False], [False, True]]), "role holds something else")]
 BAD_LOSS += [(dict(role=[[[1, 0, 1, 1], [0, 1, 0, 0]]] * 2), "for all images the same")]
 
 
@@ -755,6 +757,7 @@ def test_a_loss_of_shapes_or_a_role_that_cannot_be_is_refused(changed, says):
 BAD_VIEWS = [(dict(images=(3, 32, 32)), r"expected \(b c h w\)"), (dict(groups=("color",)), "g=1")]
 BAD_VIEWS += [(dict(images=(2, 1, 32, 32)), "c=3"), (dict(share=[0, 1]), r"expected \(v g\)")]
 BAD_VIEWS += [(dict(groups=("color", "color")), "share"), (dict(aspect=torch.ones(3)), "aspect")]
+BAD_VIEWS += [(dict(share=[[0, 2]]), "share holds"), (dict(share=[[0, math.nan]]), "share holds")]
 BAD_VIEWS += [(dict(textures=torch.ones(2, 3, 32, 32)), "textures"), (dict(grad=True), "detach")]
 
 
@@ -777,6 +780,17 @@ def test_other_functions_by_hand_name_what_does_not_fit():
         loo.positive_keys(torch.zeros(Q), ROLE)
     with pytest.raises(ValueError, match="expected mlp or conv5"):
         loo.Encoder("small", heads="conv")
+    with pytest.raises(ValueError, match="expected a tuple of names, as .'color',."):
+        loo.methods("color")
+    for name, severity, scale in (("fog", 0, 1), ("fog", 6, 1), ("smog", 1, 1), ("fog", 1, 255)):
+        with pytest.raises(ValueError, match="expected 1 to 5 of gaussian_noise|give floats"):
+            data.corrupt(torch.ones(2, 3, 32, 32) * scale, name, severity, make_generator(0))
+
+
+def test_images_of_another_precision_are_embedded():
+    encoder = loo.Encoder("small", spaces=1, hidden=8, dim=8).eval()
+    images = torch.rand(2, 3, 32, 32, generator=make_generator(0))
+    assert torch.equal(*(loo.encode(encoder, x)[0] for x in (images, images.double())))
 
 
 # ---------------------------------------------------------------- loo.py: as on a GPU, without one
@@ -1558,6 +1572,21 @@ REFUSED += [({".": 20, "thumbs": 3}, "train", "20 images lie beside the folders 
 def test_folders_that_could_be_read_in_two_ways_are_refused(counts, split, hint, tmp_path):
     with pytest.raises(UserError, match=hint):
         opened(folder_of(tmp_path, **counts), split)
+
+
+def test_a_single_class_of_folders_and_classes_without_images_are_named(tmp_path, capsys):
+    opened(folder_of(tmp_path / "one", PetImages__Cat=9, PetImages__Dog=9))
+    hint = f"PetImages is the only class; if its 2 folders are classes, --root={tmp_path}/one/Pet"
+    assert hint in capsys.readouterr().err
+    opened(folder_of(tmp_path / "two", train__a=2, train__b=2, val__a=1), "val")
+    assert "label class: 1 of the 2 classes have no image" in capsys.readouterr().err
+
+
+def test_pages_beyond_the_first_are_named(tmp_path, capsys):
+    pages = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    assert data.central_crops([tmp_path / "x.tif"], 8)[0].mean((1, 2)).tolist() == [1, 0, 0]
+    assert "x.tif has several pages or frames" in capsys.readouterr().err
 
 
 def test_folders_of_other_files_are_no_classes(tmp_path, capsys):
@@ -2835,6 +2864,26 @@ def test_a_step_of_slurm_that_is_no_number_is_none(monkeypatch):
     for name, value in dict(JOB_ID="x", STEP_ID="batch", PROCID="0", NTASKS="2").items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert "RANK" not in data.launcher_environ()
+
+
+def test_a_broken_run_is_left_out_of_the_table(untrained, capsys):
+    run(eval, "knn --label=hue")
+    for config in ("", "[]", "{}"):
+        Path("runs/other").mkdir(exist_ok=True)
+        Path("runs/other/config.json").write_text(config)
+        Path("runs/other/results.jsonl").write_bytes(b'{"step": 1}\nnull\n\xff\n')
+        capsys.readouterr()
+        run(eval, "table")
+        out, err = capsys.readouterr()
+        assert "runs/other: its config.json is no run's" in err
+        assert "hue" in out
+
+
+def test_a_limit_of_megapixels_that_is_none_is_refused(tmp_path, monkeypatch):
+    write_image(tmp_path / "x.png")
+    monkeypatch.setenv("LOOC_MEGAPIXELS", "abc")
+    with pytest.raises(UserError, match="LOOC_MEGAPIXELS=abc: expected 1 or more"):
+        data.central_crops([tmp_path / "x.png"], 8)
 
 
 def test_files_of_a_run_and_tables_are_not_replaced(untrained, capsys):
