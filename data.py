@@ -180,31 +180,9 @@ def open_dataset(
     return ImageSet(images, torch.ones(len(images)), labels, classes)
 
 
-def load_dataset(
-    name,
-    split,
-    *,
-    root=None,
-    split_seed=0,
-    workers=None,
-    cache=None,
-    shared=False,
-    texture=False,
-    textures=None,
-    device="cpu",
-    **where,
-):
-    """`open_dataset`, `decode_all` and, with texture=True, `with_textures`: what training reads."""
-    files = open_dataset(name, split, root=root, split_seed=split_seed, **where)
-    dataset = decode_cached(files, workers, cache, shared)
-    if not texture:
-        return dataset
-    return with_textures(name, files, dataset, root, textures, cache, workers, device, split_seed)
-
-
-def crop_pct(name):
-    """The share of an image's short side that evaluations see."""
-    return DATASETS[name].crop_pct
+def load_dataset(name, split, workers=None, cache=None, shared=False, **where):
+    """`open_dataset` and `decode_cached`: a split as a tensor of images."""
+    return decode_cached(open_dataset(name, split, **where), workers, cache, shared)
 
 
 def dataset_splits(name, root=None, split_seed=0):
@@ -680,7 +658,8 @@ class ImageFiles(torch.utils.data.Dataset):
 
 def central_files(paths, size):
     """ImageFiles of your own images, as evaluations see them: the central crop of each."""
-    return ImageFiles([Path(path) for path in paths], read_image, size, crop_pct("folder"))
+    share = DATASETS["folder"].crop_pct
+    return ImageFiles([Path(path) for path in paths], read_image, size, share)
 
 
 def central_crops(paths, size):

@@ -215,10 +215,9 @@ def cached_features(ctx, split, turns=(0,)):
     key = repr(((ctx.data, ctx.weights), split, turns, fingerprint(dataset)))
     name = hashlib.sha1(key.encode()).hexdigest()[:16]
     path = ctx.run / "features" / f"{ctx.data}-{split}-{name}.pt"
-    try:
+    then = None
+    with contextlib.suppress(UserError):  # not there, or not whole
         *cached, then = read_tensors(path)
-    except UserError:  # not there, or not whole
-        cached, then = None, None
     if loo.all_reduce_max(then is None or not torch.equal(then, times)):
         cached = features(ctx.encoder, dataset, turns, ctx.workers)
         if loo.rank() == 0:
@@ -276,10 +275,7 @@ def select_feature(v, z, config, feature):
 
 
 def space_features(encoder, v, z, config, layer):
-    """What `spaces` compares, {space: (n ...)}: LooC++'s Conv5; of LooC's heads one layer.
-
-    layer: "hidden" or "output".
-    """
+    """What `spaces` compares, {space: (n ...)}: LooC++'s Conv5, else a layer, hidden or output."""
     method = loo.get_method(config)
     if method.heads == "conv5" or layer == "output":
         return {name: select_feature(v, z, config, name) for name in method.spaces}
@@ -344,9 +340,8 @@ def sgd_probe(ctx, dataset, label, k, d, epochs, lr, area, batch=256):
     if n < batch:
         raise UserError(f"--protocol=paper takes {batch} images or more, not {n}: leave it out")
     layer = torch.nn.Linear(d, k, device=ctx.device)
-    layer.weight.data.copy_(
-        torch.randn(k, d, generator=loo.make_generator("probe", ctx.seed)) * 0.01
-    )
+    start = torch.randn(k, d, generator=loo.make_generator("probe", ctx.seed)) * 0.01
+    layer.weight.data.copy_(start)
     layer.bias.data.zero_()
     optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
     on_gpu = ctx.device.type == "cuda"
@@ -439,10 +434,7 @@ def sample_shots(y, k, shots, trials, seed, label="the label", names=()):
 
 
 def knn_predict(x, y, k, test, neighbours=20, tau=0.07):
-    """Weighted kNN on cosine similarity: x (n d), y (n,), test (m d) -> votes (m k).
-
-    A neighbor's vote weighs exp(similarity / tau).
-    """
+    """kNN, weighted by exp(cosine similarity / tau): x (n d), y (n,), test (m d) -> votes (m k)."""
     x, votes = F.normalize(x, dim=1), []
     for some in F.normalize(test, dim=1).split(1024):
         similarity, rows = (some @ x.T).topk(min(neighbours, len(x)), dim=1)
@@ -845,9 +837,8 @@ def robust(
         objectnet: where ObjectNet is, to test on its 13 classes too
         pictures: how many to see corrupted, by default all
     """
-    source = check_source(ctx.data, source, corrupted, objectnet)
     # Every set is opened before hours are spent on the first.
-    published, shifted = robust_datasets(ctx, corrupted, objectnet)
+    source, published, shifted = robust_datasets(ctx, source, corrupted, objectnet)
     labels = select_labels(ctx, label)
     (train, y), (test, y_test) = load_features(ctx, "train"), load_features(ctx, "test")
     mean, deviation = standardize(train)
@@ -869,32 +860,25 @@ def robust(
         yield found | dict(protocol=source, n_train=int((y[found["label"]] >= 0).sum()))
 
 
-def check_source(data, source, corrupted, objectnet):
-    """The source of corrupted images; UserError where the flags of `robust` do not fit together."""
-    source = source or ("folder" if data == "imagenet100" else "generated")
+def robust_datasets(ctx, source, corrupted, objectnet):
+    """`robust`'s source, the published ImageSet of each of CELLS or none, and {name: ImageSet} of
+    new viewpoints. UserError where the flags do not fit together.
+    """
+    source = source or ("folder" if ctx.data == "imagenet100" else "generated")
     check_choice("source", source, ("folder", "generated"))
     if (source == "folder") != bool(corrupted):
-        raise UserError(
-            "--source=folder goes with --corrupted=DIR; without, use --source=generated"
-        )
-    if (corrupted or objectnet) and data != "imagenet100":
-        raise UserError(f"--data={data}: ImageNet-C and ObjectNet go with --data=imagenet100")
-    return source
-
-
-def robust_datasets(ctx, corrupted, objectnet):
-    """The published ImageSet of each of CELLS, or none, and {name: ImageSet} of new viewpoints."""
-    where = dict(size=ctx.config["size"], central=True)
-    cells = CELLS if corrupted else []
-    published = [
-        open_dataset("imagenetc100", f"{c}/{i}", root=corrupted, **where) for c, i in cells
-    ]
+        raise UserError("--source=folder needs --corrupted=DIR; without it, --source=generated")
+    if (corrupted or objectnet) and ctx.data != "imagenet100":
+        raise UserError(f"--data={ctx.data}: ImageNet-C and ObjectNet go with --data=imagenet100")
+    open_central = functools.partial(open_dataset, size=ctx.config["size"], central=True)
+    cells = [f"{name}/{severity}" for name, severity in CELLS] if corrupted else []
+    published = [open_central("imagenetc100", cell, root=corrupted) for cell in cells]
     shifted = {}
     if objectnet:
-        shifted["objectnet13"] = open_dataset("objectnet13", "test", root=objectnet, **where)
+        shifted["objectnet13"] = open_central("objectnet13", "test", root=objectnet)
     elif ctx.data == "factors":
         shifted["new viewpoint"] = ctx.find("viewpoint", central=True)
-    return published, shifted
+    return source, published, shifted
 
 
 def shifted_results(ctx, shifted, labels, logits_of):
@@ -967,20 +951,13 @@ def spaces(ctx, label: tuple = (), layer: str = "output", margin: float = 1.0):
         right = {}
         for subset, right[subset], line in probe_spaces(ctx, name, [*with_all, *alone], layer):
             if subset == alone[-1]:
-                says = [
-                    verdict(group, *group_gain(right, groups, group), margin) for group in groups
-                ]
+                every, says = with_all[-1], []
+                for group in groups:
+                    others = tuple(space for space in every if space != group)
+                    gain, half = paired_ci95(right[every], right[others])
+                    says.append(verdict(group, gain, half, margin))
                 line = line | dict(note=f"{name} {', '.join(says)}")
             yield line
-
-
-def group_gain(right, groups, group):
-    """All spaces over all but this group's: points, and half of the paired interval.
-
-    right {spaces: (n,)}: how often each image was classified right on these spaces."""
-    every = ("all", *groups)
-    others = tuple(space for space in every if space != group)
-    return paired_ci95(right[every], right[others])
 
 
 def check_spaces(ctx, layer):
@@ -1160,13 +1137,11 @@ def save_neighbors(ctx, near, y, labels, rows, heads, path):
 
     shown = torch.cat([rows[:, None], *(one[rows] for one in near)], 1)  # (queries 1+runs*k)
     grid = torch.stack([display_image(i) for i in shown.flatten()])
-    names = []
-    for name in labels:
-        words = [*class_names(ctx, name), ""]  # -1, not labeled, is the last
-        names.append([str(words[c]) for c in y[name][rows]])
-    titles = (
-        [", ".join(filter(None, words)) for words in zip(*names)] if names else [""] * len(rows)
-    )
+    words = {name: [*class_names(ctx, name), ""] for name in labels}  # -1, not labeled, is the last
+    titles = []
+    for i in rows:
+        known = [str(words[name][y[name][i]]) for name in labels]
+        titles.append(", ".join(filter(None, known)))
     zoom = max(1, 64 // ctx.config["size"])
     image_grid(grid.unflatten(0, shown.shape), titles, heads, path, zoom=zoom)
 
@@ -1217,7 +1192,7 @@ def embed(
             if loo.rank() == 0:
                 files = [paths[i].relative_to(root).as_posix() for i in rows]
                 content = dict(files=files, **(classify_rows(head, x) if head else {}), features=x)
-                write_atomic(out, functools.partial(WRITERS[out.suffix], content=content))
+                write_atomic(out, functools.partial(WRITERS[out.suffix], content))
                 left_out = f", {len(paths) - len(rows)} left out" if len(rows) < len(paths) else ""
                 print(f"wrote {out}: {len(rows)} images{left_out}, {x.shape[1]} features each")
         finally:
@@ -1271,7 +1246,7 @@ def classify_rows(head, x):
     return {"class": classes, "probability": torch.cat([top.values for top in tops])}
 
 
-def write_csv(file, content):
+def write_csv(content, file):
     """A column for each feature; nine digits give every float32 back."""
     text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
     _, *names, _ = content
@@ -1284,15 +1259,11 @@ def write_csv(file, content):
     text.detach()
 
 
-def write_npz(file, content):
+def write_npz(content, file):
     np.savez(file, **{name: np.asarray(column) for name, column in content.items()})
 
 
-def write_pt(file, content):
-    torch.save(content, file)
-
-
-WRITERS = {".csv": write_csv, ".npz": write_npz, ".pt": write_pt}
+WRITERS = {".csv": write_csv, ".npz": write_npz, ".pt": torch.save}
 
 
 # ---------------------------------------------------------------- report and table
@@ -1619,10 +1590,7 @@ TABLES = (  # title, columns, rows
 
 
 def print_papers_tables(lines):
-    """TABLES: what the paper reports and what these runs give, each in its own column.
-
-    lines: (config, result).
-    """
+    """TABLES: what the paper reports, and beside it what lines, (config, result), give."""
     differs = ", ".join(differing_settings([config for config, _ in lines]))
     if differs:
         raise UserError(f"--paper: these runs differ in {differs}: name fewer with --runs")
@@ -1880,10 +1848,7 @@ def claimed_tables(data, labels):
 
 
 def missing_commands(out, seeds, flags, tables):
-    """For each run that the tables need, a list of the commands that are not done yet.
-
-    UserError where a run was trained with other settings.
-    """
+    """A list of missing commands for each run of the tables; UserError for other settings."""
     wanted = wanted_cells(tables)
     chains = []
     for seed, (method, groups) in itertools.product(seeds, wanted):
@@ -1976,10 +1941,7 @@ def run_command(command, asked):
 
 
 def print_claims(lines, tables, name):
-    """Tables on the data set of this name, and under each what becomes of the paper's claims.
-
-    lines: results, `seed` the training's; tables: of `claimed_tables`.
-    """
+    """Print each of claimed_tables on the data set `name`, and what `lines` say of its claims."""
     verdicts = []
     for title, rows, columns, said in tables:
         print(f"{title}, on {name}\n\n{table_head(['method', 'seeds', *columns])}")

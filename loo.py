@@ -440,9 +440,8 @@ def key_permutation(config, step):
 
     So a query and its positive key are normalized among different images.
     """
-    return torch.randperm(
-        config["batch"], generator=make_generator("shuffle", config["seed"], step)
-    )
+    generator = make_generator("shuffle", config["seed"], step)
+    return torch.randperm(config["batch"], generator=generator)
 
 
 def optimizer_step(optimizer, loss):
@@ -776,10 +775,7 @@ def resize_matrix(start, extent, mirror, n, size):
 
 
 def separable_matmul(images, rows, cols):
-    """rows @ images @ cols^T of each image and channel.
-
-    images (b c h w), rows (b k h), cols (b l w) -> (b c k l), contiguous.
-    """
+    """rows (b k h) @ images (b c h w) @ cols^T (b l w) -> (b c k l), contiguous."""
     wide = rearrange(images, "b c h w -> b (c h) w") @ cols.mT
     return rows[:, None] @ rearrange(wide, "b (c h) l -> b c h l", c=images.shape[1])
 
@@ -1007,9 +1003,8 @@ def make_config(*, packed, fresh, **flags):
     if flags["canvas"] is None:
         config["canvas"] = recipe_canvas(data, config["size"], flags["recipe"])
     config["out"] = flags["out"] or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
-    config["sampling"] = parse_sampling(
-        flags["sampling"], {*groups, *flags["always"]}, recipe.get("sampling", {})
-    )
+    drawn = {*groups, *flags["always"]}
+    config["sampling"] = parse_sampling(flags["sampling"], drawn, recipe.get("sampling", {}))
     check_out(config["out"], folder=True)
     if os.path.islink(config["out"]):  # runs/latest will be another run
         config["out"] = os.path.relpath(os.path.realpath(config["out"]))
@@ -1034,10 +1029,10 @@ def recipe_canvas(data, size, recipe=None):
 
     Of photographs alone: evaluations crop them.
     """
-    from data import crop_pct
+    from data import DATASETS
 
     recipe = RECIPES.get(recipe or data, {})
-    if "canvas" in recipe and crop_pct(data) < 1:
+    if "canvas" in recipe and DATASETS[data].crop_pct < 1:
         return round(recipe["canvas"] * size / recipe["size"])
 
 
@@ -1340,32 +1335,33 @@ def train(
         fresh: start over; a run already in the folder is moved aside
     """
     config = make_config(**locals())
-    from data import label_names, load_dataset
+    from data import decode_cached, label_names, open_dataset, with_textures
 
     tune_backends()
     out = Path(config["out"])
     if canvas is None and not fresh and left_canvas(out):
         config["canvas"] = None
-    where = dict(root=root, textures=textures, cache=packed or out.parent)
-    where |= {k: config[k] for k in ("size", "canvas", "split_seed", "download")}
-    where |= {k: config[k] for k in ("workers", "device")}
-    where["texture"] = "texture" in config["groups"] + config["always"]
+    where = {k: config[k] for k in ("size", "canvas", "split_seed", "download")}
     split = "train" if method == "supervised" else "pretrain"
+    folder = packed or out.parent  # of decoded images
     start = {}
     with init_distributed(config["device"]) as leader_first, contextlib.ExitStack() as stack:
         with leader_first():
             if config["init"] and (fresh or not any(out.glob("checkpoint*.pt"))):
                 start = start_weights(config)
             shared = world_size() > 1 or cache == "none" or bool(packed)
-            dataset = load_dataset(data, split, shared=shared, **where)
+            files = open_dataset(data, split, root=root, **where)
+            dataset = decode_cached(files, workers, folder, shared)
+            if "texture" in config["groups"] + config["always"]:
+                options = workers, config["device"], split_seed
+                dataset = with_textures(data, files, dataset, root, textures, folder, *options)
             dataset, place = place_dataset(dataset, config)
             config["held"] = dataset.held
             labels, classes, config["label"] = training_labels(dataset, config)
             if (n := len(training_rows(dataset, labels))) < (b := config["batch"]):
-                smaller = f"take a smaller multiple of --splits={config['splits']}"
                 having = "" if labels is None else f" that have a {config['label']}"
-                many = f"the {n} training images{having}"
-                raise UserError(f"--batch={b} is more than {many}: {smaller}")
+                problem = f"--batch={b} is more than the {n} training images{having}"
+                raise UserError(f"{problem}: take a smaller one, a multiple of --splits")
             if rank() == 0:
                 if fresh and out.exists():
                     with lock_folder(out):
@@ -1465,10 +1461,9 @@ def odd_settings(config, n, aspect):
     if long >= 0.01:
         lose = "stored as squares they lose detail; a larger --canvas keeps more"
         yield f"{long:.0%} of the images are longer than 2:1: {lose}"
-    if schedule != "cosine":
-        late = [at for at in schedule.split(",") if float(at) >= epochs]
-        if late:
-            yield f"--schedule={schedule}: {', '.join(late)} never come in --epochs={epochs}"
+    late = [at for at in schedule.split(",") if at != "cosine" and float(at) >= epochs]
+    if late:
+        yield f"--schedule={schedule}: {', '.join(late)} never come in --epochs={epochs}"
     if get_method(config).spaces:
         share = own_key_share(n, config["batch"], queue)
         if share > 0.1:
@@ -2291,9 +2286,8 @@ def bench_phases(config):
     if config["compile"]:
         bare_key.compile()
     _, canvases, aspect, textures = get_batch(dataset, config, rows)
-    images = move_like(
-        canvases, torch.rand(batch, 3, size, size, generator=make_generator("bench"))
-    )
+    noise = torch.rand(batch, 3, size, size, generator=make_generator("bench"))
+    images = move_like(canvases, noise)
     forward = contrastive_forward(state, canvases, aspect, config, textures)
     q, k, positives, role = (x.detach() for x in forward)
 
@@ -2344,23 +2338,18 @@ def bench_phases(config):
 
 def noise_dataset(config):
     """Two batches of noise in memory, as large as the canvases of --data."""
-    from data import ImageSet, crop_pct
+    from data import DATASETS, ImageSet
 
     n = 2 * config["batch"]
-    side = config["canvas"] or round(config["size"] / crop_pct(config["data"]))
+    side = config["canvas"] or round(config["size"] / DATASETS[config["data"]].crop_pct)
     kind = dict(dtype=torch.uint8, generator=make_generator("bench"))
     images = torch.randint(256, (n, 3, side, side), **kind)
-    dataset = ImageSet(images, torch.ones(n), {}, {})
-    if "texture" in config["groups"]:
-        dataset = dataset._replace(textures=torch.randint(256, (n, 1, 3, side, side), **kind))
-    return dataset
+    textures = images[:, None].clone() if "texture" in config["groups"] else None
+    return ImageSet(images, torch.ones(n), {}, {}, textures=textures)
 
 
 def file_reader(images):
-    """A function that maps these images anew, from a file of which nothing is in memory any more.
-
-    The file is in the system's folder for such, on another disk with TMPDIR=DIR.
-    """
+    """A function that maps these images anew, from a file (in TMPDIR) that is not in memory."""
     from data import map_file, write_atomic
 
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
