@@ -1728,7 +1728,7 @@ def claims(
     root: str = None,
     labels: tuple = None,
     seeds: int = 5,
-    first: int = 21,
+    first: int = 31,
     jobs: int = 1,
     out: str = None,
     results: str = None,
