@@ -3870,13 +3870,13 @@ def test_claims_from_training_to_tables(here, monkeypatch, capsys):
     run(eval, "claims --seeds=1 --out=claims")
     assert len(done) == 7
     assert {line["budget"] for line in loo.read_jsonl(kept)} == {"small"}
-    aside = loo.move_aside(Path("claims/small/moco-color-21"))  # as --fresh does
-    assert aside.name == "moco-color-21.1"
-    missing = eval.missing_commands(Path("claims/small"), (21,), tiny, tables_on_factors())
+    aside = loo.move_aside(Path("claims/small/moco-color-31"))  # as --fresh does
+    assert aside.name == "moco-color-31.1"
+    missing = eval.missing_commands(Path("claims/small"), (31,), tiny, tables_on_factors())
     assert [len(chain) for chain in missing] == [5, 0]
     monkeypatch.setattr(eval, "run_all", fail)
     with pytest.raises(UserError, match="one failed"):  # not "no results of these seeds"
-        eval.claims(seeds=1, first=31, out="claims")
+        eval.claims(seeds=1, first=41, out="claims")
     assert {line["method"] for line in loo.read_jsonl(kept)} == {"looc++"}
 
 
