@@ -180,11 +180,6 @@ def open_dataset(
     return ImageSet(images, torch.ones(len(images)), labels, classes)
 
 
-def load_dataset(name, split, workers=None, cache=None, shared=False, **where):
-    """`open_dataset` and `decode_cached`: a split as a tensor of images."""
-    return decode_cached(open_dataset(name, split, **where), workers, cache, shared)
-
-
 def dataset_splits(name, root=None, split_seed=0):
     """The splits a data set has, in order; evaluations test on the last one."""
     if name != "folder":
@@ -290,7 +285,8 @@ def class_folders(top):
     """The folders in which something is an image, or nothing is anything."""
 
     def is_class(path):
-        return not any(files_below(path)) or any(map(is_image, files_below(path)))
+        images = map(is_image, files_below(path))
+        return next(images, True) or any(images)
 
     return [name for name in sub_folders(top) if is_class(top / name)]
 
@@ -344,7 +340,8 @@ def folder(split, root, seed=0):
             raise UserError(f"{root}: no folder {name}, beside {', '.join(splits)} it needs one")
     train, top = (inner_folder(splits.get(name, root)) for name in ("train", split))
     # a class has the same number in every split
-    classes, here = class_folders(train), class_folders(top)
+    classes = class_folders(train)
+    here = classes if top == train else class_folders(top)
     for name in here:
         if name not in classes:
             problem = f"{top / name}: a class that {train} does not have"
@@ -476,8 +473,9 @@ def read_table(root, seed=0):
             refuse(f"{len(cells)} cells, the header has {len(columns)}")
         row = dict(zip(columns, cells))
         file = Path(row["file"].replace("\\", "/")).as_posix()
-        below = Path(os.path.relpath(file, root)).as_posix()
-        file = below if file not in table and below in table else file
+        if file not in table:
+            below = Path(os.path.relpath(file, root)).as_posix()
+            file = below if below in table else file
         if table.get(file):
             refuse(f"{file} is listed twice")
         if "split" in row:
@@ -575,7 +573,8 @@ def read_image(paths, i, border=0):
             if tags.get(CHANNELS, 0) > len(image.getbands()):
                 raise UnidentifiedImageError  # Pillow would drop the others
             if getattr(image, "is_animated", False) and image.format != "MPO":
-                warn_once(f"{path} has several pages or frames: of such files the first is read")
+                problem = f"{path} has several pages or frames: of such files the first is read"
+                warn_once(problem, kind="pages")
             image = to_rgb(image)
             box = border, border, image.width - border, image.height - border
             return image.crop(box) if border else image
@@ -2022,6 +2021,7 @@ def sheet(out: str = "docs/factors.png", size: int = 48):
         out: the image file to write
         size: of each image in it, in pixels
     """
+    check_user_out(out)
     found = factors("train", size)
     species = found.labels["species"]
     first = [int((species == i).nonzero()[0]) for i in range(len(OBJECTS) * HUES)]
@@ -2064,8 +2064,9 @@ MEGAPIXELS_FLAG = inspect.Parameter("megapixels", inspect.Parameter.KEYWORD_ONLY
 
 
 def suggest(word, words):
-    close = difflib.get_close_matches(str(word).lower(), words, 1, 0.6)
-    return f"did you mean {close[0]}? " if close else ""
+    known = {str(choice).lower(): choice for choice in words}
+    close = difflib.get_close_matches(str(word).lower(), known, 1, 0.6)
+    return f"did you mean {known[close[0]]}? " if close else ""
 
 
 def check_choice(flag, word, words):
@@ -2200,7 +2201,7 @@ def command_line(commands, argv=None):
         if word not in commands:
             hint = f"{suggest(word, commands)}there are {', '.join(commands)}; --help says more"
             raise UserError(f"{word}: expected a command; {hint}")
-        warn_once.cache_clear()
+        WARNED.clear()
         Stream.lost = ""
         flags = parse_words(commands[word], argv[1:])
         if "megapixels" in flags:
@@ -2229,7 +2230,8 @@ def command_line(commands, argv=None):
 def own_rank():
     """RANK as the launcher set it; "0" of a process that is alone, whatever RANK says."""
     environ = launcher_environ()
-    return environ.get("RANK", "0") if environ.get("WORLD_SIZE", "1") != "1" else "0"
+    is_alone = environ.get("WORLD_SIZE", "") in ("", "1")
+    return "0" if is_alone else environ.get("RANK", "0")
 
 
 def launcher_environ():
@@ -2273,11 +2275,14 @@ class WriteError(UserError):
     """A file that could not be written."""
 
 
-@functools.cache
-def warn_once(text):
-    """Print a warning, once for each command."""
-    if own_rank() == "0":
+WARNED = set()  # texts, or kinds of warnings, since the command began
+
+
+def warn_once(text, kind=None):
+    """Print a warning, once for each command; of a kind the first alone."""
+    if (kind or text) not in WARNED and own_rank() == "0":
         print(f"warning: {text}", file=sys.stderr)
+    WARNED.add(kind or text)
 
 
 @contextlib.contextmanager
@@ -2322,14 +2327,17 @@ def check_out(path, folder=False):
         raise WriteError(f"{path} cannot be written: {there} is no {wanted}; name another")
 
 
+# what no command but `train` and the evaluations of a run write, and what a person writes
+RUN_FILES = {"backbone.pt", "heads.pt", "checkpoint.pt", "config.json", "log.jsonl"}
+RUN_FILES |= {"results.jsonl", TABLE}
+
+
 def check_user_out(path):
     """`check_out`, and UserError where a run's file, a table or no PNG image would be replaced."""
     check_out(path)
-    path, replaced = Path(path), Path(path).exists()
-    if replaced and path.name in {"backbone.pt", "heads.pt", "checkpoint.pt", "config.json"}:
-        raise UserError(f"{path} belongs to a run: name another file")
-    if replaced and path.name in {TABLE, "log.jsonl", "results.jsonl"}:
-        raise UserError(f"{path} is there and holds other things: name another file")
+    path = Path(path)
+    if path.name in RUN_FILES and path.exists():
+        raise UserError(f"{path} belongs to a run or a data set: name another file")
     if path.suffix.lower() in SUFFIXES - {".png"}:
         raise UserError(f"{path} would be a PNG: give it a name that ends in .png")
 

@@ -951,7 +951,8 @@ def spaces(ctx, label: tuple = (), layer: str = "output", margin: float = 1.0):
         right = {}
         for subset, right[subset], line in probe_spaces(ctx, name, [*with_all, *alone], layer):
             if subset == alone[-1]:
-                every, says = with_all[-1], []
+                every = with_all[-1]
+                says = []
                 for group in groups:
                     others = tuple(space for space in every if space != group)
                     gain, half = paired_ci95(right[every], right[others])
@@ -1407,16 +1408,26 @@ def unify_roots(pairs):
     return pairs
 
 
+def read_config(run, *needed):
+    """config.json of a run folder, `out` the folder; {}, with a warning, where `needed` lack."""
+    try:
+        config = loads((run / "config.json").read_text()) | {"out": str(run)}
+        lacks = [name for name in needed if name not in config]
+        why = f"it lacks {', '.join(lacks)}" if lacks else ""
+    except (OSError, ValueError, TypeError) as error:
+        why = first_line(error)
+    if why:
+        warn_once(f"{run}: its config.json is no run's ({why}); it is left out")
+    return {} if why else config
+
+
 def results_of(run):
     """(config, line) for each result in a run folder; `seed` the training's, `out` the folder."""
     path = run / "results.jsonl"
     if not path.exists():
         return []
-    try:
-        config = loads((run / "config.json").read_text()) | {"out": str(run)}
-        config["seed"], config["data"], config["method"], config["groups"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        warn_once(f"{run}: its config.json is no run's ({first_line(error)}); it is left out")
+    config = read_config(run, "seed", "data", "method", "groups")
+    if not config:
         return []
     lines = [line for line in loo.read_jsonl(path) if line.get("top1") is not None]
     return [(config, line | {"seed": config["seed"]}) for line in lines]
@@ -1443,8 +1454,9 @@ def curves(runs: tuple = ("runs/*",), out: str = "curves.png"):
     check_user_out(out)
     logs = {}
     for file in find_files(runs, "log.jsonl"):
-        config = loads(file.with_name("config.json").read_text())
-        logs[file.parent] = loo.read_curves(config, file.parent, config["batch"])
+        config = read_config(file.parent, "method", "groups", "batch")
+        if config:
+            logs[file.parent] = loo.read_curves(config, file.parent, config["batch"])
     if not any(logs.values()):
         raise UserError(f"--runs={','.join(runs)}: no log; `python loo.py train` writes one")
     top = os.path.commonpath([run.parent for run in logs])

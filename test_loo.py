@@ -188,8 +188,13 @@ def read_checkpoint(out):
     return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
 
 
+def load_dataset(name, split, workers=None, cache=None, shared=False, **where):
+    """A split as a tensor of images, decoded."""
+    return data.decode_cached(data.open_dataset(name, split, **where), workers, cache, shared)
+
+
 def load_folder(split, root):
-    return data.load_dataset("folder", split, root=root, size=28)
+    return load_dataset("folder", split, root=root, size=28)
 
 
 # ---------------------------------------------------------------- loo.py: methods, loss, step
@@ -1765,12 +1770,12 @@ def test_cifar10_in_its_published_layout(tmp_path, monkeypatch):
         (root / name).write_bytes(pickle.dumps(batch))
     (root / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}))
     with pytest.raises(UserError, match="--download"):
-        data.load_dataset("cifar10", "test", root=str(tmp_path))
+        load_dataset("cifar10", "test", root=str(tmp_path))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    test = data.load_dataset("cifar10", "test", root=str(tmp_path))
+    test = load_dataset("cifar10", "test", root=str(tmp_path))
     assert torch.equal(test.images, pixels)
     assert test.labels["class"].tolist() == list(range(10))
-    assert len(data.load_dataset("cifar10", "pretrain", root=str(tmp_path)).images) == 50
+    assert len(load_dataset("cifar10", "pretrain", root=str(tmp_path)).images) == 50
 
 
 def test_fashion_mnist_in_its_published_layout(tmp_path):
@@ -1782,7 +1787,7 @@ def test_fashion_mnist_in_its_published_layout(tmp_path):
         (raw / f"{name}-images-idx3-ubyte").write_bytes(images)
         labels = struct.pack(">2i", 2049, 10) + bytes(range(10))
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(labels)
-    test = data.load_dataset("fashion_mnist", "test", root=str(tmp_path), size=28)
+    test = load_dataset("fashion_mnist", "test", root=str(tmp_path), size=28)
     assert torch.equal(test.images, pixels.expand(-1, 3, -1, -1))
     assert test.classes["class"][9] == "Ankle boot"
 
@@ -1819,7 +1824,7 @@ def test_integers_of_32_bits_are_refused_and_12_bits_named(tmp_path, capsys):
     Image.fromarray(values).save(path)
     with pytest.raises(UserError, match="x.tif: 32-bit integer .*8 or 16 bits"):
         data.read_image([path], 0)
-    data.warn_once.cache_clear()
+    data.WARNED.clear()
     for depth, said in ((16, 0), (12, 1)):
         Image.fromarray((values << depth - 8).astype(np.uint16)).save(tmp_path / "x.png")
         data.read_image([tmp_path / "x.png"], 0)
@@ -1965,17 +1970,17 @@ def test_decoded_images_are_kept_for_the_next_run(tmp_path, monkeypatch):
     for i in range(5):
         write_image(root / f"{i}.png", (30 * i, 0, 0))
     cached = dict(root=root, cache=tmp_path / "cache", shared=True)
-    first = data.load_dataset("folder", "train", **cached)
-    plain = data.load_dataset("folder", "train", root=root)
+    first = load_dataset("folder", "train", **cached)
+    plain = load_dataset("folder", "train", root=root)
     monkeypatch.setattr(data, "decode", None)  # not again
-    again = data.load_dataset("folder", "train", **cached)
+    again = load_dataset("folder", "train", **cached)
     for other in (plain, again):
         assert torch.equal(first.images, other.images)
         assert torch.equal(first.aspect, other.aspect)
     # Unless a file has changed.
     os.utime(root / f"{int(first.images[0, 0, 9, 9]) // 30}.png", (1, 1))
     with pytest.raises(TypeError):
-        data.load_dataset("folder", "train", **cached)
+        load_dataset("folder", "train", **cached)
 
 
 def test_factors_are_drawn_again_alike_and_splits_are_disjoint():
@@ -2832,8 +2837,8 @@ def test_a_command_goes_on_when_nobody_reads(tmp_path):
     os.close(reader)
     stream = data.Stream(writer, "w")
     assert stream.write(b"text") == 4
-    run_twice = "import data; data.command_line(dict(go=lambda: print('a\\n' * 9999)), ['go'])"
-    script = [sys.executable, "-c", run_twice]
+    code = "import data; data.command_line(dict(go=lambda: print('a\\n' * 9999)), ['go'])"
+    script = [sys.executable, "-c", code]
     with open("/dev/full", "wb", buffering=0) as full:
         done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
@@ -3277,7 +3282,7 @@ def test_what_cannot_be_kept_does_not_end_an_evaluation(untrained, capsys, monke
 def test_a_map_that_cannot_be_written_goes_into_memory(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     where = dict(root=photo_tree(tmp_path / "photos"), size=28)
-    dataset = data.load_dataset("folder", "train", **where, cache=tmp_path / "file", shared=True)
+    dataset = load_dataset("folder", "train", **where, cache=tmp_path / "file", shared=True)
     assert torch.equal(dataset.images, load_folder("train", where["root"]).images)
     assert "; decoding into memory" in capsys.readouterr().err
 
@@ -3644,6 +3649,9 @@ def test_curves_lay_runs_side_by_side(here, capsys, monkeypatch):
     write_run(here / "runs" / "c", dict(method="supervised", label="hue"))
     log = to_jsonl([dict(step=1, loss=[1.0], lr=0.1)]) + '{"step": 2, "lo'
     (here / "runs" / "c" / "log.jsonl").write_text(log)
+    (here / "runs" / "broken").mkdir()
+    for name in ("config.json", "log.jsonl"):
+        (here / "runs" / "broken" / name).write_text("{}")
     (here / "runs" / "latest").symlink_to("b")
     drawn, draw = [], data.draw_curves
     monkeypatch.setattr(eval, "draw_curves", lambda *given: drawn.append(given) or draw(*given))
@@ -3651,6 +3659,7 @@ def test_curves_lay_runs_side_by_side(here, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == "wrote x.png\n"
     assert "line 2 is not whole" in err
+    assert "runs/broken: its config.json is no run's (it lacks method, groups, batch)" in err
     panels, *_, columns = drawn[0]
     of_spaces = [f"loss of {space}" for space in ("all", "color", "rotation", "hue")]
     assert list(panels)[:columns] == of_spaces
