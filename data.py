@@ -29,6 +29,7 @@ import struct
 import sys
 import threading
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -229,6 +230,7 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)  # read_image says what is w
 Image.MAX_IMAGE_PIXELS = None  # open_image has a limit that can be lifted
 MEGAPIXELS = 64  # of an image; decoded, as RGBA and on white they take 1 GB
 CHANNELS = TiffImagePlugin.SAMPLESPERPIXEL
+WHITE_IS_ZERO = TiffImagePlugin.PHOTOMETRIC_INTERPRETATION  # where it is 0
 Image.init()
 # no pixels of their own, or another program is started
 NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
@@ -435,7 +437,8 @@ def table_rows(path):
         options = dict(delimiter=delimiter, skipinitialspace=True, strict=True)
         reader = csv.reader(io.StringIO(text), **options)
         for cells in reader:
-            cells = [cell.strip() for cell in cells]
+            # Some systems write é as two characters.
+            cells = [unicodedata.normalize("NFC", cell.strip()) for cell in cells]
             if any(cells):
                 yield reader.line_num, cells
     except (UnicodeDecodeError, csv.Error) as error:
@@ -468,14 +471,16 @@ def read_table(root, seed=0):
     others.remove(root / TABLE)
     warn_left_out(root, others)
     table, lost = {path.relative_to(root).as_posix(): {} for path in paths}, []
+    composed = {unicodedata.normalize("NFC", file): file for file in table}
     for line, cells in rows:
         if len(cells) != len(columns):
             refuse(f"{len(cells)} cells, the header has {len(columns)}")
         row = dict(zip(columns, cells))
         file = Path(row["file"].replace("\\", "/")).as_posix()
-        if file not in table:
+        if file not in composed:
             below = Path(os.path.relpath(file, root)).as_posix()
-            file = below if below in table else file
+            file = below if below in composed else file
+        file = composed.get(file, file)
         if table.get(file):
             refuse(f"{file} is listed twice")
         if "split" in row:
@@ -607,6 +612,8 @@ def to_rgb(image):
     clear = image.info.get("transparency")
     if image.mode.startswith("I"):  # convert() would clip, not scale
         shades = [value // 256 for value in range(1 << 16)]
+        if getattr(image, "tag_v2", {}).get(WHITE_IS_ZERO) == 0:  # Pillow inverts 8 bits alone
+            shades.reverse()
         if image.info.pop("transparency", None) is not None:
             shades[clear] = 255
         image = image.convert("I").point(shades, "L")
@@ -616,7 +623,7 @@ def to_rgb(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    if deep and max(high for _, high in image.getextrema()) < 64:
+    if deep and sum(image.convert("L").histogram()[64:]) * 1000 < image.width * image.height:
         problem = "16-bit images become almost black, as if they had fewer bits"
         warn_once(f"{problem}: scale them to 0 to 65535")
     return image
@@ -1756,6 +1763,9 @@ def stylize(
     targets = [copy_paths(path, top, out, copies) for path in images.source]
     jobs = [(i, copy) for i, found in enumerate(targets) for copy in found if not copy.exists()]
     total = len(targets) * copies
+    settings = dict(size=size, features=name, steps=steps, strength=strength)
+    settings["styles"] = styles and Path(styles).name
+    check_same_copies(Path(out) / ".stylize.json", settings | dict(seed=seed), out)
     print(f"{total - len(jobs)} of {total} copies are there", end="; ")
     print(f"styles from {styles or 'code'}, features {name}, {device}", flush=True)
     begun, shown = time.perf_counter(), 0
@@ -1783,6 +1793,17 @@ def stylize(
                     f"{end}/{len(jobs)}  {rate:.1f} images/s  {left:.0f} minutes left", flush=True
                 )
     print(f"wrote {out}; train with --groups=color,rotation,texture --textures={out}")
+
+
+def check_same_copies(path, settings, out):
+    """UserError where copies of other settings, which the file `path` keeps, are in the folder."""
+    then = {}
+    with contextlib.suppress(OSError, ValueError):
+        then = json.loads(path.read_text())
+    other = [f"--{k}={then[k]}" for k, v in settings.items() if then.get(k, v) != v]
+    if other:
+        raise UserError(f"{out} holds copies of {', '.join(other)}: name another --out")
+    write_atomic(path, json.dumps(settings).encode())
 
 
 def save_copy(path, image, aspect):
@@ -2108,12 +2129,13 @@ def parse_flag(flag, kind, value, limits=None):
 
 def parse_flags(function, flags):
     """Each of these flags of a command as its type; None, the default of some, stays."""
-    kinds = {name: p.annotation for name, p in inspect.signature(function).parameters.items()}
-    typed = {}
+    parameters, typed = inspect.signature(function).parameters, {}
     for name, value in flags.items():
+        kind, default = parameters[name].annotation, parameters[name].default
         of_flag = RANGES.get(f"{function.__name__} {name}") or RANGES.get(name)
-        limits = of_flag or RANGES.get(kinds[name])
-        typed[name] = value if value is None else parse_flag(name, kinds[name], value, limits)
+        if value is not None or default is not None:
+            value = parse_flag(name, kind, value, of_flag or RANGES.get(kind))
+        typed[name] = value
     return typed
 
 

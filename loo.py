@@ -76,8 +76,7 @@ class Method(NamedTuple):
 
 def methods(groups, same=()):
     """The paper's methods (section 3, tables 1 and 4) -> {name: Method}. same: for moco_same."""
-    if isinstance(groups, str):
-        raise ValueError(f"groups is {groups!r}: expected a tuple of names, as ({groups!r},)")
+    check_tuples(groups=groups, same=same)
     n = len(groups)
     share_none = torch.zeros(1, n, dtype=torch.bool)
     share_same = torch.tensor([[group in same for group in groups]], dtype=torch.bool)
@@ -95,6 +94,13 @@ def methods(groups, same=()):
         "moco++": Method(groups, share_none, positive.repeat(n + 1, 1), "conv5", copies),
         "supervised": Method(groups, share_none[:0], positive[:0, :0], "mlp", ()),
     }
+
+
+def check_tuples(**flags):
+    """ValueError where one of the tuples of names is a string, which is iterable too."""
+    for flag, names in flags.items():
+        if isinstance(names, str):
+            raise ValueError(f"{flag} is {names!r}: expected a tuple of names, as ({names!r},)")
 
 
 def get_method(config):
@@ -247,6 +253,8 @@ def contrastive_forward(state, images, aspect, config, textures=None):
 @torch.no_grad()
 def ema(encoder_k, encoder_q, momentum):
     """The key encoder follows the query encoder, as in MoCo: parameters only, no buffers."""
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is {momentum}: expected 0 to 1")
     parameters_k, parameters_q = list(encoder_k.parameters()), list(encoder_q.parameters())
     torch._foreach_lerp_(parameters_k, parameters_q, 1 - momentum)
 
@@ -292,8 +300,9 @@ def augment_groups(
     sampling: other arguments of the sample functions in GROUPS, as {"rotation": {"p": 0.75}}
     -> query (b c size size), keys (v b c size size) and params {group: {parameter: (1+v b ...)}},
     row 0 the query's. ValueError for images that are not in [0, 1] or not float32 or float64, for
-    an unknown name, for texture without textures, and for shapes that do not fit.
+    an unknown name, a number out of range, texture without textures, shapes that do not fit.
     """
+    check_tuples(groups=groups, always=always)
     share = torch.as_tensor(share)
     known = {"g": len(set(groups))} | ({"c": 3} if "color" in {*groups, *always} else {})
     copies = (textures, "b copy c h w")
@@ -302,6 +311,8 @@ def augment_groups(
     check_images(images, FLOATS[:2])
     if not (share.bool() == share).all():
         raise ValueError("share holds something else than 0 and 1")
+    if aspect is not None and aspect.device.type == "cpu" and not (aspect > 0).all():
+        raise ValueError("aspect holds something else than numbers above 0")
     if images.requires_grad and torch.is_grad_enabled():
         raise ValueError("images require a gradient, which views do not pass on: images.detach()")
     if rows is None:
@@ -328,9 +339,13 @@ def sample_groups(b, groups, share, generator, always, sampling):
     -> {group: {parameter: (1+v b ...)}} in the order of GROUPS, row 0 the query's.
     """
     names = {*groups, *always}
-    if unknown := names - GROUPS.keys():
+    if unknown := {*names, *sampling} - GROUPS.keys():
         unknown = ", ".join(sorted(unknown))
         raise ValueError(f"no such augmentation: {unknown}; there are {', '.join(GROUPS)}")
+    for name, arguments in sampling.items():
+        for key in {"p", "area", "gray"} & arguments.keys():
+            if not 0 <= arguments[key] <= 1:
+                raise ValueError(f"sampling: {name} {key} is {arguments[key]}, expected 0 to 1")
     share, params = torch.as_tensor(share).bool().cpu(), {}
     for name in [name for name in GROUPS if name in names]:
         sample, _ = GROUPS[name]

@@ -764,6 +764,10 @@ BAD_VIEWS += [(dict(images=(2, 1, 32, 32)), "c=3"), (dict(share=[0, 1]), r"expec
 BAD_VIEWS += [(dict(groups=("color", "color")), "share"), (dict(aspect=torch.ones(3)), "aspect")]
 BAD_VIEWS += [(dict(share=[[0, 2]]), "share holds"), (dict(share=[[0, math.nan]]), "share holds")]
 BAD_VIEWS += [(dict(textures=torch.ones(2, 3, 32, 32)), "textures"), (dict(grad=True), "detach")]
+BAD_VIEWS += [(dict(aspect=torch.tensor([1, number])), "aspect holds") for number in (0, math.nan)]
+BAD_VIEWS += [(dict(sampling={"crop": {"area": 2}}), "crop area is 2, expected 0 to 1")]
+BAD_VIEWS += [(dict(sampling={"rotaton": {"p": 1}}), "no such augmentation: rotaton")]
+BAD_VIEWS += [(dict(always="crop"), "always is 'crop': expected a tuple")]
 
 
 @pytest.mark.parametrize("changed, says", BAD_VIEWS)
@@ -785,8 +789,12 @@ def test_other_functions_by_hand_name_what_does_not_fit():
         loo.positive_keys(torch.zeros(Q), ROLE)
     with pytest.raises(ValueError, match="expected mlp or conv5"):
         loo.Encoder("small", heads="conv")
-    with pytest.raises(ValueError, match="expected a tuple of names, as .'color',."):
-        loo.methods("color")
+    for names in (["color"], [("color", "rotation"), "rotation"]):
+        with pytest.raises(ValueError, match=f"expected a tuple of names, as .'{names[-1]}',."):
+            loo.methods(*names)
+    for momentum in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="momentum is .*: expected 0 to 1"):
+            loo.ema(encoder, encoder, momentum)
     for name, severity, scale in (("fog", 0, 1), ("fog", 6, 1), ("smog", 1, 1), ("fog", 1, 255)):
         with pytest.raises(ValueError, match="expected 1 to 5 of gaussian_noise|give floats"):
             data.corrupt(torch.ones(2, 3, 32, 32) * scale, name, severity, make_generator(0))
@@ -999,6 +1007,7 @@ def test_flags_from_python_are_those_of_the_command_line(here):
     assert [config[key] for key in ("lr", "epochs", "batch", "out")] == [1.0, 3, 64, "run"]
     assert json.loads(json.dumps(config)) == config
     refused = [dict(epochs=2.5), dict(lr=math.nan), dict(root=5), dict(groups=7), dict(out=True)]
+    refused += [dict(seed=None), dict(data=None), dict(always=None)]  # None is no default of these
     for wrong in (*refused, dict(seed=2**64), dict(queue=0), dict(root=""), dict(epochs=True)):
         with pytest.raises(UserError, match="expected"):
             loo.default_config(**wrong)
@@ -1684,6 +1693,15 @@ def test_tables_may_name_files_from_elsewhere_and_columns_in_capitals(tmp_path):
     assert opened(tmp_path, "test")[:2] == (["b.png"], {"class": [-1], "Kind": [1]})
 
 
+def test_tables_know_files_whose_accents_another_system_wrote(tmp_path):
+    decomposed, composed = "cafe\u0301.png", "caf\u00e9.png"  # as macOS has it, and as others
+    for names in ((decomposed, composed), (composed, decomposed)):
+        write_image(tmp_path / names[0])
+        write_table(tmp_path, "file,kind", f"{names[1]},x")
+        assert data.read_table(tmp_path)[1][names[0]]["kind"] == "x"
+        (tmp_path / names[0]).unlink()
+
+
 def test_a_table_beside_class_folders_adds_labels(tmp_path):
     photo_tree(tmp_path, classes=2, each=10)
     lines = [f"class{c}/{i}.png,{i % 2}" for c in range(2) for i in range(10)]
@@ -1829,6 +1847,18 @@ def test_integers_of_32_bits_are_refused_and_12_bits_named(tmp_path, capsys):
         Image.fromarray((values << depth - 8).astype(np.uint16)).save(tmp_path / "x.png")
         data.read_image([tmp_path / "x.png"], 0)
         assert capsys.readouterr().err.count("16-bit images become almost black") == said
+    data.WARNED.clear()
+    hot = np.zeros((64, 64), np.uint16)
+    hot[0, 0] = 65535  # a pixel of a camera that is always white
+    Image.fromarray(hot).save(tmp_path / "x.png")
+    data.read_image([tmp_path / "x.png"], 0)
+    assert "16-bit images become almost black" in capsys.readouterr().err
+
+
+def test_a_tiff_of_16_bits_whose_zero_is_white_is_not_inverted(tmp_path):
+    values = np.full((8, 8), 200 * 256, np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.tif", tiffinfo={262: 0})
+    assert data.read_image([tmp_path / "x.tif"], 0).getpixel((3, 3)) == (55, 55, 55)
 
 
 def test_one_transparent_value_of_16_bits_is_white(tmp_path):
@@ -2641,6 +2671,8 @@ def test_stylize_goes_on_and_training_reads_it(here, capsys, monkeypatch):
     assert not (here / "run").exists()
     run(data, stylize)  # the same style again, the others untouched
     assert {path: path.read_bytes() for path in made} == made
+    err = refused(capsys, data, f"{stylize} --strength=0.5")
+    assert "copies holds copies of --strength=0.7: name another --out" in err
     run(loo, train)
     out = capsys.readouterr().out
     assert "spaces all, color, texture" in out
