@@ -45,8 +45,11 @@ from torchvision.transforms.functional import pil_to_tensor, resize, rgb_to_gray
 from torchvision.transforms.v2 import functional as v2
 
 from loo import (
+    STOPPING,
     UserError,
     check_images,
+    check_shapes,
+    check_tuples,
     environ_count,
     grayscale,
     make_generator,
@@ -672,6 +675,7 @@ def central_crops(paths, size):
     """Image files, as `embed` sees them -> (n 3 size size) in [0, 1], for `encode`.
 
     UserError names a file that cannot be read."""
+    check_tuples(paths=paths)
     images, _, errors = zip(*central_files(paths, size))
     if problem := next(filter(None, errors), None):
         raise UserError(problem)
@@ -780,7 +784,7 @@ def decode_all(dataset, workers=None, cache=None, shared=False):
         images, (rows, aspect, _) = map_file(path, *shape), read_tensors(index)
     missing = tuple(sorted(set(range(n)) - set(rows.tolist())))
     labels = {name: y[rows] for name, y in dataset.labels.items()}
-    held = {"root": [n, mark]}
+    held = {"root": [len(rows), mark]}
     return ImageSet(images[: len(rows)], aspect, labels, dataset.classes, missing, held=held)
 
 
@@ -1193,6 +1197,7 @@ def corrupt(images, name, severity, generator):
     """images (b 3 h w) in [0, 1], severity 1 to 5 -> (b 3 h w) in [0, 1], in steps of 1 / 255.
 
     ValueError for other images, another severity or name."""
+    check_shapes({"c": 3}, images=(images, "b c h h"))
     check_images(images, (torch.float32,))
     if name not in CORRUPTIONS or severity not in range(1, 6):
         expected = f"expected 1 to 5 of {', '.join(CORRUPTIONS)}"
@@ -2212,8 +2217,9 @@ def command_line(commands, argv=None):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be in Latin-1
     in_main = threading.current_thread() is threading.main_thread()
     # So `finally` removes what is half written. Other ranks write nothing, and wait for rank 0.
-    if rank == "0" and in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for number in signal.Signals if rank == "0" and in_main else ():
+        if number.name in STOPPING and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & {*argv} or "help" in argv[:2]:
         named = [word for word in argv if word in commands]

@@ -419,7 +419,7 @@ def sample_shots(y, k, shots, trials, seed, label="the label", names=()):
     """
     counts = torch.bincount(y[y >= 0], minlength=k)
     of_class = [(y == c).nonzero().squeeze(1) for c in range(k) if counts[c]]
-    fewest = min(map(len, of_class))
+    fewest = min(map(len, of_class), default=0)
     if fewest < shots:
         short = counts.tolist().index(fewest)
         few = f"{label} {names[short] if names else short} has only {fewest} to train on"
@@ -461,12 +461,15 @@ def restrict_classes(logits, classes):
 def labeled(x, y):
     """x (n ...), y (n,) -> both, of the samples that have the label alone."""
     known = y >= 0
+    if not known.any():
+        raise UserError("no image that can be read has the label: name another by --label")
     return (x, y) if known.all() else (x[known], y[known])  # x may be large: no needless copy
 
 
 def standardize(train, *others):
     """Standardize all, (n d) each, in place -> the training samples' mean and deviation, (d,)."""
-    mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
+    mean, deviation = train.mean(0), train.std(0, correction=min(1, len(train) - 1))
+    deviation = deviation.clamp(min=1e-6)
     for x in (train, *others):
         x.sub_(mean).div_(deviation)
     return mean, deviation
@@ -496,12 +499,15 @@ def ci95(values, more=(0.0, 0.0, 100.0, 100.0)):
 def t_ci95(values, of=1):
     """Half of Student's 95% interval of the mean of a list, infinite for one value.
 
+    Also for equal values: they do not say how far others are apart.
     of: as one of so many intervals, all of which hold with 95% (Bonferroni).
     """
     n = len(values)
     if n < 2:
         return math.inf
     deviation = torch.tensor(values, dtype=torch.float64).std().item()
+    if deviation < 1e-9:  # equal but for rounding
+        return math.inf
     return t_quantile(n - 1, 0.025 / of) * deviation / math.sqrt(n)
 
 
@@ -1042,9 +1048,6 @@ def retrieve(
             have the query's orientation?
         out: where to write the image
     """
-    n = len(ctx.split["test"].images)
-    if neighbours >= n:
-        raise UserError(f"--neighbours={neighbours}: there are {n} test images")
     labels = select_labels(ctx, label, least=1 if classes else 0) + ["rotation"] * turn
     path = Path(out or ctx.run / "retrieve.png")
     check_user_out(path)
@@ -1090,6 +1093,8 @@ def nearest_images(ctx, k, turn):
     turns = (0, 1, 2, 3) if turn else (0,)
     v, z, y = cached_features(ctx, "test", turns)
     every = torch.arange(len(v) // len(turns))  # (m,)
+    if k >= len(every):
+        raise UserError(f"--neighbours={k}: there are {len(every)} test images that can be read")
     drawn = torch.randint(len(turns), every.shape, generator=loo.make_generator("turns", ctx.seed))
     chosen = drawn * len(every) + every
     x = F.normalize(select_feature(v, z, ctx.config, ctx.feature)[chosen], dim=1)
@@ -1273,6 +1278,7 @@ WRITERS = {".csv": write_csv, ".npz": write_npz, ".pt": torch.save}
 KEYS = ("run", "task", "data", "root", "label", "on", "feature", "method", "groups", "protocol")
 KEYS += ("shots", "top1", "top5", "ci95", "largest", "balanced", "n_train", "n_test", "seed")
 KEYS += ("seconds",)
+NEEDED = ("task", "data", "label", "feature", "method", "groups", "protocol", "shots")
 # The columns that are printed; OPTIONAL ones only where the first result has a value.
 PRINTED = ("run", "data", "task", "label", "on", "feature", "protocol", "shots", "top1", "top5")
 PRINTED += ("ci95", "largest", "balanced", "gain", "gain95", "n_train", "n_test", "seconds")
@@ -1429,7 +1435,8 @@ def results_of(run):
     config = read_config(run, "seed", "data", "method", "groups")
     if not config:
         return []
-    lines = [line for line in loo.read_jsonl(path) if line.get("top1") is not None]
+    lines = loo.read_jsonl(path, *NEEDED)
+    lines = [line for line in lines if isinstance(line.get("top1"), (int, float))]
     return [(config, line | {"seed": config["seed"]}) for line in lines]
 
 
@@ -1531,8 +1538,7 @@ def mean_cell(values):
         return "-"
     mean = f"{sum(values) / len(values):.1f}"
     half = t_ci95(values)
-    # Equal values say nothing of how far seeds are apart.
-    return mean if half in (0, math.inf) else f"{mean} +- {half:.1f}"
+    return mean if half == math.inf else f"{mean} +- {half:.1f}"
 
 
 # Where the paper's columns are in results.jsonl: task, data, label, shots, on, value.
@@ -1804,7 +1810,7 @@ def chosen_results(path, budget, seeds):
     """The lines of one budget and these seeds; UserError where there are none."""
     if not Path(path).is_file():
         raise UserError(f"--results={path}: no such file; leave the flag out to train")
-    there = loo.read_jsonl(Path(path))
+    there = loo.read_jsonl(Path(path), *NEEDED, "seed")
     lines = [line for line in there if line.get("budget") == budget and line["seed"] in seeds]
     if not lines:
         asked = f"--budget={budget} and seeds {seeds[0]} to {seeds[-1]}"
@@ -1869,8 +1875,7 @@ def missing_commands(out, seeds, flags, tables):
         if method == "supervised":
             given["label"] = "object"
         given |= flags
-        if (run / "config.json").exists():
-            saved = loads((run / "config.json").read_text())
+        if (run / "config.json").exists() and (saved := read_config(run, "seed")):
             loo.check_same_config(loo.default_config(**given), saved, run)
         chain = [] if (run / "heads.pt").exists() else [command_of("loo.py", "train", **given)]
         lines = [line for _, line in results_of(run)]
@@ -2009,7 +2014,7 @@ def compare(gains, least, of):
     elif mean + wide < least:
         decision, bound = "does not hold", mean + wide
     number = f"{mean:+.1f}" if gains else "-"
-    if len(gains) > 1:
+    if half < math.inf:
         number += f" +- {half:.1f}"
     above = f" above {least}" if least else ""
     seeds = f"{sum(gain > least for gain in gains)} of {len(gains)} seeds{above}"

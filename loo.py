@@ -24,6 +24,7 @@ import collections
 import contextlib
 import ctypes
 import datetime
+import hashlib
 import inspect
 import io
 import itertools
@@ -184,7 +185,8 @@ def queue_update(queue, pointer, keys):
     check_shapes(queue=(queue, "s n c"), keys=(keys, "s b c"))
     n, b = queue.shape[1], keys.shape[1]
     slots = (pointer + torch.arange(b, device=queue.device))[-n:] % n
-    return queue.index_copy(1, slots, keys[:, -n:].to(queue.dtype)), (pointer + b) % n
+    newest = keys[:, -n:].detach().to(queue.dtype)
+    return queue.index_copy(1, slots, newest), (pointer + b) % n
 
 
 # ---------------------------------------- the training step
@@ -304,7 +306,8 @@ def augment_groups(
     """
     check_tuples(groups=groups, always=always)
     share = torch.as_tensor(share)
-    known = {"g": len(set(groups))} | ({"c": 3} if "color" in {*groups, *always} else {})
+    known = {"g": len(set(groups)), "b": len(images if rows is None else rows.images)}
+    known |= {"c": 3} if "color" in {*groups, *always} else {}
     copies = (textures, "b copy c h w")
     check_shapes(known, images=(images, "b c h w"), aspect=(aspect, "b"), textures=copies)
     check_shapes(known, share=(share, "v g"))
@@ -399,7 +402,7 @@ def check_shapes(lengths=(), **tensors):
             raise ValueError(f"{found}, expected ({axes}){' with ' * bool(known)}{known}")
 
 
-def check_images(images, dtypes, margin=0.0):
+def check_images(images, dtypes, margin=0.0, name="images"):
     """ValueError unless images (b c h w) are of these dtypes, in [0, 1] up to the margin.
 
     On a GPU only the dtype is checked, because it must not wait.
@@ -412,7 +415,7 @@ def check_images(images, dtypes, margin=0.0):
         if not (low >= -margin and high <= 1 + margin):  # nor is NaN
             wrong = f"between {low:.3g} and {high:.3g}"
     if wrong:
-        raise ValueError(f"images are {wrong}: give floats in [0, 1], as images.float() / 255")
+        raise ValueError(f"{name} are {wrong}: give floats in [0, 1], as {name}.float() / 255")
 
 
 def map_params(params, change):
@@ -694,7 +697,9 @@ def texture(images, params, textures, index):
     rows = (params["copy"] >= 0).nonzero().squeeze(1)
     copy, rows = move_like(images, params["copy"][rows]), move_like(images, rows)
     out = images.clone()
-    out[rows] = textures[index[rows], copy]
+    copies = textures[index[rows], copy]
+    check_images(copies, (images.dtype,), name="textures")
+    out[rows] = copies
     return out
 
 
@@ -1021,6 +1026,7 @@ def make_config(*, packed, fresh, **flags):
     drawn = {*groups, *flags["always"]}
     config["sampling"] = parse_sampling(flags["sampling"], drawn, recipe.get("sampling", {}))
     check_out(config["out"], folder=True)
+    check_run_folder(Path(config["out"]))
     if os.path.islink(config["out"]):  # runs/latest will be another run
         config["out"] = os.path.relpath(os.path.realpath(config["out"]))
     config["groups"], config["same"] = list(groups), list(flags["same"])
@@ -1037,6 +1043,13 @@ def make_config(*, packed, fresh, **flags):
         # Links stay: runs/latest will be another run when this one goes on.
         config["init"] = os.path.abspath(config["init"])
     return config
+
+
+def check_run_folder(out):
+    """UserError where a folder holds files, and none of a run: --fresh would move them away."""
+    files = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if files and not files & {"config.json", "checkpoint.pt", "checkpoint.old.pt"}:
+        raise UserError(f"--out={out} is not empty and holds no run: name another folder")
 
 
 def recipe_canvas(data, size, recipe=None):
@@ -1256,6 +1269,7 @@ def training_rows(dataset, labels):
 # ---------------------------------------- the loop and its log
 
 LOG_LINES = 200  # of a run
+LOGGED = ("step", "loss", "lr")  # what each of them has
 FEW_STEPS = 1000  # with fewer, features hardly differ from random ones
 
 
@@ -1373,12 +1387,16 @@ def train(
             dataset, place = place_dataset(dataset, config)
             config["held"] = dataset.held
             labels, classes, config["label"] = training_labels(dataset, config)
-            if (n := len(training_rows(dataset, labels))) < (b := config["batch"]):
+            n = len(training_rows(dataset, labels))
+            if labels is not None:  # they may change while a run is stopped
+                content = repr((dataset.classes[config["label"]], labels.tolist()))
+                config["held"] |= {"label": [n, hashlib.sha1(content.encode()).hexdigest()]}
+            if n < (b := config["batch"]):
                 having = "" if labels is None else f" that have a {config['label']}"
                 problem = f"--batch={b} is more than the {n} training images{having}"
                 raise UserError(f"{problem}: take a smaller one, a multiple of --splits")
             if rank() == 0:
-                if fresh and out.exists():
+                if fresh and out.exists() and any(out.iterdir()):
                     with lock_folder(out):
                         print(f"moved the run that was there to {move_aside(out)}")
                 stack.enter_context(lock_folder(out))
@@ -1418,7 +1436,8 @@ def prepare_folder(state, dataset, config, out):
     if state.step == 0:
         save_views(dataset, config, out / "views.png")
     link_latest(out)
-    kept = [record for record in read_jsonl(out / "log.jsonl") if record["step"] <= state.step]
+    log = read_jsonl(out / "log.jsonl", *LOGGED)
+    kept = [record for record in log if record["step"] <= state.step]
     write_atomic(out / "log.jsonl", "".join(dumps(record) + "\n" for record in kept).encode())
 
 
@@ -1476,6 +1495,10 @@ def odd_settings(config, n, aspect):
     if long >= 0.01:
         lose = "stored as squares they lose detail; a larger --canvas keeps more"
         yield f"{long:.0%} of the images are longer than 2:1: {lose}"
+    for group in config["groups"]:
+        chance = (config["sampling"] or {}).get(group, {}).get("p", 1)
+        if chance == 0 or (group == "blur" and config["size"] < SMALLEST_BLURRED):
+            yield f"--groups={group} changes no view, or few: its negatives equal the positive"
     late = [at for at in schedule.split(",") if at != "cosine" and float(at) >= epochs]
     if late:
         yield f"--schedule={schedule}: {', '.join(late)} never come in --epochs={epochs}"
@@ -1678,7 +1701,7 @@ def print_record(record, config, steps, seldom):
         return " ".join(f"{name} {x:{form}}" for name, x in zip(spaces, record[key]))
 
     left = record["seconds_left"]
-    clock = time.strftime("%H:%M:%S" if left >= 3600 else "%M:%S", time.gmtime(left))
+    clock = str(datetime.timedelta(seconds=int(left))).removeprefix("0:")
     text = f"step {record['step']}/{steps}  loss {by_space('loss', '.2f')}"
     text += f"  wins {by_space('win', '.0%')}" if "win" in record else ""
     text += f"  lr {record['lr']:.3g}  {record['images_per_s']:.0f} images/s  {clock} left"
@@ -1693,7 +1716,7 @@ def read_curves(config, out, images=1):
     """The log of a run, {quantity: {space: [(steps times images, value), ...]}}."""
     spaces = get_method(config).spaces or (config["label"],)
     panels = collections.defaultdict(lambda: collections.defaultdict(list))
-    for record in read_jsonl(out / "log.jsonl"):
+    for record in read_jsonl(out / "log.jsonl", *LOGGED):
         x = record["step"] * images
         for title, key in (("loss", "loss"), ("top-1", "win")):
             for space, y in zip(spaces, record.get(key, ())):
@@ -1731,6 +1754,9 @@ def check_finite(state, out):
     )
 
 
+STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+
+
 @contextlib.contextmanager
 def catch_signals():
     """A list that gets the signals to stop, so that no step is cut short. SLURM sends SIGUSR1."""
@@ -1741,9 +1767,8 @@ def catch_signals():
 
     if threading.current_thread() is threading.main_thread():
         for number in signal.Signals:
-            caught = number.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
             # nohup ignores SIGHUP, and so do we then.
-            if caught and signal.getsignal(number) != signal.SIG_IGN:
+            if number.name in STOPPING and signal.getsignal(number) != signal.SIG_IGN:
                 handlers[number] = signal.signal(number, remember)
     try:
         yield asked
@@ -1962,8 +1987,6 @@ def save_checkpoint(state, config, out):
 def load_checkpoint(state, config, out):
     """The state saved in the run folder, or `state` where there is none; UserError if neither."""
     paths = [out / name for name in ("checkpoint.pt", "checkpoint.old.pt") if (out / name).exists()]
-    if not paths and any(out.iterdir()) and not (out / "config.json").exists():
-        raise UserError(f"--out={out} is not empty and holds no run: name another folder")
     saved = next(filter(None, (read_checkpoint(path, config["device"]) for path in paths)), None)
     if paths and not saved:
         raise UserError(f"{paths[0]} cannot be read: --fresh moves it aside and starts over")
@@ -2008,7 +2031,7 @@ def check_same_config(config, saved, out):
     words = [f"--{k}={v} (the run has {saved.get(k)})" for k, v in other.items()]
     for k in sorted(free - FREE_FLAGS):
         if now[k] != then[k]:
-            count = f"{now[k][0]} images, by name and size other than the run's {then[k][0]}"
+            count = f"{now[k][0]} images, by name, size or label other than the run's {then[k][0]}"
             words.append(f"--{k}={config[k]} with {count}")
     if words:
         advice = f"name another --out (--init={out} goes on from its weights), or --fresh"
@@ -2029,6 +2052,8 @@ def lock_folder(out):
         except BlockingIOError:
             message = f"another process is training in {out}: wait for it, or name another folder"
             raise UserError(message) from None
+        except OSError as error:  # some disks have no locks
+            print(f"warning: {out} is not locked: {error.strerror}", file=sys.stderr)
         yield
     finally:
         os.close(folder)
@@ -2058,13 +2083,16 @@ def link_latest(out):
         print(f"warning: no link runs/latest ({first_line(error)}): {hint}", file=sys.stderr)
 
 
-def read_jsonl(path):
-    """The lines of a JSONL file; one that was cut short is left out."""
+def read_jsonl(path, *needed):
+    """The lines of a JSONL file; one that was cut short, or lacks `needed`, is left out."""
     lines = []
     text = path.read_text(errors="replace") if path.exists() else ""
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            lines.append(dict(loads(line)))
+            record = dict(loads(line))
+            if set(needed) - record.keys():
+                raise ValueError
+            lines.append(record)
         except (ValueError, TypeError):
             print(f"warning: {path}, line {number} is not whole and left out", file=sys.stderr)
     return lines
@@ -2170,6 +2198,8 @@ def check_fit(tensors, expected, classifier, config):
         have, want = (list(x[name].shape) if name in x else "none" for x in (tensors, expected))
         if have != want:
             wrong.append(f"{name} is {have}, expected {want}")
+        elif not tensors[name].isfinite().all():
+            wrong.append(f"{name} is not finite")
     if wrong:
         flags = " ".join(f"--{flag}={config[flag]}" for flag in ("init", "arch", "stem", "size"))
         raise UserError(f"{flags}: {len(wrong)} weights do not fit: {'; '.join(wrong[:3])}")

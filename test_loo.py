@@ -768,6 +768,10 @@ BAD_VIEWS += [(dict(aspect=torch.tensor([1, number])), "aspect holds") for numbe
 BAD_VIEWS += [(dict(sampling={"crop": {"area": 2}}), "crop area is 2, expected 0 to 1")]
 BAD_VIEWS += [(dict(sampling={"rotaton": {"p": 1}}), "no such augmentation: rotaton")]
 BAD_VIEWS += [(dict(always="crop"), "always is 'crop': expected a tuple")]
+WHITE = torch.full((2, 1, 3, 32, 32), 255.0)
+TEXTURE = dict(groups=("texture",), share=[[0]], sampling={"texture": {"p": 1}})
+BAD_VIEWS += [(TEXTURE | dict(textures=WHITE), "textures are between 255 and 255")]
+BAD_VIEWS += [(TEXTURE | dict(textures=WHITE.byte()), "textures are torch.uint8")]
 
 
 @pytest.mark.parametrize("changed, says", BAD_VIEWS)
@@ -792,12 +796,29 @@ def test_other_functions_by_hand_name_what_does_not_fit():
     for names in (["color"], [("color", "rotation"), "rotation"]):
         with pytest.raises(ValueError, match=f"expected a tuple of names, as .'{names[-1]}',."):
             loo.methods(*names)
+    with pytest.raises(ValueError, match="paths is 'x.png': expected a tuple"):
+        data.central_crops("x.png", 32)
+    for shape in ((3, 32, 32), (2, 1, 32, 32), (2, 3, 32, 48)):
+        with pytest.raises(ValueError, match="images has the shape"):
+            data.corrupt(torch.ones(shape), "fog", 1, make_generator(0))
     for momentum in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="momentum is .*: expected 0 to 1"):
             loo.ema(encoder, encoder, momentum)
     for name, severity, scale in (("fog", 0, 1), ("fog", 6, 1), ("smog", 1, 1), ("fog", 1, 255)):
         with pytest.raises(ValueError, match="expected 1 to 5 of gaussian_noise|give floats"):
             data.corrupt(torch.ones(2, 3, 32, 32) * scale, name, severity, make_generator(0))
+
+
+def test_a_queue_keeps_no_graph():
+    keys = torch.ones(2, 3, 8, requires_grad=True)
+    assert not loo.queue_update(torch.zeros(QUEUE), 0, keys)[0].requires_grad
+
+
+def test_a_step_refuses_another_number_of_images_than_its_batch():
+    config = dict(CONFIG, batch=8)
+    for n in (4, 16):
+        with pytest.raises(ValueError, match="images has .* with .*b=8"):
+            loo.train_step(loo.init_state(config), torch.zeros(n, 3, 32, 32), None, config)
 
 
 def test_images_of_another_precision_are_embedded():
@@ -1031,6 +1052,11 @@ def test_supervised_learns_from_the_images_that_have_the_label(here, capsys):
     assert "6 steps of 8" in out
     err = refused(capsys, loo, f"train {flags}supervised --label=odd --batch=26 --fresh")
     assert "--batch=26 is more than the 24 training images that have a odd" in err
+    swapped = [line.translate(str.maketrans("01", "10")) for line in lines]
+    swapped = [f"x{i}.png,{line.split(',')[1]},train" for i, line in enumerate(swapped)]
+    write_table(here / "photos", "file,odd,split", *swapped, images="")
+    err = refused(capsys, loo, f"train {flags}supervised --label=odd --batch=8")
+    assert "--label=odd with 24 images, by name, size or label other than the run's 24" in err
     run(loo, f"train {flags}moco --batch=8 --fresh {TINY}")
     assert "32 training images" in capsys.readouterr().out
 
@@ -1046,6 +1072,20 @@ def test_a_recipes_steps_of_the_learning_rate_follow_the_epochs():
     assert list(loo.odd_settings(given | dict(queue=8), 9000, torch.ones(1))) == [
         "--schedule=50,300: 300 never come in --epochs=100"
     ]
+
+
+@pytest.mark.parametrize("flags", [dict(groups="blur"), dict(sampling="rotation.p=0")])
+def test_a_group_that_changes_no_view_is_named(flags):
+    (warning,) = loo.odd_settings(loo.default_config(**flags), 9000, torch.ones(1))
+    assert "changes no view, or few" in warning
+    assert not list(loo.odd_settings(loo.default_config(), 9000, torch.ones(1)))
+
+
+@pytest.mark.parametrize("seconds, left", [(65, "01:05"), (7265, "2:01:05"), (3 * 86400, "3 days")])
+def test_the_time_left_may_be_days(seconds, left, capsys):
+    record = dict(step=2, loss=[1, 1, 1], lr=0.1, images_per_s=9, seconds_left=seconds)
+    loo.print_record(record, CONFIG, 4, True)
+    assert f"images/s  {left}" in capsys.readouterr().out
 
 
 def test_a_recipes_canvas_follows_the_size():
@@ -1431,6 +1471,36 @@ def test_a_second_trainer_is_refused(here, capsys):
         assert "another process is training in run" in refused(capsys, loo, line)
         assert "another process is training in run" in refused(capsys, eval, "knn --run=run")
     run(loo, line)
+
+
+def test_a_disk_without_locks_is_trained_on(tmp_path, monkeypatch, capsys):
+    error = OSError(38, "Function not implemented")
+    monkeypatch.setattr("fcntl.flock", unittest.mock.Mock(side_effect=error))
+    with loo.lock_folder(tmp_path):
+        pass
+    assert "is not locked: Function not implemented" in capsys.readouterr().err
+
+
+def test_fresh_moves_no_folder_but_a_runs(here, capsys):
+    write_image(here / "photos" / "x.png")
+    err = refused(capsys, loo, "train --out=photos --fresh")
+    assert "--out=photos is not empty and holds no run" in err
+    assert (here / "photos" / "x.png").exists()
+
+
+def test_a_training_image_that_is_lost_in_between_is_noticed(here, capsys):
+    photo_tree(here / "photos", each=12)
+    line = f"train --data=folder --root=photos --out=run --epochs=1 {QUICK}"
+    run(loo, line)
+    path = data.open_dataset("folder", "train", root="photos").images.source[3]
+    path.write_bytes(bytes(path.stat().st_size))
+    assert "other than the run's" in refused(capsys, loo, line, lines=2)
+
+
+def test_a_line_of_a_log_that_lacks_something_is_left_out(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('[]\n{"step": 1}\n{"step": 2, "lr": 1}\n3\n')
+    assert loo.read_jsonl(tmp_path / "log.jsonl", "step", "lr") == [dict(step=2, lr=1)]
+    assert capsys.readouterr().err.count("is not whole and left out") == 3
 
 
 def test_float32_is_not_tf32():
@@ -2691,8 +2761,10 @@ def test_stylize_goes_on_and_training_reads_it(here, capsys, monkeypatch):
     write_image(here / "moved" / file.with_name(file.name.removesuffix(file.name[-6:])))
     (here / "other" / file).write_bytes(made[lost] + b"more")
     err = refused(capsys, loo, train)
-    assert f"moved with {n // 2} images, by name and size other than the run's {n // 2}" in err
-    assert f"other with {n} images, by name and size other than the run's {n}" in err
+    assert (
+        f"moved with {n // 2} images, by name, size or label other than the run's {n // 2}" in err
+    )
+    assert f"other with {n} images, by name, size or label other than the run's {n}" in err
 
 
 def test_pack_is_read_by_training_and_whole_or_not_at_all(here, capsys, monkeypatch):
@@ -2973,15 +3045,16 @@ def test_a_full_disk_leaves_what_was_there(here, monkeypatch):
     assert (here / "x.pt").read_bytes() == b"old"
 
 
-def test_what_is_half_written_goes_when_it_is_stopped(here, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_what_is_half_written_goes_when_it_is_stopped(number, here, monkeypatch):
     def stop(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     photo_tree(here / "photos")
     monkeypatch.setattr(data, "decode", stop)
-    with pytest.raises(SystemExit, match="143"):
+    with pytest.raises(SystemExit, match=str(128 + number)):
         run(data, "pack --root=photos --size=28")
-    with pytest.raises(SystemExit, match="143"):
+    with pytest.raises(SystemExit, match=str(128 + number)):
         data.write_atomic(here / "runs" / "x.pt", lambda file: stop(file.write(b"half")))
     assert not list((here / "runs").iterdir())
 
@@ -3146,6 +3219,8 @@ def test_shots_leave_out_a_class_without_images():
 def test_interval_is_students():
     assert eval.t_ci95([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-3)
     assert eval.t_ci95([5.0]) == math.inf
+    assert eval.t_ci95([93.1] * 3) == math.inf  # they do not say how far others are apart
+    assert eval.compare([5.0, 5.0], 0, 1)[::2] == ("cannot tell", "+5.0 (2 of 2 seeds)")
     assert eval.t_ci95([1.0, 2.0, 3.0], of=5) == pytest.approx(9.924843 / math.sqrt(3), rel=1e-3)
     # From tables.
     assert eval.t_quantile(4, 0.005) == pytest.approx(4.604095, rel=1e-3)
@@ -3508,7 +3583,7 @@ def test_retrieve_shows_the_classes_that_are_named(untrained, monkeypatch, capsy
     )
 
 
-def test_retrieve_queries_only_images_that_can_be_read(here):
+def test_retrieve_queries_only_images_that_can_be_read(here, capsys):
     photo_tree(here / "tree", classes=2, each=60)
     run(loo, "train --data=folder --root=tree --epochs=1 --batch=16 --splits=1 --queue=16")
     paths = data.open_dataset("folder", "test", root="tree").images.source
@@ -3516,6 +3591,31 @@ def test_retrieve_queries_only_images_that_can_be_read(here):
         Path(path).write_bytes(b"broken")
     run(eval, f"retrieve --queries={len(paths)} --neighbours=2 --out=found.png")
     assert Path("found.png").exists()
+    readable = len(paths) - len(paths) // 2
+    with pytest.raises(SystemExit):
+        run(eval, f"retrieve --neighbours={readable}")
+    assert f"there are {readable} test images that can be read" in capsys.readouterr().err
+
+
+def test_labels_of_images_that_cannot_be_read_are_refused(untrained, capsys):
+    lines = [f"{name}.png,{name if name in 'ab' else ''},train" for name in "abcd"]
+    lines += ["e.png,a,test", "f.png,b,test", "g.png,,test"]
+    root = write_table(untrained / "photos", "file,kind,split", *lines, images="abcdefg")
+    for name in "ab":
+        (root / f"{name}.png").write_bytes(b"broken")
+    for task in ("linear", "knn", "fewshot --shots=1"):
+        with pytest.raises(SystemExit, match="2"):
+            run(eval, f"{task} --data=folder --root=photos --label=kind")
+    err = capsys.readouterr().err
+    assert err.count("no image that can be read has the label") == 2
+    assert "--shots=1: kind a has only 0 to train on" in err
+
+
+def test_one_training_image_is_no_reason_for_nan():
+    x = torch.ones(1, 4)
+    mean, deviation = eval.standardize(x, torch.zeros(2, 4))
+    assert mean.tolist() == [1] * 4
+    assert deviation.isfinite().all()
 
 
 def gaps(factors, split, *rest):
