@@ -51,7 +51,9 @@ from loo import (
     check_shapes,
     check_tuples,
     environ_count,
+    first_line,
     grayscale,
+    lacks_memory,
     make_generator,
     normalize,
     recipe_canvas,
@@ -132,7 +134,6 @@ DATASETS = {
     "pets": Source(TRAIN_TEST | {"train": dict(split="trainval")}, torchvision="OxfordIIITPet"),
     "food101": Source(TRAIN_TEST, torchvision="Food101"),
 }
-NAMES = tuple(DATASETS)
 
 
 def open_dataset(
@@ -153,7 +154,7 @@ def open_dataset(
     crop has side `size`). For evaluation (central=True), the central crop alone, (3 size size).
     split_seed: of the folder's own split. whole=False accepts an incomplete published set.
     Raises UserError when the data is not there."""
-    source = DATASETS[check_choice("data", name, NAMES)]
+    source = DATASETS[check_choice("data", name, DATASETS)]
     if split == "pretrain" and split not in source.splits:
         split = "train"
     if name == "factors":
@@ -217,13 +218,13 @@ def check_root(root, name="folder"):
     return Path(root)
 
 
-def forbid_inside(flag, out, root):
+def forbid_inside(out, root):
     """UserError where folder `out` lies in a tree of classes and would become one of them."""
     folder, tree = Path(out).resolve(), Path(root).resolve()
     splits = {} if (tree / TABLE).is_file() else split_folders(tree)
     for top in splits.values() if len(splits) > 1 else [tree]:
         if folder.is_relative_to(top) and not is_hidden(*folder.relative_to(top).parts):
-            problem = f"--{flag}={out} lies in --root={root} and would be read as a class"
+            problem = f"--out={out} lies in --root={root} and would be read as a class"
             raise UserError(f"{problem}: choose one outside")
 
 
@@ -302,18 +303,20 @@ def split_folders(root):
     They are splits where all are named so, or where one for training stands beside another; what
     else their names say, as seg in seg_train and seg_test, is the same."""
     names = sub_folders(root) if root.is_dir() else []
-    named = defaultdict(lambda: defaultdict(list))  # {rest of the name: {split: names}}
+    named = defaultdict(list)  # {rest of the name: [(split, name), ...]}
     for name in names:
         split, rest = split_and_rest(name)
         if split:
-            named[rest][split].append(name)
-    sets = [splits for splits in named.values() if "train" in splits and len(splits) > 1]
-    if not sets and sum(map(len, named[""].values())) == len(names):
+            named[rest].append((split, name))
+    sets = [pairs for pairs in named.values() if {"train"} < dict(pairs).keys()]
+    if not sets and len(named[""]) == len(names):
         sets = [named[""]]
-    found = [name for splits in sets for words in splits.values() for name in words]
-    if len(sets) > 1 or any(len(words) > 1 for splits in sets for words in splits.values()):
-        raise UserError(f"{root}: {', '.join(found)}: two of them are one split; join them")
-    return {split: root / name for splits in sets for split, (name,) in splits.items()}
+    pairs = list(itertools.chain(*sets))
+    splits = {split: root / name for split, name in pairs}
+    if len(splits) < len(pairs):
+        found = ", ".join(name for _, name in pairs)
+        raise UserError(f"{root}: {found}: two of them are one split; join them")
+    return splits
 
 
 def split_and_rest(name):
@@ -480,10 +483,8 @@ def read_table(root, seed=0):
             refuse(f"{len(cells)} cells, the header has {len(columns)}")
         row = dict(zip(columns, cells))
         file = Path(row["file"].replace("\\", "/")).as_posix()
-        if file not in composed:
-            below = Path(os.path.relpath(file, root)).as_posix()
-            file = below if below in composed else file
-        file = composed.get(file, file)
+        below = Path(os.path.relpath(file, root)).as_posix()
+        file = composed.get(file) or composed.get(below, file)
         if table.get(file):
             refuse(f"{file} is listed twice")
         if "split" in row:
@@ -539,7 +540,7 @@ def table_folder(split, root, seed=0):
 def from_torchvision(name, split, root, download):
     """A data set of torchvision -> itself, labels, class names."""
     source, root = DATASETS[name], root or "downloads"
-    arguments = source.splits[check_choice("split", split, tuple(source.splits))]
+    arguments = source.splits[check_choice("split", split, source.splits)]
     kind = getattr(torchvision.datasets, source.torchvision)
     try:
         found = kind(root, download=download, **arguments)
@@ -577,8 +578,7 @@ def read_image(paths, i, border=0):
     path = paths[i]
     try:
         with open_image(path) as image:
-            tags = getattr(image, "tag_v2", {})
-            if tags.get(CHANNELS, 0) > len(image.getbands()):
+            if getattr(image, "tag_v2", {}).get(CHANNELS, 0) > len(image.getbands()):
                 raise UnidentifiedImageError  # Pillow would drop the others
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 problem = f"{path} has several pages or frames: of such files the first is read"
@@ -1657,9 +1657,7 @@ def copy_paths(path, top, root, count):
     return [target.with_name(f"{target.name}.{k}.jpg") for k in range(count)]
 
 
-def with_textures(
-    name, files, dataset, root, textures, cache, workers=None, device="cpu", split_seed=0
-):
+def with_textures(name, files, dataset, root, textures, cache, workers, device, split_seed):
     """The decoded `dataset` with its stylized copies, from the folder `textures`.
 
     files: the same set before decoding. Those of `factors` are made here and kept in `cache`."""
@@ -1753,50 +1751,46 @@ def stylize(
         split_seed: of the folder's own split
     """
     check_choice("features", features, ("auto", "vgg19", "random"))
-    check_choice("split", split, tuple(SPLIT))
-    if check_choice("data", data, NAMES) == "factors" or DATASETS[data].torchvision:
+    check_choice("split", split, SPLIT)
+    if check_choice("data", data, DATASETS) == "factors" or DATASETS[data].torchvision:
         hint = "factors makes copies when trained on"
         raise UserError(f"--data={data} is no tree of images ({hint})")
     where = dict(root=root, size=size, canvas=size, split_seed=split_seed)
     images = open_dataset(data, split, **where).images
     top = check_root(root, data)
     if data == "folder":
-        forbid_inside("out", out, top)
+        forbid_inside(out, top)
     device = resolve_device(device)
     style_of = style_reader(styles, size, seed)
     features, name = style_features(features, device)
     targets = [copy_paths(path, top, out, copies) for path in images.source]
     jobs = [(i, copy) for i, found in enumerate(targets) for copy in found if not copy.exists()]
-    total = len(targets) * copies
+    n, total = len(jobs), len(targets) * copies
     settings = dict(size=size, features=name, steps=steps, strength=strength)
     settings["styles"] = styles and Path(styles).name
     check_same_copies(Path(out) / ".stylize.json", settings | dict(seed=seed), out)
-    print(f"{total - len(jobs)} of {total} copies are there", end="; ")
+    print(f"{total - n} of {total} copies are there", end="; ")
     print(f"styles from {styles or 'code'}, features {name}, {device}", flush=True)
     begun, shown = time.perf_counter(), 0
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(jobs), batch):
+        for start in range(0, n, batch):
             rows, paths = zip(*jobs[start : start + batch])
             canvases, aspects, errors = zip(*pool.map(images.__getitem__, rows))
             style = list(pool.map(style_of, [path.relative_to(out) for path in paths]))
             content, style = (torch.stack(x).to(device) for x in (canvases, style))
             done = style_transfer(content / 255, style, features, steps, strength=strength)
-            saving = []
-            for path, image, aspect, error in zip(paths, to_uint8(done).cpu(), aspects, errors):
-                if error:
-                    print(f"warning: unreadable: {error}", file=sys.stderr)
-                else:
-                    saving.append(pool.submit(save_copy, path, image, aspect))
+            for error in filter(None, errors):
+                print(f"warning: unreadable: {error}", file=sys.stderr)
+            made = zip(paths, to_uint8(done).cpu(), aspects, errors)
+            saving = [pool.submit(save_copy, *copy) for *copy, error in made if not error]
             for copy in saving:
                 copy.result()
             end = start + len(rows)
-            if end * 10 // len(jobs) > shown or sys.stdout.isatty():
-                shown = end * 10 // len(jobs)
+            if end * 10 // n > shown or sys.stdout.isatty():
+                shown = end * 10 // n
                 rate = end / (time.perf_counter() - begun)
-                left = (len(jobs) - end) / rate / 60
-                print(
-                    f"{end}/{len(jobs)}  {rate:.1f} images/s  {left:.0f} minutes left", flush=True
-                )
+                left = (n - end) / rate / 60
+                print(f"{end}/{n}  {rate:.1f} images/s  {left:.0f} minutes left", flush=True)
     print(f"wrote {out}; train with --groups=color,rotation,texture --textures={out}")
 
 
@@ -1869,7 +1863,7 @@ def pack(
     if data == "factors":
         raise UserError("--data=factors is drawn by code: there is nothing to decode")
     if data == "folder":
-        forbid_inside("out", out, check_root(root))
+        forbid_inside(out, check_root(root))
     canvas = canvas or recipe_canvas(data, size)
     where = dict(root=root, size=size, canvas=canvas, split_seed=split_seed)
     files = open_dataset(data, "pretrain", download=download, **where)
@@ -1894,7 +1888,7 @@ def check(data: str = "factors", root: str = None, sample: str = "64", download:
         download: let torchvision fetch the data
     """
     most = parse_flag("sample", int, sample, RANGES["sample"]) if sample != "all" else sys.maxsize
-    problems, source = [], DATASETS[check_choice("data", data, NAMES)]
+    problems, source = [], DATASETS[check_choice("data", data, DATASETS)]
     splits = dataset_splits(data, root)
     if source.address and not download:
         check_root(root, data)
@@ -1909,8 +1903,7 @@ def check(data: str = "factors", root: str = None, sample: str = "64", download:
             print(f"| {split} | 0 | {classes or '-'} | 0 | {count or '-'} | all | - |")
             continue
         files, n = found.images, len(found.images)
-        label = next(iter(label_names(found.classes) or found.labels))
-        labels = found.labels[label]
+        labels = found.labels[next(iter(label_names(found.classes) or found.labels))]
         seen = len(labels[labels >= 0].unique())
         missing = [path for path in files.source if not path.exists()] if source.address else []
         opened = range(0, 0 if torch.is_tensor(files) else n, max(1, n // most))
@@ -2320,17 +2313,6 @@ def optional_write(what):
         yield
     except (WriteError, OSError) as error:
         warn_once(f"{what} cannot be kept: {getattr(error, 'strerror', None) or error}")
-
-
-def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0][:120]
-
-
-def lacks_memory(error):
-    """Whether an exception says that this much memory, of the machine or a GPU, cannot be had."""
-    words = "allocate|out of memory|overflow|ALLOC_FAILED"
-    of_torch = isinstance(error, (RuntimeError, TypeError)) and re.search(words, str(error), re.I)
-    return isinstance(error, MemoryError) or bool(of_torch)
 
 
 def read_tensors(path, device="cpu"):

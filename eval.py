@@ -41,8 +41,8 @@ from einops import rearrange
 import loo
 from data import (
     CORRUPTIONS,
+    DATASETS,
     IMAGENETC,
-    NAMES,
     REFERENCE_SIZE,
     ImageSet,
     allocate,
@@ -57,7 +57,6 @@ from data import (
     epoch_batches,
     file_stats,
     fingerprint,
-    first_line,
     image_grid,
     iter_batches,
     label_names,
@@ -72,7 +71,7 @@ from data import (
     write_atomic,
     write_tensors,
 )
-from loo import UserError, typed
+from loo import UserError, first_line, typed
 
 # ---------------------------------------------------------------- features
 
@@ -89,7 +88,6 @@ class EvalContext(NamedTuple):
     seed: int
     workers: int
     root: str  # where the data is, or None
-    weights: str  # a hash of the run's
     find: functools.partial  # open_dataset of this data set
     leader_first: object = contextlib.nullcontext  # a context that rank 0 enters first
 
@@ -120,8 +118,8 @@ def open_run(
     seed: of held-out parts, shots and orders
     json: print the JSON lines and nothing else
     """
-    encoder, config = open_encoder(run, feature, workers, device)
-    name = check_choice("data", data or config["data"], NAMES)
+    encoder, config = open_encoder(run, feature, device)
+    name = check_choice("data", data or config["data"], DATASETS)
     if root:
         root = str(Path(root).resolve())
     elif name == config["data"]:
@@ -129,9 +127,7 @@ def open_run(
     split_seed = config.get("split_seed", config["seed"])  # a run of before: split by its seed
     splits = dataset_splits(name, root, split_seed)
     if "train" not in splits:
-        raise UserError(
-            f"--data={name} has no training split; `robust --data=imagenet100` tests on it"
-        )
+        raise UserError(f"--data={name} has no training split; `robust --data=imagenet100` uses it")
     settings = dict(size=config["size"], canvas=config["canvas"], split_seed=split_seed)
     find = functools.partial(open_dataset, name, root=root, download=download, **settings)
     split = {s: find(s, central=True) for s in splits}
@@ -146,12 +142,11 @@ def open_run(
         seed=seed,
         workers=workers,
         root=root,
-        weights=hash_weights(run),
         find=find,
     )
 
 
-def open_encoder(run, feature, workers, device):
+def open_encoder(run, feature, device):
     """A run's encoder and config; UserError where there is none, or these flags do not fit it."""
     if not Path(run).exists():
         configs = sorted(Path("runs").glob("*/config.json"))
@@ -212,7 +207,7 @@ def cached_features(ctx, split, turns=(0,)):
     """
     dataset = ctx.split[split]
     times = file_stats(dataset, "st_mtime_ns")
-    key = repr(((ctx.data, ctx.weights), split, turns, fingerprint(dataset)))
+    key = repr(((ctx.data, hash_weights(ctx.run)), split, turns, fingerprint(dataset)))
     name = hashlib.sha1(key.encode()).hexdigest()[:16]
     path = ctx.run / "features" / f"{ctx.data}-{split}-{name}.pt"
     then = None
@@ -274,13 +269,14 @@ def select_feature(v, z, config, feature):
     return z[space]
 
 
-def space_features(encoder, v, z, config, layer):
-    """What `spaces` compares, {space: (n ...)}: LooC++'s Conv5, else a layer, hidden or output."""
-    method = loo.get_method(config)
+def space_features(ctx, split, turns, layer):
+    """What `spaces` compares, {space: (n ...)}: Conv5, or a layer, hidden or output; and labels."""
+    v, z, labels = cached_features(ctx, split, turns)
+    method = loo.get_method(ctx.config)
     if method.heads == "conv5" or layer == "output":
-        return {name: select_feature(v, z, config, name) for name in method.spaces}
-    w, b = encoder.w1.detach().cpu(), encoder.b1.detach().cpu()
-    return {name: F.relu(F.linear(v, w[s], b[s])) for s, name in enumerate(method.spaces)}
+        return {name: select_feature(v, z, ctx.config, name) for name in method.spaces}, labels
+    w, b = ctx.encoder.w1.detach().cpu(), ctx.encoder.b1.detach().cpu()
+    return {name: F.relu(F.linear(v, w[s], b[s])) for s, name in enumerate(method.spaces)}, labels
 
 
 # ---------------------------------------------------------------- probes
@@ -561,13 +557,9 @@ def class_names(ctx, label):
         return ["0", "90", "180", "270"]
     names = ctx.split["train"].classes[label]
     if len(names) < 2:
-        raise UserError(
-            f"--label={label}: the images of {ctx.data} are all of one class, name another"
-        )
+        raise UserError(f"--label={label}: all images of {ctx.data} are of one class, name another")
     if not is_labeled(ctx, label):
-        raise UserError(
-            f"--label={label}: no image of train, or none of test, has it: name another"
-        )
+        raise UserError(f"--label={label}: no image of train or none of test has it: name another")
     return names
 
 
@@ -585,10 +577,9 @@ def select_labels(ctx, label, more=(), least=1):
     known = [name for name in label_names(classes) if is_labeled(ctx, name)]
     labels = labels or [*known, *more]
     if len(labels) < least:
-        raise UserError(
-            f"the images of {ctx.root or ctx.data} have no labels: give each class a sub-folder; "
-            "without labels there are the tasks rotation, spaces and retrieve --turn"
-        )
+        problem = f"the images of {ctx.root or ctx.data} have no labels"
+        others = "without labels there are the tasks rotation, spaces and retrieve --turn"
+        raise UserError(f"{problem}: give each class a sub-folder; {others}")
     return labels
 
 
@@ -662,7 +653,7 @@ def probe(ctx, labels, turns, protocol, epochs, lr, area, per_class=False, save=
         yield found
         if save and loo.rank() == 0:
             head = dict(label=label, classes=list(map(str, classes)), w=w.cpu(), b=b.cpu())
-            head |= dict(feature=ctx.feature, run=str(ctx.run), weights=ctx.weights)
+            head |= dict(feature=ctx.feature, run=str(ctx.run), weights=hash_weights(ctx.run))
             write_tensors(Path(save), head)
 
 
@@ -702,9 +693,7 @@ def linear(
     """
     labels = select_labels(ctx, label)
     if save and len(labels) > 1:
-        raise UserError(
-            f"--save={save} keeps one classifier: name its label, as --label={labels[0]}"
-        )
+        raise UserError(f"--save={save} keeps one classifier: name a label, as --label={labels[0]}")
     if save:
         check_user_out(save)
     yield from probe(ctx, labels, (0,), protocol, epochs, lr, area, per_class, save)
@@ -741,11 +730,7 @@ def knn(ctx, label: tuple = (), neighbours: int = 20):
 
 @task
 def fewshot(
-    ctx,
-    label: tuple = (),
-    shots: tuple = (5, 10),
-    trials: int = 10,
-    protocol: str = "fast",
+    ctx, label: tuple = (), shots: tuple = (5, 10), trials: int = 10, protocol: str = "fast"
 ):
     """A linear classifier of all classes from a few images of each, from train + val (section 4).
 
@@ -790,9 +775,8 @@ def fewshot(
         answers = [constant_answer(one, y_known) for one in logits]
         found["largest"] = answers[0]["largest"]
         found["balanced"] = sum(one["balanced"] for one in answers) / trials
-        yield found | dict(
-            n_train=rows.shape[1], n_test=len(known), protocol="adam" if fast else protocol
-        )
+        found["protocol"] = "adam" if fast else protocol
+        yield found | dict(n_train=rows.shape[1], n_test=len(known))
 
 
 CELLS = list(itertools.product(CORRUPTIONS, range(1, 6)))
@@ -905,16 +889,12 @@ def corrupted_results(ctx, published, labels, logits_of, count):
     test = published[0] if published else ctx.split["test"]
     for name in labels:
         if (test.labels[name][:count] < 0).all():
-            raise UserError(
-                f"--pictures={count}: none of these test images has a {name}, take more"
-            )
+            raise UserError(f"--pictures={count}: these test images have no {name}, take more")
     n = len(test.images)
     right = {name: torch.zeros(len(CELLS), n, 2) for name in labels}  # top-1 and top-5
     seen = torch.zeros(n)  # an image is there in all cells or in none
     for cell, rows, images, y in corrupted_images(ctx, published, count):
-        with torch.no_grad():
-            v, z = loo.encode(ctx.encoder, images)
-        x = select_feature(v, z, ctx.config, ctx.feature).float()
+        x = select_feature(*loo.encode(ctx.encoder, images), ctx.config, ctx.feature).float()
         seen[rows] = 1
         for name in labels:
             logits = logits_of(name, x).cpu()
@@ -986,10 +966,9 @@ def probe_spaces(ctx, name, subsets, layer):
     Yields the subset, how often each image was classified right (n,), and the result."""
     turns = (0, 1, 2, 3) if name == "rotation" else (0,)
     on = None if ctx.config["method"] == "looc++" else layer
-    v, z, y = cached_features(ctx, "train", turns)
-    train, y = space_features(ctx.encoder, v, z, ctx.config, layer), y[name].to(ctx.device)
-    v, z, y_test = cached_features(ctx, "test", turns)
-    test, y_test = space_features(ctx.encoder, v, z, ctx.config, layer), y_test[name]
+    train, y = space_features(ctx, "train", turns, layer)
+    test, y_test = space_features(ctx, "test", turns, layer)
+    y, y_test = y[name].to(ctx.device), y_test[name]
     baseline = None
     for subset in subsets:
         x = torch.cat([train[space] for space in subset], 1).to(ctx.device)
@@ -1187,7 +1166,7 @@ def embed(
     with loo.init_distributed(resolve_device(device)) as leader_first:
         head = open_classifier(classify, run, feature) if classify else None
         feature = feature or (head["feature"] if head else "v")
-        encoder, config = open_encoder(run, feature, workers, device)
+        encoder, config = open_encoder(run, feature, device)
         paths, others = list_files(Path(root))
         if not paths:
             raise UserError(f"--root={root}: no images in this folder and below")
@@ -1348,8 +1327,7 @@ def table_head(names):
 
 
 # Settings that `table` does not tell apart, or names in another column.
-NAMED = {"held", "seed", "method", "groups", "label", "textures", "out", "cache", "download"}
-NAMED |= {"device", "precision", "workers", "compile", "save_every"}
+NAMED = {"seed", "method", "groups", "label", "textures"} | loo.FREE_FLAGS
 ALWAYS = inspect.signature(loo.train).parameters["always"].default
 
 
@@ -1429,15 +1407,10 @@ def read_config(run, *needed):
 
 def results_of(run):
     """(config, line) for each result in a run folder; `seed` the training's, `out` the folder."""
-    path = run / "results.jsonl"
-    if not path.exists():
-        return []
-    config = read_config(run, "seed", "data", "method", "groups")
-    if not config:
-        return []
-    lines = loo.read_jsonl(path, *NEEDED)
-    lines = [line for line in lines if isinstance(line.get("top1"), (int, float))]
-    return [(config, line | {"seed": config["seed"]}) for line in lines]
+    lines = loo.read_jsonl(run / "results.jsonl", *NEEDED)
+    config = read_config(run, "seed", "data", "method", "groups") if lines else {}
+    known = [line for line in lines if config and isinstance(line.get("top1"), (int, float))]
+    return [(config, line | {"seed": config["seed"]}) for line in known]
 
 
 def find_files(runs, name):
@@ -1655,15 +1628,16 @@ def by_protocol(lines, row, column):
 
 # ---------------------------------------------------------------- claims
 
-# The columns of TABLES on factors.
-ON_FACTORS = {"rotation": ("rotation", "factors", "rotation", None, None, "top1")}
-for label in ("object", "hue", "texture", "species"):
-    ON_FACTORS[label] = ("linear", "factors", label, None, None, "top1")
-for n in (5, 10):
-    ON_FACTORS[f"species {n}-shot"] = ("fewshot", "factors", "species", n, None, "top1")
+FACTOR_LABELS = ("object", "hue", "species", "texture")
 SHIFTS = ("new viewpoint", *IMAGENETC, "all corruptions")
-for on in SHIFTS:
-    ON_FACTORS[f"object, {on}"] = ("robust", "factors", "object", None, on, "top1")
+# The columns of TABLES on factors.
+ON_FACTORS = {
+    "rotation": ("rotation", "factors", "rotation", None, None, "top1"),
+    **{label: ("linear", "factors", label, None, None, "top1") for label in FACTOR_LABELS},
+    "species 5-shot": ("fewshot", "factors", "species", 5, None, "top1"),
+    "species 10-shot": ("fewshot", "factors", "species", 10, None, "top1"),
+    **{f"object, {on}": ("robust", "factors", "object", None, on, "top1") for on in SHIFTS},
+}
 
 # What the paper says of each table, {claim: [(row, sign, other rows, columns), ...]}, said of each
 # of these rows and columns. The sign is > for more than, >= for at most MARGIN points less.
@@ -1774,8 +1748,8 @@ def claims(
             default runs/claims, with the data set's name if it is not factors
         results: print the tables of such a file, and train nothing
     """
-    check_choice("budget", budget, tuple(BUDGETS))
-    labels = parse_labels(check_choice("data", data, NAMES), labels)
+    check_choice("budget", budget, BUDGETS)
+    labels = parse_labels(check_choice("data", data, DATASETS), labels)
     tables = claimed_tables(data, labels)
     name = Path(root).resolve().name if root else data
     out = out or ("runs/claims" if data == "factors" else f"runs/claims-{name}")
@@ -1788,7 +1762,7 @@ def claims(
     if results:
         return print_claims(chosen_results(results, budget, chosen), tables, name)
     if place:  # refused before anything runs
-        known = tuple(open_dataset(data, "train", root=root).classes)
+        known = open_dataset(data, "train", root=root).classes
         for label in labels.values():
             check_choice("labels", label, known)
     folder = Path(out) / budget
@@ -1821,14 +1795,13 @@ def chosen_results(path, budget, seeds):
 
 def parse_labels(data, words):
     """Words such as hue=tone -> {label of factors: its counterpart}; of factors all, themselves."""
-    known = ("object", "hue", "species", "texture")
     if data == "factors":
         if words:
             raise UserError(f"--labels={','.join(words)} is for another data set than factors")
-        return {label: label for label in known}
+        return {label: label for label in FACTOR_LABELS}
     pairs = dict(word.partition("=")[::2] for word in words or ())
     for label in pairs:
-        check_choice("labels", label, known)
+        check_choice("labels", label, FACTOR_LABELS)
     if not pairs.get("object") or not all(pairs.values()):
         raise UserError(f"--labels names the labels of {data}, as hue=tone,object=kind")
     return pairs

@@ -164,9 +164,7 @@ def positive_view(role):
             raise ValueError("role holds something else than 1, 0 and -1: see Method")
         of_all = positive.all(2)
         if not of_all.equal(positive.any(2)) or (of_all.sum(1) != 1).any():
-            raise ValueError(
-                "role must have one positive (1) in each space, for all images the same"
-            )
+            raise ValueError("role needs one positive (1) in each space, for all images the same")
     return positive[..., 0].int().argmax(1)
 
 
@@ -544,9 +542,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         if heads not in ("mlp", "conv5") or stem not in CHOICES["stem"]:
-            raise ValueError(
-                f"heads={heads}, stem={stem}: expected mlp or conv5, imagenet or cifar"
-            )
+            raise ValueError(f"heads={heads} stem={stem}: expected mlp or conv5, imagenet or cifar")
         # Build each layer4 separately: copies would start identical.
         count = spaces if heads == "conv5" else 1
         nets = [backbone(arch, stem, splits, size) for _ in range(count)]
@@ -731,7 +727,7 @@ def resample(images, params, size=None, aspect=None):
     images (b c h w); params: any of area, ratio, place; flip; turns; aspect (b,) width / height of
     the image before it was squashed into a square -> (b c size size), antialiased as torchvision's.
     """
-    b, c, h, w = images.shape
+    b, _, h, w = images.shape
     size = size or h
     # Found on the CPU, so that no GPU is waited for.
     odd = (params["turns"] % 2 == 1).nonzero().squeeze(1) if "turns" in params else ()
@@ -963,8 +959,8 @@ NETWORKS = torchvision.models.list_models(
     torchvision.models, exclude=("squeezenet*", "googlenet", "inception*")
 )
 CHOICES = {
-    "recipe": tuple(RECIPES),
-    "method": tuple(methods(())),
+    "recipe": RECIPES,
+    "method": methods(()),
     "arch": ("small", *NETWORKS),
     "stem": ("imagenet", "cifar"),
     "precision": ("auto", "float32", "bfloat16", "float64"),
@@ -978,18 +974,28 @@ class UserError(ValueError):
     code = 2
 
 
-def check_data_module():
-    """UserError where `import data` finds another module than the data.py of this project."""
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
+
+
+def lacks_memory(error):
+    """Whether an exception says that this much memory, of the machine or a GPU, cannot be had."""
+    words = "allocate|out of memory|overflow|ALLOC_FAILED"
+    of_torch = isinstance(error, (RuntimeError, TypeError)) and re.search(words, str(error), re.I)
+    return isinstance(error, MemoryError) or bool(of_torch)
+
+
+def data_module():
+    """The data.py of this project; UserError where `import data` finds another module."""
     try:
         import data
     except ImportError:
         data = None
     if not hasattr(data, "DATASETS"):
         found = getattr(data, "__file__", None) or [*getattr(data, "__path__", ["nothing"])][0]
-        ours = Path(__file__).with_name("data.py")
-        raise UserError(
-            f"`import data` finds {found}, not {ours}: put its folder first in sys.path"
-        )
+        own = Path(__file__).with_name("data.py")
+        raise UserError(f"`import data` finds {found}, not {own}: put its folder first in sys.path")
+    return data
 
 
 def typed(function):
@@ -997,29 +1003,28 @@ def typed(function):
 
     @wraps(function)
     def command(*args, **flags):
-        check_data_module()
-        from data import parse_flags
-
         given = inspect.signature(function).bind(*args, **flags).arguments
-        return function(**parse_flags(function, given))
+        return function(**data_module().parse_flags(function, given))
 
     return command
 
 
 def make_config(*, packed, fresh, **flags):
     """The flags of `train`, completed by the recipe -> config, plain data. UserError if wrong."""
-    from data import NAMES, check_choice, check_out, forbid_inside, resolve_device
+    from data import DATASETS, check_choice, check_out, forbid_inside, resolve_device
 
     method, data, groups = flags["method"], flags["data"], flags["groups"]
     flags["recipe"] = flags["recipe"] or (data if data in RECIPES else "factors")
-    for flag, words in (CHOICES | {"data": NAMES}).items():
+    for flag, words in (CHOICES | {"data": DATASETS}).items():
         if flags[flag] is not None:
             check_choice(flag, flags[flag], words)
     check_groups(groups=groups, always=flags["always"], same=flags["same"])
     recipe = RECIPES[flags["recipe"]]
     config = {name: recipe.get(name) if value is None else value for name, value in flags.items()}
-    if flags["schedule"] is None:
-        config["schedule"] = scale_schedule(recipe["schedule"], config["epochs"] / recipe["epochs"])
+    if flags["schedule"] is None and recipe["schedule"] != "cosine":
+        share = config["epochs"] / recipe["epochs"]
+        drops = [float(epoch) * share for epoch in recipe["schedule"].split(",")]
+        config["schedule"] = ",".join(f"{epoch:g}" for epoch in drops)
     if flags["canvas"] is None:
         config["canvas"] = recipe_canvas(data, config["size"], flags["recipe"])
     config["out"] = flags["out"] or f"runs/{method}-{'+'.join(groups) or 'none'}-{data}"
@@ -1036,7 +1041,7 @@ def make_config(*, packed, fresh, **flags):
         config["precision"] = "bfloat16" if fast_bfloat16(config["device"]) else "float32"
     check_config(config, packed)
     if data == "folder" and flags["root"]:
-        forbid_inside("out", config["out"], flags["root"])
+        forbid_inside(config["out"], flags["root"])
     for folder in ("root", "textures"):
         config[folder] = config[folder] and str(Path(config[folder]).resolve())
     if config["init"] not in (None, "imagenet"):
@@ -1070,7 +1075,7 @@ def check_groups(**flags):
 
     for flag, names in flags.items():
         for name in names:
-            check_choice(flag, name, tuple(GROUPS))
+            check_choice(flag, name, GROUPS)
 
 
 def parse_sampling(words, drawn, default):
@@ -1114,18 +1119,14 @@ def check_config(config, packed):
     if data == "factors" and config["canvas"]:
         raise UserError(f"--canvas={config['canvas']}: factors is drawn at --size, use that")
     if textures and (data == "factors" or "texture" not in groups + config["always"]):
-        raise UserError(
-            f"--textures={textures}: expected a group that reads it, as in "
-            "--groups=color,texture; factors makes its own copies"
-        )
+        hint = "as in --groups=color,texture; factors makes its own copies"
+        raise UserError(f"--textures={textures}: expected a group that reads it, {hint}")
     check_network(config)
     if batch % splits or batch == splits:
         raise UserError(f"--batch={batch} is not --splits={splits} parts of two images or more")
     if splits % processes:
-        raise UserError(
-            f"--splits={splits} does not divide among {processes} processes: start a number that "
-            "divides, or change --splits, and with it the training"
-        )
+        advice = "start a number that divides, or change --splits, and with it the training"
+        raise UserError(f"--splits={splits} does not divide among {processes} processes: {advice}")
     number = r" *\d*\.?\d+ *"
     if not re.fullmatch(f"cosine|{number}(,{number})*", config["schedule"]):
         message = "expected cosine, or epochs with commas between, as 300,400"
@@ -1134,8 +1135,6 @@ def check_config(config, packed):
 
 def check_network(config):
     """UserError where a network has no such heads or stem, or cannot see views of this size."""
-    from data import first_line, lacks_memory
-
     method, arch, stem, size = (config[name] for name in ("method", "arch", "stem", "size"))
     resnet = arch == "small" or "resne" in arch
     if not resnet and (stem == "cifar" or get_method(config).heads == "conv5"):
@@ -1145,18 +1144,14 @@ def check_network(config):
     except (RuntimeError, ValueError, AssertionError) as error:
         if lacks_memory(error):
             raise
-        raise UserError(
-            f"--arch={arch} cannot see views of --size={size} ({first_line(error)}); 224 will do"
-        ) from None
+        problem = f"--arch={arch} cannot see views of --size={size} ({first_line(error)})"
+        raise UserError(f"{problem}; 224 will do") from None
 
 
 def default_config(**flags):
     """The configuration that `train` makes of these flags."""
-    check_data_module()
-    from data import parse_flags
-
     defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
-    return make_config(**parse_flags(train, defaults | flags))
+    return make_config(**data_module().parse_flags(train, defaults | flags))
 
 
 def on_gpu(config):
@@ -1185,13 +1180,6 @@ def learning_rate(config, epoch):
     if config["schedule"] == "cosine":
         return config["lr"] * (1 + math.cos(math.pi * epoch / config["epochs"])) / 2
     return config["lr"] * 0.1 ** sum(epoch >= float(at) for at in config["schedule"].split(","))
-
-
-def scale_schedule(schedule, share):
-    """A recipe's schedule for `share` of its epochs."""
-    if schedule == "cosine":
-        return schedule
-    return ",".join(f"{float(at) * share:g}" for at in schedule.split(","))
 
 
 def build_encoder(config, splits=1):
@@ -1442,10 +1430,7 @@ def prepare_folder(state, dataset, config, out):
 
 
 def print_header(state, dataset, n, place, config, start):
-    """Print the first lines of a run on n images, which are in `place`, see `place_dataset`.
-
-    start: see `start_weights`.
-    """
+    """Print the first lines of a run on n images; see place_dataset and start_weights."""
     from data import label_names
 
     batch, queue, out = config["batch"], config["queue"], config["out"]
@@ -1473,9 +1458,7 @@ def print_header(state, dataset, n, place, config, start):
         )
         drawn = [name for name in GROUPS if name in {*config["groups"], *config["always"]}]
         if "blur" in drawn and config["size"] < SMALLEST_BLURRED:
-            drawn[drawn.index("blur")] = (
-                f"no blur (it changes nothing below {SMALLEST_BLURRED} pixels)"
-            )
+            drawn[drawn.index("blur")] = f"no blur (no effect below {SMALLEST_BLURRED} pixels)"
         print(f"every view draws {', '.join(drawn) or 'nothing'}")
         if spaces:
             full = math.ceil(queue / batch)
@@ -1505,10 +1488,9 @@ def odd_settings(config, n, aspect):
     if get_method(config).spaces:
         share = own_key_share(n, config["batch"], queue)
         if share > 0.1:
-            yield (
-                f"{share:.0%} of the queries meet an older key of their own image among the "
-                f"negatives: --queue={queue} is long for {n} images, take a shorter one"
-            )
+            meet = f"{share:.0%} of the queries meet an older key of their own image"
+            advice = f"--queue={queue} is long for {n} images, take a shorter one"
+            yield f"{meet} among the negatives: {advice}"
 
 
 def own_key_share(n, batch, queue):
@@ -1727,7 +1709,7 @@ def read_curves(config, out, images=1):
 
 def save_curves(config, out):
     """Draw the log in curves.png; where that fails, warn and go on."""
-    from data import draw_curves, first_line
+    from data import draw_curves
 
     path = out / "curves.png"
     try:
@@ -1748,10 +1730,9 @@ def check_finite(state, out):
         return
     path = out / "checkpoint.pt"
     kept = f"{path} holds the last good step" if path.exists() else "no checkpoint was written yet"
-    raise NonFiniteError(
-        f"the loss or a weight is not finite at step {state.step}: lower --lr, raise --tau, "
-        f"or take --precision=float32; {kept}"
-    )
+    problem = f"the loss or a weight is not finite at step {state.step}"
+    advice = "lower --lr, raise --tau, or take --precision=float32"
+    raise NonFiniteError(f"{problem}: {advice}; {kept}")
 
 
 STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
@@ -1834,9 +1815,8 @@ def all_gather(x):
 @torch.no_grad()
 def all_reduce_mean(tensors):
     """The mean of each tensor over ranks, in place."""
-    if dist.is_initialized():
-        for x in tensors:
-            all_reduce_sum(x).div_(world_size())
+    for x in tensors:
+        all_reduce_sum(x).div_(world_size())
     return tensors
 
 
@@ -1897,8 +1877,6 @@ def init_distributed(device):
     PeerLost when a process is lost later, or does not answer in 30 times the patience of
     `meet_processes`.
     """
-    from data import first_line
-
     if asked_processes() == 1:
         yield contextlib.nullcontext
         return
@@ -1908,8 +1886,7 @@ def init_distributed(device):
     if gpu.type == "cuda":
         torch.cuda.set_device(gpu.index or 0)
         backend = "cpu:gloo,cuda:nccl"
-    group = dict(store=store, rank=me, world_size=size, timeout=30 * patience)
-    dist.init_process_group(backend, **group)
+    dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=30 * patience)
     ended = None
     try:
         yield partial(take_turns, store, me, itertools.count())
@@ -1931,19 +1908,16 @@ def init_distributed(device):
 
 def meet_processes(patience):
     """Wait for all processes -> store, rank, world size. UserError after `patience`."""
-    from data import first_line
-
     try:
         store, me, size = next(dist.rendezvous("env://", timeout=patience))
         store.set(f"rank {me}", "here")
         store.wait([f"rank {i}" for i in range(size)], patience)
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"not all WORLD_SIZE={os.environ['WORLD_SIZE']} processes came within "
-            f"{patience.total_seconds():.0f} s ({first_line(error)}): start all of them, as "
-            "torchrun or srun does, with the same MASTER_ADDR and MASTER_PORT; "
-            "LOOC_PATIENCE=SECONDS waits longer"
-        ) from None
+        within = f"within {patience.total_seconds():.0f} s ({first_line(error)})"
+        problem = f"not all WORLD_SIZE={os.environ['WORLD_SIZE']} processes came {within}"
+        how = "as torchrun or srun does, with the same MASTER_ADDR and MASTER_PORT"
+        advice = f"start all of them, {how}; LOOC_PATIENCE=SECONDS waits longer"
+        raise UserError(f"{problem}: {advice}") from None
     return store, me, size
 
 
@@ -2022,9 +1996,8 @@ def check_same_config(config, saved, out):
 
     A folder of images is what it holds, wherever it is: see ImageSet.held.
     """
-    if "split_seed" not in saved:  # a run of before
-        split_seed = saved["seed"] if config["data"] == "folder" else config["split_seed"]
-        saved = saved | {"split_seed": split_seed}
+    before = saved["seed"] if config["data"] == "folder" else config["split_seed"]
+    saved = {"split_seed": before} | saved  # a run of before has none
     now, then = config.get("held", {}), saved.get("held", {})
     free = FREE_FLAGS | (now.keys() & then.keys())
     other = {k: v for k, v in config.items() if k not in free and saved.get(k) != v}
@@ -2067,8 +2040,6 @@ def move_aside(out):
 
 def link_latest(out):
     """Let runs/latest point at this run, where links can be made."""
-    from data import first_line
-
     link = Path("runs/latest")
     # Another run may start at the same moment, so the link is replaced in one go.
     own_link = link.with_name(f"latest.{os.getpid()}")
@@ -2160,15 +2131,12 @@ def start_weights(config):
 
 def imagenet_weights(arch):
     """The state dict of torchvision's own weights."""
-    from data import first_line
-
     try:
         return torchvision.models.get_model(arch, weights="DEFAULT").state_dict()
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"--init=imagenet: torchvision has no weights of --arch={arch}, or cannot fetch them "
-            f"({first_line(error)}): name a file that holds them, --init=FILE"
-        ) from None
+        problem = f"torchvision has no weights of --arch={arch}, or cannot fetch them"
+        advice = "name a file that holds them, --init=FILE"
+        raise UserError(f"--init=imagenet: {problem} ({first_line(error)}): {advice}") from None
 
 
 def flatten(content, prefix=""):
@@ -2207,9 +2175,7 @@ def check_fit(tensors, expected, classifier, config):
 
 def load_encoder(run, device="cpu"):
     """The trained encoder of a run folder, frozen and in eval mode, and its config."""
-    check_data_module()
-    from data import first_line, read_tensors
-
+    read_tensors = data_module().read_tensors
     run = Path(run)
     files = [run / name for name in ("config.json", "backbone.pt", "heads.pt")]
     missing = [path for path in files if not path.exists()]
@@ -2227,10 +2193,9 @@ def load_encoder(run, device="cpu"):
         encoder.load_state_dict(join_state(backbone, heads, len(encoder.tops)))
     # UserError is a ValueError.
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{run} holds no run of ours, or a file that is not whole ({first_line(error)}): "
-            "the command that trained it mends it from its checkpoint"
-        ) from None
+        problem = f"{run} holds no run of ours, or a file that is not whole ({first_line(error)})"
+        advice = "the command that trained it mends it from its checkpoint"
+        raise UserError(f"{problem}: {advice}") from None
     encoder.eval().requires_grad_(False)
     return encoder.to(device, memory_format=torch.channels_last), config
 
