@@ -94,6 +94,13 @@ def refused(capsys, module, line, lines=1):
     return err
 
 
+def printed(capsys, module, line):
+    """Run a command -> what it prints, .out and .err."""
+    capsys.readouterr()
+    run(module, line)
+    return capsys.readouterr()
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working folder, and a factors data set that trains in seconds."""
@@ -209,9 +216,8 @@ def test_methods_are_the_papers_tables(capsys):
     assert table["moco_same"].share.int().tolist() == [[0, 1]]
     assert table["moco++"].role.tolist() == [[1], [1], [1]]
     assert all((method.role == 1).sum(1).eq(1).all() for method in table.values())
-    run(loo, "methods")
     row = "| looc | [[0, 0], [1, 0], [0, 1]] | [[1, 0, 0], [-1, 1, -1], [-1, -1, 1]] | mlp | v |"
-    assert row in capsys.readouterr().out
+    assert row in printed(capsys, loo, "methods").out
 
 
 def naive_loss(q, k, queue, role, tau):
@@ -229,14 +235,15 @@ def naive_loss(q, k, queue, role, tau):
     return torch.tensor(losses, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("tau", [0.2, 1])
 @pytest.mark.parametrize("name", ["moco", "moco++", "looc", "looc++"])
-def test_loss_is_the_papers_equation(name):
+def test_loss_is_the_papers_equation(name, tau):
     role = loo.methods(GROUPS)[name].role
     s, v = role.shape
     q, k, queue = unit(s, 4, 8), unit(s, v, 4, 8, seed=1), unit(s, 6, 8, seed=2)
-    ours = loo.multi_space_loss(q, k, queue, role, 0.2)
+    ours = loo.multi_space_loss(q, k, queue, role, tau)
     assert ours.dtype == torch.float64
-    assert_close(ours, naive_loss(q, k, queue, role.tolist(), 0.2), rtol=1e-12, atol=1e-12)
+    assert_close(ours, naive_loss(q, k, queue, role.tolist(), tau), rtol=1e-12, atol=1e-12)
 
 
 def test_one_space_is_mocos_cross_entropy():
@@ -244,14 +251,6 @@ def test_one_space_is_mocos_cross_entropy():
     logits = torch.cat([(q[0] * k[0, 0]).sum(1, keepdim=True), q[0] @ queue[0].T], 1) / 0.2
     ours = loo.multi_space_loss(q, k, queue, ONE_SPACE, 0.2)
     assert_close(ours[0], F.cross_entropy(logits, torch.zeros(5, dtype=torch.long)))
-
-
-def test_random_vectors_lose_the_log_of_their_number():
-    """With tau 1 and 512 dimensions all similarities are about 0: log(1 + negatives + queue)."""
-    role = loo.methods(GROUPS)["looc"].role
-    q, k, queue = unit(3, 64, 512), unit(3, 3, 64, 512, seed=1), unit(3, 100, 512, seed=2)
-    loss = loo.multi_space_loss(q, k, queue, role, 1.0)
-    assert_close(loss, torch.tensor([101.0, 103.0, 103.0]).double().log(), atol=0.01, rtol=0)
 
 
 def test_loss_in_bfloat16_is_computed_in_float32():
@@ -325,12 +324,6 @@ def test_keys_get_no_gradient_and_fill_the_queue(method):
 @pytest.mark.parametrize("method, spaces", [("looc", 3), ("moco", 1), ("moco_same", 1)])
 def test_drop_equal_is_an_option_of_every_method(method, spaces):
     assert len(small_step(method=method, drop_equal=True)[3][1][0]) == spaces
-
-
-def test_init_state_leaves_the_global_generator_alone():
-    before = torch.random.get_rng_state()
-    loo.init_state(CONFIG)
-    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_ema_moves_the_key_encoder_a_little():
@@ -443,8 +436,6 @@ def test_views_are_counted_and_sized_whatever_is_drawn():
     query, keys, _ = loo.augment_groups(images, ("color",), one, make_generator(1), **options)
     assert query.shape == (2, 3, 16, 16)
     assert torch.equal(keys[0], query)
-    with pytest.raises(ValueError, match="colour; there are texture, crop"):
-        loo.augment_groups(images, ("colour",), one, make_generator(1))
 
 
 def test_images_outside_0_to_1_are_refused():
@@ -520,26 +511,15 @@ def test_vmapped_heads_are_each_spaces_own(heads, hidden):
         assert not torch.equal(encoder.tops[0][0].conv1.weight, encoder.tops[1][0].conv1.weight)
 
 
-def test_any_torchvision_resnet_gives_a_backbone_that_torchvision_loads(tmp_path):
-    encoder = loo.Encoder("resnet18", spaces=2, heads="conv5", hidden=16, dim=8)
-    loo.export(encoder, tmp_path)
-    net = torchvision.models.resnet18()
-    backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
-    missing_and_unexpected = net.load_state_dict(backbone, strict=False)
-    assert tuple(missing_and_unexpected) == (["fc.weight", "fc.bias"], [])
-    net.fc, images = torch.nn.Identity(), torch.rand(2, 3, 64, 64)
-    v, _ = loo.encode(encoder.eval(), images)
-    theirs = net.eval()(TF.normalize(images, *IMAGENET_NORM))
-    assert_close(v[:, :512], theirs, atol=1e-5, rtol=1e-4)  # Z_0's
-
-
-@pytest.mark.parametrize("arch", FAMILIES)
-def test_any_torchvision_network_trains_and_comes_back(arch, tmp_path, shallow_vit):
-    config = CONFIG | dict(arch=arch, batch=4, splits=1, queue=4, groups=("color",), lr=1e-6)
-    state, global_draws = loo.init_state(config), torch.get_rng_state()
-    state, (loss, *_) = loo.train_step(state, noise(4), None, config)
+# "looc++" has a last stage for each space.
+@pytest.mark.parametrize("arch, method", [("resnet18", "looc++"), *((x, "looc") for x in FAMILIES)])
+def test_any_torchvision_network_trains_and_comes_back(arch, method, tmp_path, shallow_vit):
+    config = CONFIG | dict(arch=arch, method=method, groups=("color",))
+    config |= dict(batch=4, splits=1, queue=4, lr=1e-6)
+    global_draws = torch.get_rng_state()
+    state, (loss, *_) = loo.train_step(loo.init_state(config), noise(4), None, config)
     assert loss.isfinite().all()
-    assert torch.equal(torch.get_rng_state(), global_draws)  # no dropout
+    assert torch.equal(torch.get_rng_state(), global_draws)  # not for weights, and no dropout
     loo.export(state.encoder_q, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     encoder, _ = loo.load_encoder(tmp_path)
@@ -554,13 +534,12 @@ def test_any_torchvision_network_trains_and_comes_back(arch, tmp_path, shallow_v
     assert not unexpected
     net.set_submodule(encoder.classifier, torch.nn.Identity())
     theirs = net.eval()(TF.normalize(noise(4), *IMAGENET_NORM))
-    assert_close(v, theirs, atol=1e-4, rtol=1e-4)
+    assert_close(v[:, : theirs.shape[1]], theirs, atol=1e-4, rtol=1e-4)  # all, or Z_0's
 
 
 def test_batchnorm_of_any_network_is_split_and_keeps_its_settings():
     def norms(net):
-        modules = net.modules()
-        return [m for m in modules if isinstance(m, torch.nn.BatchNorm2d)]
+        return [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
 
     ours = norms(loo.backbone("mobilenet_v3_small", splits=4))
     theirs = norms(torchvision.models.mobilenet_v3_small())
@@ -688,8 +667,6 @@ def test_texture_takes_the_drawn_copy():
     query, keys, _ = loo.augment_groups(*inputs, always=(), textures=copies)
     assert torch.equal(query, keys[1])
     assert not torch.equal(query, keys[0])
-    with pytest.raises(ValueError, match="textures"):
-        loo.augment_groups(*inputs)
 
 
 @pytest.mark.parametrize("copies, equal", [(1, 0.5), (4, 0.3125)])
@@ -722,11 +699,7 @@ def test_probabilities_are_parameters_of_the_samplers():
 def test_tables_may_be_lists_and_whole_numbers():
     """`share` as README prints it masks; by index it would choose other views."""
     share, role = [[0, 0], [1, 0], [0, 1]], [[1, 0, 0], [-1, 1, -1], [-1, -1, 1]]
-    q, k, queue = (
-        F.normalize(torch.randn(3, 4, 8), dim=-1),
-        torch.randn(3, 3, 4, 8),
-        torch.randn(3, 5, 8),
-    )
+    q, k, queue = unit(3, 4, 8), unit(3, 3, 4, 8, seed=1), unit(3, 5, 8, seed=2)
     method = loo.methods(GROUPS)["looc"]
     want = loo.augment_groups(noise(4), GROUPS, method.share, make_generator(1))[1]
     loss = loo.multi_space_loss(q, k, queue, method.role, 0.2)
@@ -772,6 +745,8 @@ WHITE = torch.full((2, 1, 3, 32, 32), 255.0)
 TEXTURE = dict(groups=("texture",), share=[[0]], sampling={"texture": {"p": 1}})
 BAD_VIEWS += [(TEXTURE | dict(textures=WHITE), "textures are between 255 and 255")]
 BAD_VIEWS += [(TEXTURE | dict(textures=WHITE.byte()), "textures are torch.uint8")]
+BAD_VIEWS += [(dict(groups=("colour",), share=[[1]]), "colour; there are texture, crop")]
+BAD_VIEWS += [(dict(groups=("texture",), share=[[1]]), "textures")]
 
 
 @pytest.mark.parametrize("changed, says", BAD_VIEWS)
@@ -833,13 +808,13 @@ def test_images_of_another_precision_are_embedded():
 class FakeCuda(TorchDispatchMode):
     """Tensors of device "cuda" are fake: shape, type and strides, no values; the CPU's are real.
 
-    What would make the host wait raises: .item(), nonzero and masks on "cuda", mixed devices. A
-    copy between the two that blocks is noted: `waits` names the functions of loo.py that made one.
+    What would make the host wait raises: .item(), nonzero and masks on "cuda", mixed devices; once
+    `may_wait` is False, also a copy between the two that blocks.
     """
 
     def __init__(self):
         super().__init__()
-        self.fake, self.waits = FakeTensorMode(allow_non_fake_inputs=True), set()
+        self.fake, self.may_wait = FakeTensorMode(allow_non_fake_inputs=True), True
 
     def __enter__(self):
         self.fake.__enter__()
@@ -870,16 +845,8 @@ class FakeCuda(TorchDispatchMode):
         across = name.startswith("aten._to_copy") and devices - {first}
         rows = [x for x in tensors[1:] if x.ndim and x.device.type == "cpu"]
         if across and not kwargs.get("non_blocking") or name.startswith("aten.index.") and rows:
-            self.waits.add(caller_in_loo())
+            assert self.may_wait, f"{name} blocks"
         return op(*args, **kwargs)
-
-
-def caller_in_loo():
-    """The innermost function of loo.py that is running."""
-    frame = sys._getframe()
-    while frame and frame.f_globals.get("__name__") != "loo":
-        frame = frame.f_back
-    return frame.f_code.co_name if frame else "the test"
 
 
 def move_module(module, change, recurse=True):
@@ -932,7 +899,7 @@ def test_a_step_on_a_gpu_never_waits(changed, fake_cuda):
     dataset, place = loo.place_dataset(dataset, config)
     assert place == config["cache"]
     state = loo.init_state(config, 4 if config["method"] == "supervised" else 0)
-    fake_cuda.waits.clear()
+    fake_cuda.may_wait = False
     rows = next(loo.batch_rows(config, 8, 0, 1))
     rows, *inputs = loo.get_batch(dataset, config, rows)
     assert {x.device.type for x in inputs} == {"cuda"}
@@ -944,7 +911,6 @@ def test_a_step_on_a_gpu_never_waits(changed, fake_cuda):
     else:
         state, (loss, *compared) = loo.train_step(state, images, aspect, config, textures)
         metrics = loo.contrast_metrics(*compared, config["tau"])
-    assert not fake_cuda.waits
     made = (loss, state.queue, state.total, *metrics.values())
     assert {x.device.type for x in made} == {"cuda"}
     assert loss.dtype == torch.float32
@@ -952,17 +918,17 @@ def test_a_step_on_a_gpu_never_waits(changed, fake_cuda):
 
 # ---------------------------------------------------------------- loo.py: configuration to bench
 
-
 BAD_FLAGS = [("--epochz=3", "--epochs"), ("--lr=abc", "a number"), ("--epochs", "a whole number")]
 BAD_FLAGS += [("--epochs=2.5", "a whole number"), ("--groups=colour", "color")]
 BAD_FLAGS += [("--data=nope", "factors"), ("--data=folder --root=/missing", "/missing")]
+BAD_FLAGS += [("--data=.", "did you mean --data=folder --root=.?")]
 BAD_FLAGS += [("--root=.", "folder"), ("--method=loco", "looc"), ("--batch=101", "--splits=4")]
 BAD_FLAGS += [("--lr=-1", "more than 0"), ("--arch=resnet19", "resnet18")]
 BAD_FLAGS += [("--schedule=cosinus", "cosine"), ("--groups=color,color", "twice")]
 BAD_FLAGS += [("--fresh=maybe", "true or false"), ("epochs=3", "--epochs")]
 BAD_FLAGS += [("--canvas=64", "--size"), ("-epochs=3", "two dashes"), ("--momentum=9", "0 to 1")]
 BAD_FLAGS += [("--epochs=3 lr=2", "two dashes"), ("--method=looc --groups=", "at least one")]
-BAD_FLAGS += [("--device=gpu", "cuda"), ("--device=cuda:99", "CUDA devices")]
+BAD_FLAGS += [("--device=gpu", "cuda"), ("--device=cuda:99", "CUDA devices"), ("--root", "path")]
 BAD_FLAGS += [("--method=moco_same --groups=color", "--same=rotation"), ("--cache=disk", "device")]
 BAD_FLAGS += [("--weight_decay=-1", "0 or more"), ("--textures=.", "--groups=color,texture")]
 BAD_FLAGS += [("--packed=nope", "data.py pack"), ("--method=supervised --label=hues", "hue")]
@@ -970,16 +936,11 @@ BAD_FLAGS += [("--batch=100000 --splits=1", "smaller"), ("--arch=squeezenet1_0",
 BAD_FLAGS += [("--arch=vgg11 --size=16", "--size=16"), ("--arch=vit_b_16 --size=40", "patch")]
 BAD_FLAGS += [("--arch=swin_t --method=looc++", "ResNet"), ("--arch=swin_t --stem=cifar", "ResNet")]
 BAD_FLAGS += [("--init=nope", "no such file"), ("--init=imagenet", "--arch=small")]
-
 BAD_FLAGS += [("--lr=nan", "more than 0"), ("--tau=inf", "finite"), ("--weight_decay=inf", "0 or")]
 BAD_FLAGS += [("--schedule=nan", "cosine"), ("--schedule=3,-5", "cosine"), ("--label=nope", "hue")]
 BAD_FLAGS += [(f"--seed={2**64}", "64 bits"), ("--queue=1e12", "whole"), ("--lr -1", "more than 0")]
 BAD_FLAGS += [(f"--{flag}={10**12}", "2**31") for flag in ("queue", "dim", "hidden", "epochs")]
-BAD_FLAGS += [
-    ("--out --fresh", "--out: expected a value"),
-    ("--out=", "--out="),
-    ("--root", "path"),
-]
+BAD_FLAGS += [("--out --fresh", "--out: expected a value"), ("--out=", "--out=")]
 BAD_FLAGS += [("--label ''", "--label="), ("--groups", "words"), ("-5", "--method=-5")]
 BAD_FLAGS += [("--sampling=rotation.q=1", "rotation.p"), ("--sampling=blur.p=2", "0 to 1")]
 BAD_FLAGS += [("--sampling=texture.p=1", "rotation.p"), ("--sampling=blur.p", "a number")]
@@ -988,9 +949,7 @@ BAD_FLAGS += [("moco color factors stray", "stray"), ("--nofresh=1", "no such fl
 
 @pytest.mark.parametrize("flags, hint", BAD_FLAGS)
 def test_bad_flags_are_one_clear_line_and_nothing_is_written(flags, hint, here, capsys):
-    err = refused(capsys, loo, f"train {flags}")
-    assert hint in err
-    assert "Traceback" not in err
+    assert hint in refused(capsys, loo, f"train {flags}")
     assert not list(here.iterdir())
 
 
@@ -1004,19 +963,16 @@ def test_a_home_folder_may_be_named_by_its_sign(here, monkeypatch):
 
 
 def test_a_recipes_sampling_is_of_what_is_drawn():
+    def sampling(**flags):
+        return loo.default_config(**flags)["sampling"]
+
     recipe = loo.RECIPES["factors"]["sampling"]
-    assert (
-        loo.default_config()["sampling"] == recipe == dict(crop={"area": 0.4}, color={"gray": 0.1})
-    )
-    assert loo.default_config(sampling="crop.area=0.2")["sampling"] == recipe | dict(
-        crop={"area": 0.2}
-    )
+    assert sampling() == recipe == dict(crop={"area": 0.4}, color={"gray": 0.1})
+    assert sampling(sampling="crop.area=0.2") == recipe | dict(crop={"area": 0.2})
     assert recipe["crop"] == {"area": 0.4}
-    assert loo.default_config(groups="rotation", always="crop")["sampling"] == dict(
-        crop={"area": 0.4}
-    )
-    assert loo.default_config(groups="rotation", always="flip")["sampling"] is None
-    assert loo.default_config(recipe="imagenet100")["sampling"] is None
+    assert sampling(groups="rotation", always="crop") == dict(crop={"area": 0.4})
+    assert sampling(groups="rotation", always="flip") is None
+    assert sampling(recipe="imagenet100") is None
 
 
 def test_flags_from_python_are_those_of_the_command_line(here):
@@ -1045,33 +1001,30 @@ def test_supervised_learns_a_label_that_tells_images_apart():
 def test_supervised_learns_from_the_images_that_have_the_label(here, capsys):
     lines = [f"x{i}.png,{i % 2 if i % 4 else ''},train" for i in range(32)]
     write_table(here / "photos", "file,odd,split", *lines, images=[f"x{i}" for i in range(32)])
-    flags = "--data=folder --root=photos --epochs=2 --size=16 --splits=2 --out=run --method="
-    run(loo, f"train {flags}supervised --label=odd --batch=8")  # -1 is no class of cross-entropy
-    out = capsys.readouterr().out
+    train = "train --data=folder --root=photos --epochs=2 --size=16 --splits=2 --out=run --method="
+    # -1 is no class of cross-entropy.
+    out = printed(capsys, loo, f"{train}supervised --label=odd --batch=8").out
     assert "24 training images" in out
     assert "6 steps of 8" in out
-    err = refused(capsys, loo, f"train {flags}supervised --label=odd --batch=26 --fresh")
+    err = refused(capsys, loo, f"{train}supervised --label=odd --batch=26 --fresh")
     assert "--batch=26 is more than the 24 training images that have a odd" in err
     swapped = [line.translate(str.maketrans("01", "10")) for line in lines]
     swapped = [f"x{i}.png,{line.split(',')[1]},train" for i, line in enumerate(swapped)]
     write_table(here / "photos", "file,odd,split", *swapped, images="")
-    err = refused(capsys, loo, f"train {flags}supervised --label=odd --batch=8")
+    err = refused(capsys, loo, f"{train}supervised --label=odd --batch=8")
     assert "--label=odd with 24 images, by name, size or label other than the run's 24" in err
-    run(loo, f"train {flags}moco --batch=8 --fresh {TINY}")
-    assert "32 training images" in capsys.readouterr().out
+    out = printed(capsys, loo, f"{train}moco --batch=8 --fresh {TINY}").out
+    assert "32 training images" in out
 
 
 def test_a_recipes_steps_of_the_learning_rate_follow_the_epochs():
     flags = dict(data="folder", recipe="imagenet100", arch="small", size=32)
     assert loo.default_config(**flags)["schedule"] == "300,400"
-    short = loo.default_config(**flags, epochs=100)
-    assert short["schedule"] == "60,80"
-    assert [loo.learning_rate(short, x) / short["lr"] for x in (59, 60, 80)] == [1, 0.1, 0.1**2]
+    assert loo.default_config(**flags, epochs=100)["schedule"] == "60,80"
     given = loo.default_config(**flags, epochs=100, schedule="50,300")
     assert given["schedule"] == "50,300"
-    assert list(loo.odd_settings(given | dict(queue=8), 9000, torch.ones(1))) == [
-        "--schedule=50,300: 300 never come in --epochs=100"
-    ]
+    warnings = list(loo.odd_settings(given | dict(queue=8), 9000, torch.ones(1)))
+    assert warnings == ["--schedule=50,300: 300 never come in --epochs=100"]
 
 
 @pytest.mark.parametrize("flags", [dict(groups="blur"), dict(sampling="rotation.p=0")])
@@ -1149,7 +1102,7 @@ def test_your_own_images_are_trained_on_and_judged(here, capsys):
     run(loo, f"train --data=folder --root={root} --epochs=1 --out=run --size=28 --batch=16 {TINY}")
     run(eval, "linear --json")
     assert "broken.png" in capsys.readouterr().err
-    assert loo.read_jsonl(here / "run" / "results.jsonl")[0]["label"] == "class"
+    assert results(here)[0]["label"] == "class"
 
 
 def init_config(init, **changes):
@@ -1158,7 +1111,7 @@ def init_config(init, **changes):
 
 @pytest.mark.parametrize("prefix", ["", "state_dict.module.encoder_q.", "model."])
 def test_start_weights_of_a_state_dict_whatever_it_is_nested_in(prefix, tmp_path):
-    net, content = torchvision.models.resnet18(), {"epoch": 3, "queue": torch.zeros(2)}
+    net = torchvision.models.resnet18()
     content = net.state_dict()
     if prefix:
         outer, _, inner = prefix.partition(".")
@@ -1194,10 +1147,7 @@ def test_start_weights_that_do_not_fit_are_named(tmp_path, monkeypatch):
     torch.save([1], tmp_path / "net.pt")
     with pytest.raises(UserError, match=r"100 weights do not fit: conv1.weight is none"):
         loo.start_weights(init_config(tmp_path / "net.pt"))
-
-    def offline(*args, **kwargs):
-        raise urllib.error.URLError("no route")
-
+    offline = unittest.mock.Mock(side_effect=urllib.error.URLError("no route"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match="no route.*--init=FILE"):
@@ -1226,21 +1176,16 @@ def test_a_run_starts_from_another_and_goes_on_without_it(here, capsys, monkeypa
     assert "other settings: --init" in refused(capsys, loo, f"{line} --out=second")
     line = f"{line} --out=second --init=first"
     shutil.rmtree("first")
-    run(loo, line)
-    assert "second is trained already" in capsys.readouterr().out
+    assert "second is trained already" in printed(capsys, loo, line).out
     assert "no such file" in refused(capsys, loo, f"{line} --fresh")
     assert not Path("second.1").exists()
 
 
-@pytest.mark.parametrize("ruin, hint", [("empty", "class9"), ("broken", "none of")])
-def test_your_own_images_ruined(ruin, hint, here, capsys):
-    root = photo_tree(here / "photos")
-    if ruin == "empty":
-        (root / "class9").mkdir()
-    else:
-        for path in root.rglob("*.*"):
-            path.write_bytes(b"broken")
-    assert hint in refused(capsys, loo, f"train --data=folder --root={root} --batch=8 --splits=1")
+def test_your_own_images_ruined(here, capsys):
+    for path in photo_tree(here / "photos").rglob("*.*"):
+        path.write_bytes(b"broken")
+    train = "train --data=folder --root=photos --batch=8 --splits=1"
+    assert "none of" in refused(capsys, loo, train)
     assert not (here / "runs").exists()
 
 
@@ -1249,13 +1194,11 @@ def test_images_without_labels_have_what_needs_none(here, capsys):
     (here / "photos" / "class0" / "._0.png").write_bytes(b"what macOS leaves beside a file")
     assert load_folder("train", here / "photos" / "class0").classes["class"] == ["."]
     line = f"train --data=folder --root=photos/class0 --batch=16 --out=plain --epochs=1 {TINY}"
-    run(loo, line)
-    out, err = capsys.readouterr()
+    out, err = printed(capsys, loo, line)
     assert "unreadable" not in err
     assert ", no labels; small on views of 32 pixels" in out
     assert "next: python eval.py rotation" in out
-    run(loo, line)
-    assert "plain is trained already" in capsys.readouterr().out
+    assert "plain is trained already" in printed(capsys, loo, line).out
     run(eval, "spaces --run=plain")
     run(eval, "retrieve --run=plain --neighbours=2 --turn")
     assert {line["label"] for line in loo.read_jsonl(Path("plain/results.jsonl"))} == {"rotation"}
@@ -1267,8 +1210,6 @@ def test_images_without_labels_have_what_needs_none(here, capsys):
     (here / "plain" / "heads.pt").unlink()
     why = "plain has not finished training: give its command again"
     assert why in refused(capsys, eval, "rotation --run=plain")
-    why = "did you mean --data=folder --root=photos?"
-    assert why in refused(capsys, loo, "train --data=photos")
 
 
 def test_readmes_examples_run(here, monkeypatch):
@@ -1327,9 +1268,7 @@ def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     for old, new in loo.VERSION_1.items():
         saved[old] = saved.pop(new)
     torch.save(saved, "parts/checkpoint.pt")
-    capsys.readouterr()
-    run(loo, f"{line} --out=parts")
-    assert "resuming parts at step 49" in capsys.readouterr().out
+    assert "resuming parts at step 49" in printed(capsys, loo, f"{line} --out=parts").out
     same_run("whole", "parts")
     assert "--tau=0.3" in refused(capsys, loo, f"{line} --out=parts --tau=.3")
     run(loo, f"train --method=moco --epochs=1 --out=parts --fresh {QUICK}")
@@ -1353,8 +1292,7 @@ def test_a_ruined_checkpoint_gives_way_to_the_one_before(ruin, here, capsys):
         path.with_name("checkpoint.old.pt").write_bytes(b"")
         assert "--fresh" in refused(capsys, loo, line, lines=3)  # and two warnings
         return
-    run(loo, line)
-    out, err = capsys.readouterr()
+    out, err = printed(capsys, loo, line)
     assert "resuming run at step 3" in out
     assert "warning: run/checkpoint.pt is" in err
     assert not (here / "bomb").exists()
@@ -1376,10 +1314,9 @@ def test_curves_cover_the_whole_log_and_never_end_a_training(here, capsys, monke
         return step(state, *rest)
 
     monkeypatch.setattr(data, "draw_curves", draw_or_fail)
-    with monkeypatch.context() as patch:
-        patch.setattr(loo, "train_step", step_or_stop)
-        with pytest.raises(SystemExit):
-            run(loo, line)
+    stopping = unittest.mock.patch.object(loo, "train_step", step_or_stop)
+    with stopping, pytest.raises(SystemExit):
+        run(loo, line)
     assert drawn == [20, 40]
     assert capsys.readouterr().err.count("warning: run/curves.png is not drawn: no font\n") == 2
     run(loo, line)
@@ -1393,12 +1330,8 @@ def test_runs_latest_is_a_convenience(here, capsys, monkeypatch):
         loo.link_latest(Path(out))
         assert os.readlink("runs/latest") == "a"
     assert loo.default_config(out="runs/latest")["out"] == "runs/a"
-    for error in (
-        PermissionError("no links"),
-        OSError("no links"),
-        NotImplementedError("no links"),
-    ):
-        monkeypatch.setattr(Path, "symlink_to", unittest.mock.Mock(side_effect=error))
+    for error in (PermissionError, OSError, NotImplementedError):
+        monkeypatch.setattr(Path, "symlink_to", unittest.mock.Mock(side_effect=error("no links")))
         loo.link_latest(here / "b")
         assert capsys.readouterr().err.startswith("warning: no link runs/latest (no links): name")
     assert os.listdir("runs") == ["a", "latest"] or os.listdir("runs") == ["latest", "a"]
@@ -1418,28 +1351,20 @@ def test_one_process_needs_no_other_variable(monkeypatch):
 # What SLURM sets, the CUDA devices that are seen; where the process is, and its device.
 STEP = dict(SLURM_JOB_ID="15005", SLURM_PROCID="3", SLURM_LOCALID="1", SLURM_NTASKS="4")
 STEP |= dict(SLURM_STEP_ID="2", SLURM_STEP_NUM_TASKS="4", SLURM_STEP_NODELIST="gpu[03-05,7],a")
+TASK = dict(SLURM_PROCID="1", SLURM_LOCALID="1", SLURM_NTASKS="2")
 LAUNCHED = {
-    "two nodes": (STEP, 2, ["3", "4", "gpu03", "15199"], "cuda:1"),
-    "one node": (
-        STEP | dict(SLURM_STEP_NODELIST="a"),
-        2,
-        ["3", "4", "localhost", "15199"],
-        "cuda:1",
-    ),
-    "a GPU for each task": (STEP, 1, ["3", "4", "gpu03", "15199"], "cuda"),
-    "no GPU": (STEP, 0, ["3", "4", "gpu03", "15199"], "cpu"),
-    "an address": (STEP | dict(MASTER_ADDR="b"), 2, ["3", "4", "b", "15199"], "cuda:1"),
-    "no more said": (
-        dict(SLURM_PROCID="1", SLURM_NTASKS="2", SLURM_LOCALID="1"),
-        2,
-        ["1", "2", "localhost", "15000"],
-        "cuda:1",
-    ),
-    "torchrun": (STEP | dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0"), 2, ["0", "2"], "cuda:0"),
-    "one task": (STEP | dict(SLURM_STEP_NUM_TASKS="1"), 2, [], "cuda"),
-    "sbatch": (dict(SLURM_JOB_ID="1", SLURM_PROCID="0", SLURM_NTASKS="4"), 2, [], "cuda"),
-    "salloc": (STEP | dict(SLURM_STEP_ID="4294967290"), 2, [], "cuda"),
-    "flags of sbatch": (dict(SLURM_NTASKS="4"), 2, [], "cuda"),
+    "two nodes": (STEP, 2, "3 4 gpu03 15199", "cuda:1"),
+    "one node": (STEP | dict(SLURM_STEP_NODELIST="a"), 2, "3 4 localhost 15199", "cuda:1"),
+    "a GPU for each task": (STEP, 1, "3 4 gpu03 15199", "cuda"),
+    "no GPU": (STEP, 0, "3 4 gpu03 15199", "cpu"),
+    "an address": (STEP | dict(MASTER_ADDR="b"), 2, "3 4 b 15199", "cuda:1"),
+    "no more said": (TASK, 2, "1 2 localhost 15000", "cuda:1"),
+    "torchrun": (STEP | dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0"), 2, "0 2", "cuda:0"),
+    "one task": (STEP | dict(SLURM_STEP_NUM_TASKS="1"), 2, "", "cuda"),
+    "sbatch": (dict(SLURM_JOB_ID="1", SLURM_PROCID="0", SLURM_NTASKS="4"), 2, "", "cuda"),
+    "salloc": (STEP | dict(SLURM_STEP_ID="4294967290"), 2, "", "cuda"),
+    "flags of sbatch": (dict(SLURM_NTASKS="4"), 2, "", "cuda"),
+    "no numbers": (TASK | dict(SLURM_JOB_ID="x", SLURM_STEP_ID="batch"), 2, "", "cuda"),
 }
 
 
@@ -1450,8 +1375,8 @@ def test_srun_starts_processes_as_torchrun_does(case, monkeypatch):
     with unittest.mock.patch.dict(os.environ, said, clear=True):
         assert data.resolve_device("auto") == device
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        assert [os.environ[name] for name in names if name in os.environ] == expected
-        assert loo.asked_processes() == int((*expected, 1, 1)[1])
+        assert [os.environ[name] for name in names if name in os.environ] == expected.split()
+        assert loo.asked_processes() == int(os.environ.get("WORLD_SIZE", 1))
 
 
 def test_patience_is_a_variable(monkeypatch):
@@ -1550,17 +1475,9 @@ def test_folder_splits_by_path_and_skips_what_it_cannot_read(tmp_path, capsys):
     assert not set(train) & set(val)
 
 
-def test_folder_with_train_and_val(tmp_path):
-    photo_tree(tmp_path / "train")
-    photo_tree(tmp_path / "val", each=5)
-    assert data.dataset_splits("folder", tmp_path) == ("train", "val")
-    assert load_folder("val", tmp_path).labels["class"].tolist() == [0] * 5 + [1] * 5 + [2] * 5
-    # A class has the same number in every split.
-    (tmp_path / "val" / "class1").rename(tmp_path / "aside")
-    assert load_folder("val", tmp_path).labels["class"].tolist() == [0] * 5 + [2] * 5
-    (tmp_path / "aside").rename(tmp_path / "val" / "other")
-    with pytest.raises(UserError, match="other"):
-        load_folder("val", tmp_path)
+def test_a_class_has_the_same_number_in_every_split(tmp_path):
+    folder_of(tmp_path, train__a=1, train__b=1, train__c=1, val__a=5, val__c=5)
+    assert opened(tmp_path, "val")[1] == {"class": [0] * 5 + [2] * 5}
 
 
 def test_classes_without_images_in_a_split_are_counted(tmp_path, capsys):
@@ -1579,28 +1496,18 @@ def test_classes_without_images_in_a_split_are_counted(tmp_path, capsys):
     assert f"label kind: 1 of the 3 {none}, 2 {test}" in of_table
 
 
-def test_images_that_lie_flat_beside_classes_are_named(tmp_path):
-    photo_tree(tmp_path / "train")
-    write_image(tmp_path / "val" / "x.png")
-    with pytest.raises(UserError, match="no sub-folders; it needs those of .*train"):
-        data.open_dataset("folder", "val", root=tmp_path)
-
-
-def split_of(run_folder, **config):
-    """The test images of a run on a folder."""
-    loo.export(loo.init_state(CONFIG).encoder_q, run_folder)
-    config = CONFIG | dict(data="folder", root="photos", canvas=None, seed=3) | config
-    (run_folder / "config.json").write_text(json.dumps(config))
-    return eval.open_run(run_folder).split["test"].images.source
-
-
 def test_runs_of_one_split_seed_have_the_same_test_images(here):
     root, run_folder = photo_tree(here / "photos"), here / "run"
     assert loo.default_config()["split_seed"] == 0
     splits = [data.folder("val", Path("photos"), seed)[0] for seed in (0, 3)]
     assert splits[0] != splits[1]
-    assert [split_of(run_folder, seed=seed, split_seed=0) for seed in (1, 2)] == [splits[0]] * 2
-    assert split_of(run_folder) == splits[1]  # of before: by its seed
+    loo.export(loo.init_state(CONFIG).encoder_q, run_folder)
+    of_folder = CONFIG | dict(data="folder", root="photos", canvas=None)
+    # A run of before has no split_seed: its split is by its seed.
+    seeds = [(splits[0], dict(seed=seed, split_seed=0)) for seed in (1, 2)]
+    for images, given in (*seeds, (splits[1], dict(seed=3))):
+        (run_folder / "config.json").write_text(json.dumps(of_folder | given))
+        assert eval.open_run(run_folder).split["test"].images.source == images
     config = loo.default_config(data="folder", root=str(root), seed=3, split_seed=3)
     saved = {key: value for key, value in config.items() if key != "split_seed"}
     loo.check_same_config(config, saved, run_folder)
@@ -1611,10 +1518,10 @@ def test_runs_of_one_split_seed_have_the_same_test_images(here):
 
 
 def folder_of(root, **counts):
-    """Images in folders below root, x__y for x/y."""
+    """Images in folders below root, x__y for x/y; the red of image i is 30 i."""
     for name, count in counts.items():
         for i in range(count):
-            write_image(root / name.replace("__", "/") / f"{i}.png")
+            write_image(root / name.replace("__", "/") / f"{i}.png", (30 * i % 256, 0, 0))
     return root
 
 
@@ -1650,10 +1557,14 @@ REFUSED += [(dict(val__x=1, test__x=1), "train", "no folder train")]
 REFUSED += [(dict(trainA=1, trainB=1, testA=1, testB=1), "train", "two of them are one split")]
 REFUSED += [(dict(a__train__x=1, a__val__x=1), "train", "one folder further: --root=.*a")]
 REFUSED += [({".": 20, "thumbs": 3}, "train", "20 images lie beside the folders thumbs")]
+REFUSED += [(dict(train__x=1, val=1), "val", "no sub-folders; it needs those of .*train")]
+REFUSED += [(dict(train__x=1, val__y=1), "val", "y: a class that .*train does not have")]
 
 
 @pytest.mark.parametrize("counts, split, hint", REFUSED)
-def test_folders_that_could_be_read_in_two_ways_are_refused(counts, split, hint, tmp_path):
+def test_folders_that_do_not_fit_or_could_be_read_in_two_ways_are_refused(
+    counts, split, hint, tmp_path
+):
     with pytest.raises(UserError, match=hint):
         opened(folder_of(tmp_path, **counts), split)
 
@@ -1711,9 +1622,6 @@ def test_every_suffix_that_pillow_reads_is_an_image():
     assert not set(data.FORMATS) & data.NOT_IMAGES
 
 
-KINDS = ("file,split,kind,tone", "a.png,Train,x,", "b.png,test,y,1", "c.png,,x,2")
-
-
 def write_table(root, *lines, images="abcd"):
     """A folder of flat images and its labels.csv."""
     for color, name in enumerate(images):
@@ -1725,16 +1633,13 @@ def write_table(root, *lines, images="abcd"):
 def opened(root, split="train"):
     """-> the names of the files, {label: (n,) as a list}, classes."""
     found = data.open_dataset("folder", split, root=root)
-    labels = {name: y.tolist() for name, y in found.labels.items()}
-    return (
-        [path.relative_to(root).as_posix() for path in found.images.source],
-        labels,
-        found.classes,
-    )
+    files = [path.relative_to(root).as_posix() for path in found.images.source]
+    return files, {name: y.tolist() for name, y in found.labels.items()}, found.classes
 
 
 def test_a_table_gives_several_labels(tmp_path):
-    files, labels, classes = opened(write_table(tmp_path, *KINDS))
+    rows = "a.png,Train,x,", "b.png,test,y,1", "c.png,,x,2"
+    files, labels, classes = opened(write_table(tmp_path, "file,split,kind,tone", *rows))
     assert files == ["a.png", "c.png", "d.png"]  # d is not listed: it is for training
     assert labels["kind"] == [0, 0, -1]
     assert labels["tone"] == [-1, 1, -1]
@@ -1789,14 +1694,10 @@ def test_a_table_beside_class_folders_adds_labels(tmp_path):
 
 
 def test_a_table_beside_train_and_val_keeps_their_splits(tmp_path):
-    for name in ("train/x/a", "train/y/b", "val/x/c"):
-        write_image(tmp_path / f"{name}.png")
-    write_table(tmp_path, "file,kind", "train/x/a.png,1", "val/x/c.png,2", images="")
-    assert opened(tmp_path, "val") == (
-        ["val/x/c.png"],
-        {"class": [0], "kind": [1]},
-        {"class": ["x", "y"], "kind": ["1", "2"]},
-    )
+    folder_of(tmp_path, train__x=1, train__y=1, val__x=1)
+    write_table(tmp_path, "file,kind", "train/x/0.png,1", "val/x/0.png,2", images="")
+    labels, classes = {"class": [0], "kind": [1]}, {"class": ["x", "y"], "kind": ["1", "2"]}
+    assert opened(tmp_path, "val") == (["val/x/0.png"], labels, classes)
     assert data.dataset_splits("folder", tmp_path) == ("train", "val")
     with pytest.raises(UserError, match="choose one outside"):  # all of it is read
         data.forbid_inside(tmp_path / "runs", tmp_path)
@@ -1815,9 +1716,8 @@ def test_groups_stay_on_one_side(tmp_path, capsys):
     write_table(tmp_path, *lines, images="")
     assert data.dataset_splits("folder", tmp_path) == ("train", "test")
     opened(tmp_path), opened(tmp_path, "test")
-    assert capsys.readouterr().err == (
-        "warning: 1 groups in labels.csv are in more than one split, the first is g\n"
-    )
+    torn = "warning: 1 groups in labels.csv are in more than one split, the first is g\n"
+    assert capsys.readouterr().err == torn
 
 
 BAD_TABLES = [("name,kind", "line 1: expected a column file, found name, kind")]
@@ -1901,28 +1801,21 @@ def test_exif_orientation_is_honored(tmp_path):
     assert shown.getpixel((10, 35))[0] < 50
 
 
-def test_floating_point_images_are_refused_by_name(tmp_path):
-    Image.new("F", (8, 8), 0.5).save(tmp_path / "x.tif")
-    with pytest.raises(UserError, match="x.tif: .*8 or 16 bits"):
+@pytest.mark.parametrize("mode, kind", [("F", "floating point"), ("I", "32-bit integer")])
+def test_pixels_without_a_known_white_are_refused_by_name(mode, kind, tmp_path):
+    Image.new(mode, (8, 8)).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=f"x.tif: {kind} .*8 or 16 bits"):
         data.read_image([tmp_path / "x.tif"], 0)
 
 
-def test_integers_of_32_bits_are_refused_and_12_bits_named(tmp_path, capsys):
-    values, path = np.arange(256, dtype=np.int32).reshape(16, 16), tmp_path / "x.tif"
-    Image.fromarray(values).save(path)
-    with pytest.raises(UserError, match="x.tif: 32-bit integer .*8 or 16 bits"):
-        data.read_image([path], 0)
-    data.WARNED.clear()
-    for depth, said in ((16, 0), (12, 1)):
-        Image.fromarray((values << depth - 8).astype(np.uint16)).save(tmp_path / "x.png")
+def test_images_of_12_bits_are_named(tmp_path, capsys):
+    values, hot = np.arange(256).reshape(16, 16), np.zeros((64, 64))
+    hot[0, 0] = 65535  # a pixel of a camera that is always white
+    for image, said in ((values << 8, 0), (values << 4, 1), (hot, 1)):
+        data.WARNED.clear()
+        Image.fromarray(image.astype(np.uint16)).save(tmp_path / "x.png")
         data.read_image([tmp_path / "x.png"], 0)
         assert capsys.readouterr().err.count("16-bit images become almost black") == said
-    data.WARNED.clear()
-    hot = np.zeros((64, 64), np.uint16)
-    hot[0, 0] = 65535  # a pixel of a camera that is always white
-    Image.fromarray(hot).save(tmp_path / "x.png")
-    data.read_image([tmp_path / "x.png"], 0)
-    assert "16-bit images become almost black" in capsys.readouterr().err
 
 
 def test_a_tiff_of_16_bits_whose_zero_is_white_is_not_inverted(tmp_path):
@@ -1965,8 +1858,7 @@ def test_names_in_latin_1_and_broken_links_are_read_and_named(here, capsys):
     (root / "class0").rename(root / "class\udce9")
     (root / "class\udce9" / "no\udceb.png").symlink_to("nowhere")
     train = f"train --data=folder --root={root} --out={out} --cache=none --batch=8 --splits=1"
-    run(loo, f"{train} --epochs=1 {TINY}")
-    said = capsys.readouterr()
+    said = printed(capsys, loo, f"{train} --epochs=1 {TINY}")
     assert r"o\udce9: backbone.pt" in said.out
     assert "% of the images are longer than 2:1" in said.err
     with pytest.raises(SystemExit, match="^2$"):
@@ -1989,8 +1881,7 @@ def test_more_channels_than_rgb_are_refused_by_number(channels, tmp_path):
 def test_evaluations_see_the_central_crop(w, h, tmp_path):
     """Resize the short side to 32, cut out the middle 28: as everyone does."""
     image = TF.to_pil_image(smooth(h, w, coarse=(6, 6), seed=w)[0])
-    for name in ("x.png", "y.png"):
-        image.save(tmp_path / name)
+    image.save(tmp_path / "x.png")
     want = TF.center_crop(TF.resize(image, 32, TF.InterpolationMode.BICUBIC), 28)
     files = data.open_dataset("folder", "train", root=tmp_path, size=28, central=True).images
     crop, aspect, _ = files[0]
@@ -2002,8 +1893,7 @@ def test_evaluations_see_the_central_crop(w, h, tmp_path):
 def test_training_sees_the_whole_image_as_pillow_squashes_it(w, h, tmp_path):
     """torch resizes, since it is faster: the pixels are Pillow's but for rounding."""
     image = TF.to_pil_image(smooth(h, w, coarse=(6, 6), seed=w)[0])
-    for name in ("x.png", "y.png"):
-        image.save(tmp_path / name)
+    image.save(tmp_path / "x.png")
     files = data.open_dataset("folder", "train", root=tmp_path, size=32, canvas=40).images
     canvas, aspect, _ = files[0]
     want = TF.pil_to_tensor(image.resize((40, 40), Image.Resampling.BICUBIC))
@@ -2012,9 +1902,7 @@ def test_training_sees_the_whole_image_as_pillow_squashes_it(w, h, tmp_path):
 
 
 def test_a_stream_leaves_out_what_cannot_be_read(tmp_path):
-    folder = tmp_path / "train" / "a"
-    for i in range(7):
-        write_image(folder / f"{i}.png", (30 * i, 0, 0))
+    folder = folder_of(tmp_path, train__a=7) / "train" / "a"
     for i in (1, 4):
         (folder / f"{i}.png").write_bytes(b"broken")
     dataset = data.open_dataset("folder", "train", root=tmp_path)
@@ -2041,15 +1929,6 @@ def test_shares_of_a_stream_are_all_of_it():
     assert [len(rows) for rows in parts] == [4] * 5
 
 
-def test_a_killed_worker_is_one_clear_line():
-    def killed(source, i):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    files = data.ImageFiles(range(300), killed, 8)
-    with pytest.raises(UserError, match="decoding stopped .*--workers=0"):
-        list(data.iter_batches(data.ImageSet(files, None, {}, {}), workers=1))
-
-
 def test_every_core_decodes_unless_processes_share_them(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -2065,22 +1944,30 @@ def test_every_core_decodes_unless_processes_share_them(monkeypatch):
     assert asked == [(None, 2, 2)]
 
 
-def test_decoded_images_are_kept_for_the_next_run(tmp_path, monkeypatch):
-    root = tmp_path / "a"
-    for i in range(5):
-        write_image(root / f"{i}.png", (30 * i, 0, 0))
-    cached = dict(root=root, cache=tmp_path / "cache", shared=True)
-    first = load_dataset("folder", "train", **cached)
-    plain = load_dataset("folder", "train", root=root)
-    monkeypatch.setattr(data, "decode", None)  # not again
-    again = load_dataset("folder", "train", **cached)
-    for other in (plain, again):
+def test_decoded_images_are_kept_until_a_file_changes(tmp_path):
+    """From a copy elsewhere too, whatever its times: the map in the cache stays one."""
+
+    def load(root, **options):
+        return load_dataset("folder", "pretrain", root=tmp_path / root, **options)
+
+    for c, i in itertools.product("ab", range(4)):
+        write_image(tmp_path / "one" / c / f"{i}.bmp", (30 * i, 0, 0))
+    cached = dict(cache=tmp_path / "cache", shared=True)
+    plain, first = load("one"), load("one", **cached)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    with unittest.mock.patch.object(data, "decode", None):  # not again
+        again, copy = load("one", **cached), load("two", **cached)
+    assert copy.held == first.held
+    for other in (plain, again, copy):
         assert torch.equal(first.images, other.images)
         assert torch.equal(first.aspect, other.aspect)
-    # Unless a file has changed.
-    os.utime(root / f"{int(first.images[0, 0, 9, 9]) // 30}.png", (1, 1))
-    with pytest.raises(TypeError):
-        load_dataset("folder", "train", **cached)
+    changed = tmp_path / "two" / "b" / "3.bmp"  # which is for training
+    write_image(changed, (120, 0, 0))  # of the same size
+    os.utime(changed, (1, 1))
+    assert (load("two", **cached).images != plain.images).any()
+    assert len(list((tmp_path / "cache").glob("*.canvases"))) == 1
+    changed.unlink()
+    assert load("two", **cached).held != first.held
 
 
 def test_factors_are_drawn_again_alike_and_splits_are_disjoint():
@@ -2304,51 +2191,25 @@ def test_images_behind_a_link_are_the_same_images(few, tmp_path):
     assert one == same == copy != other
 
 
-def test_what_was_decoded_is_replaced_where_a_file_changed(tmp_path, monkeypatch):
-    """By a copy elsewhere too, whatever its times: the map in the cache stays one."""
-
-    def decoded(root):
-        dataset = data.open_dataset("folder", "pretrain", root=tmp_path / root, size=8)
-        return data.decode_all(dataset, 0, tmp_path / "cache", shared=True)
-
-    for c, color in (("a", GREEN), ("b", GREEN)):
-        for i in range(4):
-            write_image(tmp_path / "one" / c / f"{i}.bmp", color=color)
-    first = decoded("one")
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "decode", None)
-        assert decoded("two").held == first.held
-    for path in (tmp_path / "two").rglob("*.bmp"):
-        write_image(path, color=RED)  # of the same size
-        os.utime(path, (1, 1))
-    assert (decoded("two").images != first.images).any()
-    assert len(list((tmp_path / "cache").glob("*.canvases"))) == 1
-    next((tmp_path / "two" / "a").iterdir()).unlink()
-    assert decoded("two").held != first.held
-
-
 def test_workers_need_no_shared_memory(tmp_path, monkeypatch):
     """Docker gives 64 MB of it. A worker that is killed is named in a line."""
 
     def full(*_):
         raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
 
-    class Killed(data.ImageFiles):
-        def __getitem__(self, i):
-            os.kill(os.getpid(), signal.SIGKILL)
+    def killed(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def decoded(read):
+        files = data.ImageFiles([tmp_path / "x.png"] * 257, read, 8)
+        return data.decode_all(data.ImageSet(files, torch.ones(257), {}, {}), 1).images
 
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
     monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", full)
     write_image(tmp_path / "x.png")
-    given = [tmp_path / "x.png"] * 257, data.read_image, 8
-    for kind in (data.ImageFiles, Killed):
-        dataset = data.ImageSet(kind(*given), torch.ones(257), {}, {})
-        if kind is Killed:
-            with pytest.raises(UserError, match="decoding stopped .*--workers=0"):
-                data.decode_all(dataset, 1)
-        else:
-            assert len(data.decode_all(dataset, 1).images) == 257
+    assert len(decoded(data.read_image)) == 257
+    with pytest.raises(UserError, match="decoding stopped .*--workers=0"):
+        decoded(killed)
 
 
 @pytest.mark.parametrize("above", ["images", "objectnet-1.0/images", "."])
@@ -2428,9 +2289,7 @@ def test_noise_has_the_published_moments():
     added = data.gaussian_noise(gray, make_generator(), 0.08) - 0.5
     assert abs(added.std() - 0.08) < 0.001
     assert abs(added.mean()) < 0.001
-    counts = (
-        data.shot_noise(gray, make_generator(), 60) * 60
-    )  # Poisson: mean and variance are both 30
+    counts = data.shot_noise(gray, make_generator(), 60) * 60  # Poisson: mean and variance are 30
     assert abs(counts.mean() - 30) < 0.1
     assert abs(counts.var() - 30) < 0.5
     assert_close(counts, counts.round(), atol=1e-4, rtol=0)
@@ -2694,10 +2553,9 @@ def test_vgg_features_are_the_published_layers():
 
 def test_copies_belong_to_their_images(tmp_path):
     photos, copies = tmp_path / "photos", tmp_path / "copies"
-    for i in range(8):
-        write_image(photos / "train" / "a" / f"{i}.png", (30 * i, 0, 0))
-        for k in range(2):
-            write_image(copies / "train" / "a" / f"{i}.png.{k}.jpg", (30 * i + 7 * k, 0, 0))
+    folder_of(photos, train__a=8)
+    for i, k in itertools.product(range(8), range(2)):
+        write_image(copies / "train" / "a" / f"{i}.png.{k}.jpg", (30 * i + 7 * k, 0, 0))
     (photos / "train" / "a" / "2.png").write_bytes(b"broken")
     files = data.open_dataset("folder", "train", root=photos, size=12, canvas=12)
     inputs = "folder", files, data.decode_all(files), photos, copies, tmp_path, None, "cpu", 0
@@ -2721,15 +2579,14 @@ def test_factors_has_four_copies_of_other_textures(tmp_path, capsys):
     assert not capsys.readouterr().out
 
 
-def test_stylize_goes_on_and_training_reads_it(here, capsys, monkeypatch):
+def test_stylize_goes_on_and_training_reads_it(here, capsys):
     root, copies = photo_tree(here / "photos", each=12), here / "copies"
     stylize = "stylize --root=photos --out=copies --size=32 --copies=2 --features=random --steps=1"
     train = "train --data=folder --root=photos --groups=color,texture --textures=copies --out=run"
     train += f" --size=28 --epochs=1 --batch=16 {TINY}"
     real, threads = data.save_copy, set()
     spy = lambda *job: (threads.add(threading.current_thread()), real(*job))  # noqa: E731
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "save_copy", spy)
+    with unittest.mock.patch.object(data, "save_copy", spy):
         run(data, f"{stylize} --batch=3")
     assert threads and threading.main_thread() not in threads
     made = {path: path.read_bytes() for path in sorted(copies.rglob("*.jpg"))}
@@ -2743,8 +2600,7 @@ def test_stylize_goes_on_and_training_reads_it(here, capsys, monkeypatch):
     assert {path: path.read_bytes() for path in made} == made
     err = refused(capsys, data, f"{stylize} --strength=0.5")
     assert "copies holds copies of --strength=0.7: name another --out" in err
-    run(loo, train)
-    out = capsys.readouterr().out
+    out = printed(capsys, loo, train).out
     assert "spaces all, color, texture" in out
     assert "every view draws texture, crop, flip, color, no blur (no effect below 34" in out
     assert "1 steps are few to learn from scratch: --epochs=1000 makes 1000" in out
@@ -2752,8 +2608,7 @@ def test_stylize_goes_on_and_training_reads_it(here, capsys, monkeypatch):
     train = train.replace("photos", "moved").replace("=copies", "=other")
     shutil.move("photos", "moved")
     shutil.move("copies", "other")
-    run(loo, train)
-    assert "run is trained already" in capsys.readouterr().out
+    assert "run is trained already" in printed(capsys, loo, train).out
     assert json.loads(Path("run/config.json").read_text())["root"] == str(here / "moved")
     file, n = lost.relative_to(copies), len(made)
     write_image(here / "moved" / file.with_name(file.name.removesuffix(file.name[-6:])))
@@ -2769,11 +2624,10 @@ def test_pack_is_read_by_training_and_whole_or_not_at_all(here, capsys, monkeypa
     root = photo_tree(here / "photos", each=12)
     run(data, "pack --root=photos --size=28 --out=packed")  # by another name of the same folder
     train = f"train --data=folder --root={root} --size=28 --epochs=1 --batch=16 {TINY}"
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "decode", None)
+    with unittest.mock.patch.object(data, "decode", None):
         for cache, place in (("auto", "on disk"), ("none", "on disk"), ("host", "in memory")):
-            run(loo, f"{train} --packed=packed --cache={cache} --out={cache}")
-            assert place in capsys.readouterr().out
+            line = f"{train} --packed=packed --cache={cache} --out={cache}"
+            assert place in printed(capsys, loo, line).out
     same_run("auto", "host")
     next((here / "packed").glob("*.canvases")).unlink()  # to free the disk, say
     run(loo, f"{train} --packed=packed --out=again")
@@ -2784,31 +2638,24 @@ def test_pack_is_read_by_training_and_whole_or_not_at_all(here, capsys, monkeypa
     assert not list((here / "full").iterdir())
 
 
-def test_pack_and_train_have_one_canvas_and_an_old_run_keeps_its_own(
-    here, few, capsys, monkeypatch
-):
+def test_pack_and_train_have_one_canvas_and_an_old_run_keeps_its_own(here, few, capsys):
     imagenet_tree(here / "in", few)
-    train = (
-        f"train moco color --data=imagenet100 --root=in --arch=small --size=28 --epochs=1 {TINY}"
-    )
-    train += " --batch=32 --schedule=cosine --splits=2"
-    with monkeypatch.context() as patch:
+    train = "train moco color --data=imagenet100 --root=in --arch=small --size=28 --batch=32"
+    train += f" --epochs=1 --schedule=cosine --splits=2 {TINY}"
+    old = f"{train} --out=old"
+    with pytest.MonkeyPatch.context() as patch:
         patch.delitem(loo.RECIPES["imagenet100"], "canvas")  # as it was before
-        run(loo, f"{train} --out=old")
-    run(data, "pack --data=imagenet100 --root=in --size=28 --out=packed")
-    out, err = capsys.readouterr()
+        run(loo, old)
+    pack = "pack --data=imagenet100 --root=in --size=28 --out=packed"
+    out, err = printed(capsys, data, pack)
     assert "60 images of 48 x 48" in out
     assert re.search(r"decoded \d+ images/s", err)
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "decode", None)  # not again
+    with unittest.mock.patch.object(data, "decode", None):  # not again
         run(loo, f"{train} --out=new --packed=packed")
-    run(loo, f"{train} --out=old")
-    assert "old is trained already" in capsys.readouterr().out
+    assert "old is trained already" in printed(capsys, loo, old).out
     canvases = [json.loads(Path(x, "config.json").read_text())["canvas"] for x in ("old", "new")]
     assert canvases == [None, 48]
-    assert "--canvas=48 (the run has None)" in refused(
-        capsys, loo, f"{train} --out=old --canvas=48"
-    )
+    assert "--canvas=48 (the run has None)" in refused(capsys, loo, f"{old} --canvas=48")
 
 
 def test_what_is_written_is_not_read_as_a_class(here, capsys):
@@ -2933,7 +2780,7 @@ def test_a_number_out_of_its_range_is_one_clear_line(module, line, here, capsys)
     assert not list(here.iterdir())
 
 
-def test_a_command_goes_on_when_nobody_reads(tmp_path):
+def test_a_command_goes_on_when_nobody_reads(monkeypatch):
     """As after `| head`, or when the disk of its output is full, which it says at the end."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -2944,12 +2791,8 @@ def test_a_command_goes_on_when_nobody_reads(tmp_path):
     with open("/dev/full", "wb", buffering=0) as full:
         done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
-    assert (
-        done.stderr == "error: standard output: No space left on device; what go printed is lost\n"
-    )
-
-
-def test_a_command_goes_on_without_standard_output(monkeypatch):
+    lost = "error: standard output: No space left on device; what go printed is lost\n"
+    assert done.stderr == lost
     monkeypatch.setattr(sys, "stdout", None)  # as after >&-
     data.command_line(dict(go=lambda: print("nobody reads it")), ["go"])
 
@@ -2969,22 +2812,15 @@ def test_a_rank_without_a_number_of_processes_is_alone(monkeypatch, capsys):
     assert "this is said" in capsys.readouterr().err
 
 
-def test_a_step_of_slurm_that_is_no_number_is_none(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    for name, value in dict(JOB_ID="x", STEP_ID="batch", PROCID="0", NTASKS="2").items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    assert "RANK" not in data.launcher_environ()
-
-
 def test_a_broken_run_is_left_out_of_the_table(untrained, capsys):
     run(eval, "knn --label=hue")
     for config in ("", "[]", "{}"):
         Path("runs/other").mkdir(exist_ok=True)
         Path("runs/other/config.json").write_text(config)
-        Path("runs/other/results.jsonl").write_bytes(b'{"step": 1}\nnull\n\xff\n')
-        capsys.readouterr()
-        run(eval, "table")
-        out, err = capsys.readouterr()
+        Path("runs/other/results.jsonl").write_bytes(
+            json.dumps(RESULT).encode() + b"\nnull\n\xff\n"
+        )
+        out, err = printed(capsys, eval, "table")
         assert "runs/other: its config.json is no run's" in err
         assert "hue" in out
 
@@ -3074,13 +2910,11 @@ def test_rotated_features_are_those_of_rotated_images():
 
 
 def test_features_leave_out_what_cannot_be_read(tmp_path):
-    folder = tmp_path / "train" / "a"
-    for i in range(6):
-        write_image(folder / f"{i}.png", (40 * i, 200 - 30 * i, 0), side=40)
+    folder_of(tmp_path, train__a=6)
     dataset = data.open_dataset("folder", "train", root=tmp_path, size=32, central=True)
     encoder = loo.Encoder("small", spaces=2, hidden=16, dim=8).eval()
     v, z, rows = eval.features(encoder, dataset, turns=(0, 1))
-    (folder / "2.png").write_bytes(b"broken")
+    (tmp_path / "train" / "a" / "2.png").write_bytes(b"broken")
     v_left, z_left, rows_left = eval.features(encoder, dataset, turns=(0, 1))
     assert rows.tolist() == list(range(6))
     assert rows_left.tolist() == [0, 1, 3, 4, 5]
@@ -3163,6 +2997,9 @@ def test_shots_are_drawn_per_class_and_trial():
     assert trials[0].tolist() != trials[1].tolist()
     with pytest.raises(UserError, match="hue blue has only 14"):
         eval.sample_shots(y[:59], 4, 16, 1, 0, "hue", ("red", "tan", "gray", "blue"))
+    gaps = torch.arange(40) % 4 - 1  # of four classes, the last has no image
+    trials = eval.sample_shots(gaps, 4, 5, 2, seed=0)
+    assert [torch.bincount(gaps[rows]).tolist() for rows in trials] == [[5, 5, 5]] * 2
 
 
 def test_knn_is_a_naive_loop():
@@ -3208,23 +3045,15 @@ def test_images_without_the_label_do_not_count():
     assert torch.equal(eval.label_share(y, near), (y[near] == y[:, None]).double().mean(1) * 100)
 
 
-def test_shots_leave_out_a_class_without_images():
-    y = torch.arange(40) % 4 - 1  # of four classes, the last has none
-    rows = eval.sample_shots(y, 4, 5, 2, seed=0)
-    assert [torch.bincount(y[drawn]).tolist() for drawn in rows] == [[5, 5, 5]] * 2
-
-
 def test_interval_is_students():
     assert eval.t_ci95([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-3)
     assert eval.t_ci95([5.0]) == math.inf
     assert eval.t_ci95([93.1] * 3) == math.inf  # they do not say how far others are apart
     assert eval.compare([5.0, 5.0], 0, 1)[::2] == ("cannot tell", "+5.0 (2 of 2 seeds)")
     assert eval.t_ci95([1.0, 2.0, 3.0], of=5) == pytest.approx(9.924843 / math.sqrt(3), rel=1e-3)
-    # From tables.
-    assert eval.t_quantile(4, 0.005) == pytest.approx(4.604095, rel=1e-3)
-    assert eval.t_quantile(4, 0.001) == pytest.approx(7.173182, rel=1e-3)
-    assert eval.t_quantile(2, 0.005) == pytest.approx(9.924843, rel=1e-3)
-    assert eval.t_quantile(1, 0.0005) == pytest.approx(636.6192, rel=1e-3)
+    tables = {(4, 0.005): 4.604095, (4, 0.001): 7.173182, (2, 0.005): 9.924843}
+    for given, t in (tables | {(1, 0.0005): 636.6192}).items():
+        assert eval.t_quantile(*given) == pytest.approx(t, rel=1e-3)
 
 
 @pytest.mark.parametrize("right, n", [(6, 6), (1, 1), (0, 9), (19, 20), (200, 200), (95, 100)])
@@ -3304,7 +3133,7 @@ def test_train_then_evaluate(method, here, capsys):
     run(loo, f"train --method={method} --epochs=2 --out=run {SMALL}")
     files = {"config.json", "log.jsonl", "views.png", "checkpoint.pt", "backbone.pt", "heads.pt"}
     files.add("curves.png")
-    assert {path.name for path in (here / "run").iterdir()} - {"checkpoint.old.pt"} == files
+    assert {*os.listdir("run")} - {"checkpoint.old.pt"} == files
     log = loo.read_jsonl(here / "run" / "log.jsonl")
     assert [line["step"] for line in log] == list(range(1, 9))
     assert len(log[0]["loss"]) == (3 if "looc" in method else 1)
@@ -3322,8 +3151,7 @@ def test_train_then_evaluate(method, here, capsys):
     assert [(line["task"], line["label"], line["shots"]) for line in found[:5]] == first
     assert all(0 <= line["top1"] <= 100 for line in found)
     assert {(line["method"], *line["groups"]) for line in found} == {(method, *GROUPS)}
-    run(eval, "table --runs=run")
-    assert method in capsys.readouterr().out
+    assert method in printed(capsys, eval, "table --runs=run").out
 
 
 def test_papers_protocol(untrained, capsys, monkeypatch):
@@ -3378,8 +3206,7 @@ def test_what_cannot_be_kept_does_not_end_an_evaluation(untrained, capsys, monke
     (latest / "features").write_text("")
     (latest / "results.jsonl").mkdir()
     monkeypatch.setattr(eval, "save_neighbors", disk_is_full)
-    run(eval, "retrieve --label=object,hue --queries=2")
-    out, err = capsys.readouterr()
+    out, err = printed(capsys, eval, "retrieve --label=object,hue --queries=2")
     assert "| object |" in out and "| hue |" in out
     features, lines, image = err.splitlines()
     assert f"warning: the features in {latest}/features cannot be kept: " in features
@@ -3401,14 +3228,6 @@ def test_linear_heads_train_and_have_no_hidden_layer(here, capsys):
     assert "linear" in refused(capsys, eval, "spaces --layer=hidden")
 
 
-@pytest.fixture
-def photos_to_embed(untrained):
-    """Nested and flat images, one of which is broken."""
-    photo_tree(untrained / "photos", 2, 3)
-    write_image(untrained / "photos" / "flat.png")
-    (untrained / "photos" / "broken.jpg").write_bytes(b"broken")
-
-
 def read_embedded(path):
     """What `embed` wrote -> files, features (n d), the other columns."""
     if path.endswith(".csv"):
@@ -3422,10 +3241,11 @@ def read_embedded(path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "npz", "pt"])
-def test_embed_gives_what_the_encoder_gives(kind, photos_to_embed, capsys):
+def test_embed_gives_what_the_encoder_gives(kind, untrained, capsys):
+    write_image(photo_tree(untrained / "photos", 2, 3) / "flat.png")
+    Path("photos/broken.jpg").write_bytes(b"broken")
     Path("photos/notes.txt").touch()
-    run(eval, f"embed --root=photos --out=x.{kind}")
-    warnings = capsys.readouterr().err
+    warnings = printed(capsys, eval, f"embed --root=photos --out=x.{kind}").err
     assert "unreadable: photos/broken.jpg" in warnings
     assert "left out: 1 files (1 .txt), the first is photos/notes.txt" in warnings
     files, features, _ = read_embedded(f"x.{kind}")
@@ -3441,24 +3261,18 @@ def test_embed_gives_what_the_encoder_gives(kind, photos_to_embed, capsys):
 
 def test_a_kept_classifier_classifies_new_images(untrained, capsys):
     photo_tree(untrained / "more", 2, 15)
-    where = "--data=folder --root=more"
-    run(eval, f"linear {where} --save=head.pt --per_class --json")
+    run(eval, "linear --data=folder --root=more --save=head.pt --per_class --json")
     line = results(Path())[0]
     assert sum(row["n_test"] for row in line["per_class"]) == line["n_test"]
     run(eval, "embed --root=more --classify=head.pt --out=x.csv")
     files, _, columns = read_embedded("x.csv")
     chosen = dict(zip(files, columns["class"]))
-    test = data.open_dataset("folder", "val", root="more")
-    right = [
-        chosen[path.relative_to("more").as_posix()] == path.parent.name
-        for path in test.images.source
-    ]
+    right = [chosen[file] == file.split("/")[0] for file in opened(Path("more"), "val")[0]]
     assert np.mean(right) * 100 == pytest.approx(line["top1"])
     assert all(0.5 <= float(p) <= 1 for p in columns["probability"])
     backbone = torch.load("runs/latest/backbone.pt")
     torch.save(backbone | {"conv1.weight": backbone["conv1.weight"] + 1}, "runs/latest/backbone.pt")
-    again = "embed --root=more --classify=head.pt"
-    assert "was trained on --run=" in refused(capsys, eval, again)
+    assert "was trained on --run=" in refused(capsys, eval, "embed --root=more --classify=head.pt")
 
 
 def test_papers_transfer_tasks_run(untrained, few):
@@ -3474,11 +3288,8 @@ def test_papers_transfer_tasks_run(untrained, few):
 
 def test_every_task_runs_on_imagenet100(untrained, few, capsys):
     imagenet_tree(untrained / "in", few)
-    for category, names in data.IMAGENETC.items():
-        for name, severity in itertools.product(names, map(str, range(1, 6))):
-            for i, wnid in enumerate(["n09999999", *few]):
-                path = untrained / "c" / category / name / severity / wnid / f"{i}.JPEG"
-                write_image(path, (40 * int(severity), 10 * i, 0))
+    for cell, (i, wnid) in itertools.product(data.CORRUPTED, enumerate(["n09999999", *few])):
+        write_image(untrained / "c" / cell / wnid / f"{i}.JPEG", (40 * int(cell[-1]), 10 * i, 0))
     for name in data.OBJECTNET13:
         write_image(untrained / "on" / "images" / name / "1.png", border=RED)
     tasks = ["linear", "rotation", "knn --neighbours=3", "spaces --layer=output"]
@@ -3494,8 +3305,7 @@ def test_every_task_runs_on_imagenet100(untrained, few, capsys):
     assert on["objectnet13"]["n_test"] == 13
     assert on["objectnet13"]["top1"] <= on["objectnet13, of its 13"]["top1"]
     assert (on["fog"]["n_test"], on["fog"]["protocol"]) == (15, "folder")
-    run(eval, "table --paper")
-    table = capsys.readouterr().out
+    table = printed(capsys, eval, "table --paper").out
     assert "| MoCo + rotation | 43.3 | - | 79.4 | - |" in table
     assert "| LooC + rotation | 65.2* | - | 80.2* | - |" in table
     assert table.count("Table") == 5
@@ -3533,8 +3343,7 @@ def test_spaces_give_a_verdict(untrained, capsys, monkeypatch):
     v = F.one_hot(y, 4).float()
     known_spaces = {"all": blind, "color": v, "rotation": blind.roll(1, 0)}
     monkeypatch.setattr(eval, "space_features", lambda *_: (known_spaces, {"hue": y}))
-    run(eval, "spaces --label=hue")
-    out = capsys.readouterr().out
+    out = printed(capsys, eval, "spaces --label=hue").out
     rows = {line["feature"]: line for line in results(untrained)}
     gain = rows["all+color+rotation"]["top1"] - rows["all+rotation"]["top1"]
     assert f"hue wants color ({gain:+.1f}" in out
@@ -3575,9 +3384,8 @@ def test_retrieve_shows_the_classes_that_are_named(untrained, monkeypatch, capsy
     names = data.factors("test").classes["object"]
     assert [names[int(objects[i])] for i in shown[0]] == ["tree", "cup", "tree"]
     assert shown[0][0] != shown[0][2]
-    assert "--classes=xylophone: 0 test images" in refused(
-        capsys, eval, "retrieve --classes=xylophone"
-    )
+    err = refused(capsys, eval, "retrieve --classes=xylophone")
+    assert "--classes=xylophone: 0 test images" in err
 
 
 def test_retrieve_queries_only_images_that_can_be_read(here, capsys):
@@ -3631,27 +3439,24 @@ def test_every_task_takes_the_images_that_have_the_label(untrained, capsys, monk
     monkeypatch.setattr(data, "factors", functools.partial(gaps, data.factors))
     titles = []
     monkeypatch.setattr(eval, "image_grid", lambda _, names, *rest, **zoom: titles.extend(names))
-    run(eval, "linear --label=hue")
-    run(eval, "knn")
-    run(eval, "fewshot --label=hue --shots=2 --trials=2")
-    run(eval, "spaces --label=hue")
-    run(eval, "robust --label=hue --pictures=5")
+    tasks = ["knn", "linear --label=hue", "spaces --label=hue", "robust --label=hue --pictures=5"]
+    for line in (*tasks, "fewshot --label=hue --shots=2 --trials=2"):
+        run(eval, line)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run(eval, "robust --label=hue --pictures=1")
     assert "these test images have no hue" in capsys.readouterr().err
     run(eval, "retrieve --label=hue --queries=32")
-    counts = {
-        split: int((data.factors(split).labels["hue"] >= 0).sum()) for split in ("train", "test")
-    }
+    known = [data.factors(split).labels["hue"] >= 0 for split in ("train", "test")]
+    n_train, n_test = (int(labeled.sum()) for labeled in known)
     found = results(untrained)
     hue = [line for line in found if line["label"] == "hue"]
     trained = [line for line in hue if line["task"] in ("linear", "knn", "spaces", "robust")]
-    assert {line["n_train"] for line in trained} == {counts["train"]}
+    assert {line["n_train"] for line in trained} == {n_train}
     corrupted = [line for line in hue if line["task"] == "robust" and line["on"] in eval.SUMMARIES]
     assert {line["n_test"] for line in corrupted} == {3}
     others = [line for line in hue if line["task"] in ("linear", "knn", "fewshot", "spaces")]
-    assert {line["n_test"] for line in others} == {counts["test"]}
+    assert {line["n_test"] for line in others} == {n_test}
     assert "" in titles and set(titles) - {""}
     titles.clear()
     run(eval, "retrieve --label=object,hue --queries=32")
@@ -3670,10 +3475,9 @@ def test_every_task_takes_the_images_that_have_the_label(untrained, capsys, monk
 
     monkeypatch.setattr(data, "factors", fewer)
     run(eval, "knn --label=hue")
-    first, second = [
-        x["top1"] for x in results(untrained) if (x["task"], x["label"]) == ("knn", "hue")
-    ]
-    assert first == pytest.approx(second)
+    again = results(untrained)[-1]
+    first = next(line for line in hue if line["task"] == "knn")
+    assert first["top1"] == pytest.approx(again["top1"])
 
 
 def test_papers_protocol_takes_the_images_that_have_the_label(untrained, monkeypatch):
@@ -3696,16 +3500,13 @@ def write_run(folder, config, *lines):
     (folder / "results.jsonl").write_text(to_jsonl(RESULT | line for line in lines))
 
 
-OTHER_PROTOCOLS = [("fewshot", "adam", "v", "50.0 (fast)"), ("fewshot", "paper", "v", "50.0")]
-OTHER_PROTOCOLS += [
-    ("robust", "folder", "v", "50.0 (fast)"),
-    ("linear", "fast", "v", "50.0 (fast)"),
-]
-OTHER_PROTOCOLS += [("robust", "generated", "v", "50.0 (fast, generated)")]
-OTHER_PROTOCOLS += [("spaces", "fast", "all+color", "50.0 (fast)")]
+PROTOCOLS = [("fewshot", "adam", "v", "50.0 (fast)"), ("fewshot", "paper", "v", "50.0")]
+PROTOCOLS += [("robust", "folder", "v", "50.0 (fast)"), ("linear", "fast", "v", "50.0 (fast)")]
+PROTOCOLS += [("robust", "generated", "v", "50.0 (fast, generated)")]
+PROTOCOLS += [("spaces", "fast", "all+color", "50.0 (fast)")]
 
 
-@pytest.mark.parametrize("task, protocol, feature, cell", OTHER_PROTOCOLS)
+@pytest.mark.parametrize("task, protocol, feature, cell", PROTOCOLS)
 def test_what_is_not_the_papers_protocol_is_marked(task, protocol, feature, cell, monkeypatch):
     line = RESULT | dict(task=task, protocol=protocol, feature=feature)
     monkeypatch.setitem(eval.COLUMNS, "hue", (task, "factors", "hue", None, None, "top1"))
@@ -3717,8 +3518,7 @@ def test_table_keeps_folders_apart(here, capsys):
     x, y = (dict(data="folder", label="class", root=root) for root in ("x", "y"))
     write_run(here / "a", x, x | dict(top1=11.0))
     write_run(here / "b", y, y | dict(top1=22.0), x | dict(top1=33.0))
-    run(eval, "table --runs=a,b")
-    out = capsys.readouterr().out
+    out = printed(capsys, eval, "table --runs=a,b").out
     assert "| looc | color | v | root x | 1 | 11.0 | - |" in out
     assert "| looc | color | v | root y | 1 | 22.0 | 33.0 |" in out
     assert "linear class on folder x" in out
@@ -3729,15 +3529,11 @@ def test_table_names_a_run_that_another_hides(here, capsys):
     for name, top1 in (("a,b", 11.0), ("c[1]", 22.0), ("d", 33.0)):
         write_run(here / name, dict(data="factors", root=None), dict(top1=top1))
         os.utime(here / name / "results.jsonl", (top1, top1))
-    run(eval, "table --runs=a,b,c[1]")
-    out, err = capsys.readouterr()
+    out, err = printed(capsys, eval, "table --runs=a,b,c[1]")
     assert "| 1 | 22.0 |" in out
-    assert err == (
-        f"warning: {here}/a,b and {here}/c[1] have the same settings and seed: "
-        "the table shows the second\n"
-    )
-    run(eval, "table --runs=[d]")
-    assert "| 1 | 33.0 |" in capsys.readouterr().out
+    why = "have the same settings and seed: the table shows the second"
+    assert err == f"warning: {here}/a,b and {here}/c[1] {why}\n"
+    assert "| 1 | 33.0 |" in printed(capsys, eval, "table --runs=[d]").out
 
 
 def test_table_knows_a_folder_by_its_images(here, capsys):
@@ -3746,15 +3542,12 @@ def test_table_knows_a_folder_by_its_images(here, capsys):
         images = dict(data="folder", root=root, held={"root": [9, mark]}, seed=seed)
         line = dict(data="folder", label="class", root=root, images=mark, top1=seed + 1.0)
         write_run(here / f"run{seed}", images, line)
-    run(eval, "table --runs=run0,run1")
-    head, _, row = capsys.readouterr().out.splitlines()
+    head, _, row = printed(capsys, eval, "table --runs=run0,run1").out.splitlines()
     assert head.count("linear") == 1
     assert row.startswith("| looc | color | v |  | 2 | 1.5 +- ")
-    run(eval, "table --runs=run1,run2")
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert rows == ["| looc | color | v | root y | 1 | 2.0 |"] + [
-        "| looc | color | v | root y (more) | 1 | 3.0 |"
-    ]
+    _, _, one, more = printed(capsys, eval, "table --runs=run1,run2").out.splitlines()
+    assert one == "| looc | color | v | root y | 1 | 2.0 |"
+    assert more == "| looc | color | v | root y (more) | 1 | 3.0 |"
 
 
 def test_table_names_what_was_trained_unlike(here, capsys):
@@ -3763,8 +3556,8 @@ def test_table_names_what_was_trained_unlike(here, capsys):
     for name, label, count in (("a", "hue", 3), ("b", "object", 3), ("c", "object", 2)):
         always = ["crop", "flip", "blur"][:count]
         write_run(here / name, dict(same, label=label, always=always), same)
-    run(eval, "table --runs=a,b,c")
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    lines = printed(capsys, eval, "table --runs=a,b,c").out.splitlines()[2:]
+    rows = [line.split(" | ") for line in lines]
     hue, *both = [(row[0], row[3], row[4]) for row in rows]
     assert hue == ("| supervised (hue)", "always default", "1")
     assert both[0] == ("| supervised (object)", "always default", "1")
@@ -3787,8 +3580,7 @@ def test_curves_lay_runs_side_by_side(here, capsys, monkeypatch):
     (here / "runs" / "latest").symlink_to("b")
     drawn, draw = [], data.draw_curves
     monkeypatch.setattr(eval, "draw_curves", lambda *given: drawn.append(given) or draw(*given))
-    run(eval, "curves --out=x.png")
-    out, err = capsys.readouterr()
+    out, err = printed(capsys, eval, "curves --out=x.png")
     assert out == "wrote x.png\n"
     assert "line 2 is not whole" in err
     assert "runs/broken: its config.json is no run's (it lacks method, groups, batch)" in err
@@ -3822,19 +3614,13 @@ def tables_on_factors():
 def test_claims_on_other_images_keep_what_can_be_said_there():
     labels = eval.parse_labels("folder", ["hue=tone", "object=kind"])
     tables = eval.claimed_tables("folder", labels)
-    columns = [list(columns) for _, _, columns, _ in tables]
-    assert columns == [
-        ["rotation", "kind"],
-        ["tone", "rotation", "kind"],
-        ["kind", "tone", "rotation"],
-    ]
+    columns = [" ".join(columns) for _, _, columns, _ in tables]
+    assert columns == ["rotation kind", "tone rotation kind", "kind tone rotation"]
     assert tables[1][2]["tone"] == ("linear", "folder", "tone", None, None, "top1")
     said = {claim: comparisons for *_, claims in tables for claim, comparisons in claims.items()}
-    row = "LooC (color, rotation)"
-    assert said["LooC beats MoCo with the same groups, without losing kind"] == [
-        (row, ">", ["MoCo (color, rotation)"], ["tone", "rotation"]),
-        (row, ">=", ["MoCo (color, rotation)"], ["kind"]),
-    ]
+    looc, moco = "LooC (color, rotation)", ["MoCo (color, rotation)"]
+    wanted = [(looc, ">", moco, ["tone", "rotation"]), (looc, ">=", moco, ["kind"])]
+    assert said["LooC beats MoCo with the same groups, without losing kind"] == wanted
     assert not any("texture" in str(rows) or "MoCo (all)" in rows for _, rows, *_ in tables)
     assert len(said) == 8
     everything = eval.wanted_cells(tables)
@@ -3850,8 +3636,7 @@ def test_claims_on_other_images_name_their_labels(here, capsys):
     assert "another data set" in refused(capsys, eval, "claims --labels=object=kind")
     assert "reads no folder" in refused(capsys, eval, "claims --root=.")
     assert "needs --root" in refused(capsys, eval, "claims --data=folder --labels=object=kind")
-    for name in ("a/x.png", "b/y.png"):
-        write_image(here / "emoji" / name, (200, 0, 0))
+    folder_of(here / "emoji", a=1, b=1)
     assert "--labels=kind" in refused(capsys, eval, f"{there} --labels=object=kind")
     assert not Path("runs").exists()
 
@@ -3960,8 +3745,8 @@ def known_results():
 def test_claims_print_what_the_results_hold(here, capsys):
     lines = known_results()
     Path("all.jsonl").write_text(to_jsonl(lines))
-    run(eval, "claims --results=all.jsonl --first=1 --seeds=2")
-    out = capsys.readouterr().out
+    command = "claims --results=all.jsonl --first=1 --seeds=2"
+    out = printed(capsys, eval, command).out
     half = 12.7062 * math.sqrt(0.5) / math.sqrt(2)
     assert f"| LooC (color) | 2 | {41.5 + 7 * len('hue') % 13:.1f} +- {half:.1f} |" in out
     assert "| MoCo (color) | 2 |" in out
@@ -3976,8 +3761,7 @@ def test_claims_print_what_the_results_hold(here, capsys):
     # A cell may be missing.
     some = (line for line in lines if (line["seed"], line["label"]) != (2, "hue"))
     Path("all.jsonl").write_text(to_jsonl(some))
-    run(eval, "claims --results=all.jsonl --first=1 --seeds=2")
-    assert "| LooC (color) | 1 to 2 |" in capsys.readouterr().out
+    assert "| LooC (color) | 1 to 2 |" in printed(capsys, eval, command).out
     for flag in ("--results=none.jsonl", "--budget=tiny", "--seeds=0"):
         refused(capsys, eval, f"claims {flag}")
 
@@ -4002,13 +3786,9 @@ def test_claims_from_training_to_tables(here, monkeypatch, capsys):
             done.append(words[0])
             run({"loo.py": loo, "eval.py": eval}[script], shlex.join(words))
 
-    def fail(chains):
-        raise UserError("one failed")
-
     monkeypatch.setattr(eval, "run_all", run_here)
-    run(eval, "claims --seeds=1 --out=claims")
+    out = printed(capsys, eval, "claims --seeds=1 --out=claims").out.split("Table 1", 1)[1]
     assert sorted(done) == ["fewshot", "linear", "robust", "rotation", "spaces", "train", "train"]
-    out = capsys.readouterr().out.split("Table 1", 1)[1]
     assert " - |" not in out
     assert out.count("| 1 |") == 6
     run(eval, "claims --seeds=1 --out=claims")
@@ -4018,6 +3798,7 @@ def test_claims_from_training_to_tables(here, monkeypatch, capsys):
     assert aside.name == "moco-color-31.1"
     missing = eval.missing_commands(Path("claims/small"), (31,), tiny, tables_on_factors())
     assert [len(chain) for chain in missing] == [5, 0]
+    fail = unittest.mock.Mock(side_effect=UserError("one failed"))
     monkeypatch.setattr(eval, "run_all", fail)
     with pytest.raises(UserError, match="one failed"):  # not "no results of these seeds"
         eval.claims(seeds=1, first=41, out="claims")
