@@ -155,6 +155,7 @@ def open_dataset(
     split_seed: of the folder's own split. whole=False accepts an incomplete published set.
     Raises UserError when the data is not there."""
     source = DATASETS[check_choice("data", name, DATASETS)]
+    check_choice("split", split, (*(source.splits or SPLIT), "pretrain", "viewpoint"))
     if split == "pretrain" and split not in source.splits:
         split = "train"
     if name == "factors":
@@ -195,8 +196,6 @@ def dataset_splits(name, root=None, split_seed=0):
     else:
         found = split_folders(root) or ("train", "val")
     others = tuple(split for split in ("val", "test") if split in found)
-    if not others:
-        raise UserError(f"{root} has images to train on alone: evaluations need val or test too")
     return ("train", *others)
 
 
@@ -323,6 +322,7 @@ def split_and_rest(name):
     """The split that a folder's name means, or None; its other words: "test", "seg" of segTest."""
     if split_of(name):
         return split_of(name), ""
+    name = re.sub(r"(?i)(train|test)(?![a-z])", r" \1", name)  # of xtrain and xtest
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)
     for i, word in enumerate(words):
         if split_of(word):
@@ -356,8 +356,9 @@ def folder(split, root, seed=0):
             raise UserError(f"{problem}; add it there, or list all images in {TABLE}")
     if classes and not here:
         raise UserError(f"{top}: no sub-folders; it needs those of {train}, one for each class")
-    if len(here) == 1 and len(split_folders(top / here[0])) > 1:
-        raise UserError(f"{top}: its splits are one folder further: --root={top / here[0]}")
+    for place in (top, *(top / name for name in here[:3])):
+        if place not in splits.values() and len(split_folders(place)) > 1:
+            raise UserError(f"{top}: its splits are one folder further: --root={place}")
     inner = sub_folders(top / here[0]) if len(here) == 1 else []
     if len(inner) > 1:
         hint = f"if its {len(inner)} folders are classes, --root={top / here[0]}"
@@ -424,7 +425,8 @@ def hashed_split(key, seed):
 
 TABLE = "labels.csv"  # at the top of a folder: a row for each image, a column for each label
 # how people spell the splits, as in Training, valid, test_set or train2017
-SPLITS = {"train": "train(ing)?", "val": "val(id(ation)?)?|dev|eval(uation)?", "test": "test(ing)?"}
+SPLITS = {"train": "train(ing|val)?", "val": "val(id(ation)?)?|dev|eval(uation)?"}
+SPLITS["test"] = "test(ing)?"
 
 
 def split_of(word):
@@ -544,8 +546,8 @@ def from_torchvision(name, split, root, download):
     kind = getattr(torchvision.datasets, source.torchvision)
     try:
         found = kind(root, download=download, **arguments)
-    except (RuntimeError, OSError) as error:
-        problem = f"not found under {root} ({first_line(error)})"
+    except Exception as error:  # a broken file raises various kinds
+        problem = f"not found, or not whole, under {root} ({first_line(error)})"
         raise UserError(f"--data={name}: {problem}: use --root=DIR or --download") from None
     labels = next(getattr(found, a) for a in ("targets", "labels", "_labels") if hasattr(found, a))
     labels = torch.as_tensor(labels).long()
@@ -607,11 +609,17 @@ def tiff_channels(path):
 
 def to_rgb(image):
     """A PIL image of any mode -> RGB, with its EXIF orientation applied, transparency on white."""
-    deep = image.mode == "I" or ";16" in str(getattr(image, "tile", "")[:1])  # 16 bits a channel
+    stored = str(getattr(image, "tile", "")[:1])
+    deep = image.mode.startswith("I") or ";16" in stored  # more than 8 bits a channel
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floating point" if image.mode == "F" else "32-bit integer"
         raise ValueError(f"{kind} pixels have no known white: save it with 8 or 16 bits")
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()  # what fails after it is in the tags
+    with contextlib.suppress(Exception):  # an orientation that cannot be read
+        ImageOps.exif_transpose(image, in_place=True)
+    for depth, step in (("L;2", 85), ("L;4", 17)):  # Pillow scales the pixels alone
+        if depth in stored and "transparency" in image.info:
+            image.info["transparency"] *= step
     clear = image.info.get("transparency")
     if image.mode.startswith("I"):  # convert() would clip, not scale
         shades = [value // 256 for value in range(1 << 16)]
@@ -676,6 +684,8 @@ def central_crops(paths, size):
 
     UserError names a file that cannot be read."""
     check_tuples(paths=paths)
+    if not len(paths):
+        raise UserError("paths is empty: expected the paths of images")
     images, _, errors = zip(*central_files(paths, size))
     if problem := next(filter(None, errors), None):
         raise UserError(problem)
@@ -698,7 +708,7 @@ def decoding_workers(asked, batches, processes=1):
     if asked is None:
         own = hasattr(os, "sched_getaffinity")  # SLURM, for one, gives a job some of the cores
         cores = len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1
-        sharing = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        sharing = min(processes, environ_count("LOCAL_WORLD_SIZE", 1))
         asked = min(32, max(1, cores // sharing))
     return min(asked, batches)
 
@@ -759,7 +769,8 @@ def decode_all(dataset, workers=None, cache=None, shared=False):
     n, side = len(dataset.images), dataset.images.side
     shape, mark = (n, 3, side, side), fingerprint(dataset)
     size = math.prod(shape)
-    name = hashlib.sha1(repr((mark, side, dataset.images.share)).encode()).hexdigest()[:16]
+    key = repr((mark, side, dataset.images.share)) + os.environ.get("LOOC_MEGAPIXELS", "")
+    name = hashlib.sha1(key.encode()).hexdigest()[:16]
     path = Path(cache) / f"{name}.canvases" if cache else None
     if not cache or (size <= 4 << 30 and not shared and not path.exists()):
         images = torch.empty(shape, dtype=torch.uint8)
@@ -772,8 +783,11 @@ def decode_all(dataset, workers=None, cache=None, shared=False):
             read = decode(dataset, map_file(file.name, *shape), workers)
             write_tensors(index, (*read, times))
 
-        whole = index.exists() and path.exists() and path.stat().st_size == size
-        if not whole or not torch.equal(read_tensors(index)[2], times):
+        then = None
+        with contextlib.suppress(UserError):  # not there, or not whole
+            *_, then = read_tensors(index)
+        whole = path.exists() and path.stat().st_size == size and then is not None
+        if not whole or not torch.equal(then, times):
             print(f"decoding {n} images, once: {path}", file=sys.stderr, flush=True)
             with contextlib.suppress(OSError):  # not there, or on a read-only disk
                 path.unlink()
@@ -1598,10 +1612,10 @@ def style_features(name, device):
         return random_features, "random"
     try:
         net = torchvision.models.vgg19(weights="DEFAULT")
-    except OSError as error:  # URLError is one
+    except Exception as error:  # offline, or a file that was cut short
         if name == "auto":
             return random_features, "random"
-        problem = f"the weights of VGG-19 cannot be downloaded ({error})"
+        problem = f"the weights of VGG-19 cannot be had ({first_line(error)})"
         raise UserError(f"{problem}: --features=random needs none") from None
     return functools.partial(vgg_features, net.eval().requires_grad_(False).to(device)), "vgg19"
 
@@ -1771,7 +1785,7 @@ def stylize(
     check_same_copies(Path(out) / ".stylize.json", settings | dict(seed=seed), out)
     print(f"{total - n} of {total} copies are there", end="; ")
     print(f"styles from {styles or 'code'}, features {name}, {device}", flush=True)
-    begun, shown = time.perf_counter(), 0
+    begun, shown, unread = time.perf_counter(), 0, 0
     with ThreadPoolExecutor() as pool:
         for start in range(0, n, batch):
             rows, paths = zip(*jobs[start : start + batch])
@@ -1780,6 +1794,7 @@ def stylize(
             content, style = (torch.stack(x).to(device) for x in (canvases, style))
             done = style_transfer(content / 255, style, features, steps, strength=strength)
             for error in filter(None, errors):
+                unread += 1
                 print(f"warning: unreadable: {error}", file=sys.stderr)
             made = zip(paths, to_uint8(done).cpu(), aspects, errors)
             saving = [pool.submit(save_copy, *copy) for *copy, error in made if not error]
@@ -1791,14 +1806,16 @@ def stylize(
                 rate = end / (time.perf_counter() - begun)
                 left = (n - end) / rate / 60
                 print(f"{end}/{n}  {rate:.1f} images/s  {left:.0f} minutes left", flush=True)
+    if n and unread == n:
+        raise UserError(f"none of the images of these {n} copies can be read")
     print(f"wrote {out}; train with --groups=color,rotation,texture --textures={out}")
 
 
 def check_same_copies(path, settings, out):
     """UserError where copies of other settings, which the file `path` keeps, are in the folder."""
     then = {}
-    with contextlib.suppress(OSError, ValueError):
-        then = json.loads(path.read_text())
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        then = dict(json.loads(path.read_text()))
     other = [f"--{k}={then[k]}" for k, v in settings.items() if then.get(k, v) != v]
     if other:
         raise UserError(f"{out} holds copies of {', '.join(other)}: name another --out")
@@ -2163,7 +2180,7 @@ def parse_words(function, words):
             raise UserError(f"--{name}: {function.__name__} has no such flag; {hint.strip()}")
         following = "--" if equals or not words else words[0]
         if name in switches and following.lower() not in ("true", "false"):
-            value = value or "true"
+            value = value if equals else "true"
         elif not following.startswith("--"):
             value = words.pop(0)
         elif not equals:
@@ -2342,14 +2359,16 @@ RUN_FILES = {"backbone.pt", "heads.pt", "checkpoint.pt", "config.json", "log.jso
 RUN_FILES |= {"results.jsonl", TABLE}
 
 
-def check_user_out(path):
-    """`check_out`, and UserError where a run's file, a table or no PNG image would be replaced."""
+def check_user_out(path, suffixes=(".png",)):
+    """`check_out`, and UserError where a run's file or a table would be replaced.
+
+    suffixes: how the name must end, so that no other file is replaced; () for any name."""
     check_out(path)
     path = Path(path)
     if path.name in RUN_FILES and path.exists():
         raise UserError(f"{path} belongs to a run or a data set: name another file")
-    if path.suffix.lower() in SUFFIXES - {".png"}:
-        raise UserError(f"{path} would be a PNG: give it a name that ends in .png")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UserError(f"--out={path}: expected a file that ends in {', '.join(suffixes)}")
 
 
 def write_atomic(path, content, keep=None, size=None):

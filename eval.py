@@ -126,6 +126,8 @@ def open_run(
         root = config["root"]
     split_seed = config.get("split_seed", config["seed"])  # a run of before: split by its seed
     splits = dataset_splits(name, root, split_seed)
+    if splits == ("train",):
+        raise UserError(f"{root} has images to train on alone: evaluations need val or test too")
     if "train" not in splits:
         raise UserError(f"--data={name} has no training split; `robust --data=imagenet100` uses it")
     settings = dict(size=config["size"], canvas=config["canvas"], split_seed=split_seed)
@@ -208,6 +210,7 @@ def cached_features(ctx, split, turns=(0,)):
     dataset = ctx.split[split]
     times = file_stats(dataset, "st_mtime_ns")
     key = repr(((ctx.data, hash_weights(ctx.run)), split, turns, fingerprint(dataset)))
+    key += os.environ.get("LOOC_MEGAPIXELS", "")
     name = hashlib.sha1(key.encode()).hexdigest()[:16]
     path = ctx.run / "features" / f"{ctx.data}-{split}-{name}.pt"
     then = None
@@ -695,7 +698,9 @@ def linear(
     if save and len(labels) > 1:
         raise UserError(f"--save={save} keeps one classifier: name a label, as --label={labels[0]}")
     if save:
-        check_user_out(save)
+        check_user_out(save, ())
+        if Path(save).exists():
+            read_tensors(save)  # UserError where it is another kind of file
     yield from probe(ctx, labels, (0,), protocol, epochs, lr, area, per_class, save)
 
 
@@ -1158,9 +1163,7 @@ def embed(
         device: auto, cpu or cuda
     """
     out = Path(out)
-    if out.suffix not in WRITERS:
-        raise UserError(f"--out={out}: expected a file that ends in {', '.join(WRITERS)}")
-    check_user_out(out)
+    check_user_out(out, WRITERS)
     if not root or not Path(root).is_dir():
         raise UserError(f"--root={root}: no such folder; embed needs --root=DIR, images in it")
     with loo.init_distributed(resolve_device(device)) as leader_first:
@@ -1177,7 +1180,7 @@ def embed(
             if loo.rank() == 0:
                 files = [paths[i].relative_to(root).as_posix() for i in rows]
                 content = dict(files=files, **(classify_rows(head, x) if head else {}), features=x)
-                write_atomic(out, functools.partial(WRITERS[out.suffix], content))
+                write_atomic(out, functools.partial(WRITERS[out.suffix.lower()], content))
                 left_out = f", {len(paths) - len(rows)} left out" if len(rows) < len(paths) else ""
                 print(f"wrote {out}: {len(rows)} images{left_out}, {x.shape[1]} features each")
         finally:

@@ -1423,7 +1423,7 @@ def prepare_folder(state, dataset, config, out):
     write_atomic(out / "config.json", dumps(config, indent=1).encode())
     if state.step == 0:
         save_views(dataset, config, out / "views.png")
-    link_latest(out)
+    link_latest(out, config["root"] if config["data"] == "folder" else None)
     log = read_jsonl(out / "log.jsonl", *LOGGED)
     kept = [record for record in log if record["step"] <= state.step]
     write_atomic(out / "log.jsonl", "".join(dumps(record) + "\n" for record in kept).encode())
@@ -1860,7 +1860,7 @@ def asked_processes():
 def environ_count(name, default, env=os.environ):
     """A variable of the environment that counts something; UserError for what is no count."""
     said = env.get(name) or str(default)
-    if not re.fullmatch("[1-9][0-9]{0,8}", said):
+    if not re.fullmatch("[1-9][0-9]{0,9}", said):
         raise UserError(f"{name}={said}: expected 1 or more; unset it for {default}")
     return int(said)
 
@@ -2038,18 +2038,22 @@ def move_aside(out):
     return out.rename(next(path for path in paths if not path.exists()))
 
 
-def link_latest(out):
-    """Let runs/latest point at this run, where links can be made."""
+def link_latest(out, root=None):
+    """Let runs/latest point at this run, where links can be made and no class of `root` lies."""
+    from data import forbid_inside
+
     link = Path("runs/latest")
     # Another run may start at the same moment, so the link is replaced in one go.
     own_link = link.with_name(f"latest.{os.getpid()}")
     target = os.path.relpath(os.path.realpath(out), os.path.realpath(link.parent))
     try:
+        if root:
+            forbid_inside(link.parent, root)
         link.parent.mkdir(exist_ok=True)
         if link.is_symlink() or not link.exists():
             own_link.symlink_to(target, target_is_directory=True)
             os.replace(own_link, link)
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError, UserError) as error:
         hint = f"name this run to eval.py as --run={out}"
         print(f"warning: no link runs/latest ({first_line(error)}): {hint}", file=sys.stderr)
 
@@ -2133,7 +2137,7 @@ def imagenet_weights(arch):
     """The state dict of torchvision's own weights."""
     try:
         return torchvision.models.get_model(arch, weights="DEFAULT").state_dict()
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # offline, no weights, or a file that was cut short
         problem = f"torchvision has no weights of --arch={arch}, or cannot fetch them"
         advice = "name a file that holds them, --init=FILE"
         raise UserError(f"--init=imagenet: {problem} ({first_line(error)}): {advice}") from None

@@ -24,6 +24,7 @@ import threading
 import time
 import unittest.mock
 import urllib.error
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -773,6 +774,10 @@ def test_other_functions_by_hand_name_what_does_not_fit():
             loo.methods(*names)
     with pytest.raises(ValueError, match="paths is 'x.png': expected a tuple"):
         data.central_crops("x.png", 32)
+    with pytest.raises(ValueError, match="paths is empty"):
+        data.central_crops([], 32)
+    with pytest.raises(ValueError, match="--split=trian: did you mean train"):
+        data.open_dataset("factors", "trian")
     for shape in ((3, 32, 32), (2, 1, 32, 32), (2, 3, 32, 48)):
         with pytest.raises(ValueError, match="images has the shape"):
             data.corrupt(torch.ones(shape), "fog", 1, make_generator(0))
@@ -926,6 +931,7 @@ BAD_FLAGS += [("--root=.", "folder"), ("--method=loco", "looc"), ("--batch=101",
 BAD_FLAGS += [("--lr=-1", "more than 0"), ("--arch=resnet19", "resnet18")]
 BAD_FLAGS += [("--schedule=cosinus", "cosine"), ("--groups=color,color", "twice")]
 BAD_FLAGS += [("--fresh=maybe", "true or false"), ("epochs=3", "--epochs")]
+BAD_FLAGS += [("--fresh=", "true or false")]  # of a variable that is not set
 BAD_FLAGS += [("--canvas=64", "--size"), ("-epochs=3", "two dashes"), ("--momentum=9", "0 to 1")]
 BAD_FLAGS += [("--epochs=3 lr=2", "two dashes"), ("--method=looc --groups=", "at least one")]
 BAD_FLAGS += [("--device=gpu", "cuda"), ("--device=cuda:99", "CUDA devices"), ("--root", "path")]
@@ -1334,6 +1340,9 @@ def test_runs_latest_is_a_convenience(here, capsys, monkeypatch):
         monkeypatch.setattr(Path, "symlink_to", unittest.mock.Mock(side_effect=error("no links")))
         loo.link_latest(here / "b")
         assert capsys.readouterr().err.startswith("warning: no link runs/latest (no links): name")
+    write_image(here / "cat" / "x.png")
+    loo.link_latest(here / "b", here)  # the images are here: runs would be a class
+    assert "would be read as a class" in capsys.readouterr().err
     assert os.listdir("runs") == ["a", "latest"] or os.listdir("runs") == ["latest", "a"]
 
 
@@ -1539,6 +1548,9 @@ LAYOUTS += [({"ISIC_Training_Input/x": 2, "ISIC_Test_Input/x": 1}, ("train", "te
 LAYOUTS += [({"1-train/x": 2, "2-val/x": 1, "3-test/x": 1}, ("train", "val", "test"), 1)]
 LAYOUTS += [({"train_256/x": 2, "test_256/x": 1}, ("train", "test"), 1)]
 LAYOUTS += [(dict(train1__x=2, test1__x=1), ("train", "test"), 1)]
+LAYOUTS += [(dict(trainval__x=2, test__x=1), ("train", "test"), 1)]
+LAYOUTS += [(dict(Xtrain__x=2, Xtest__x=1), ("train", "test"), 1)]
+LAYOUTS += [(dict(contest=9, latest=9, train=9), ("train", "val"), 3)]
 LAYOUTS += [(dict(a_train__a_train__x=2, a_test__a_test__x=1), ("train", "test"), 1)]
 
 
@@ -1556,6 +1568,7 @@ REFUSED = [(dict(train__x=1, val__x=1, valid__x=1), "train", "two of them are on
 REFUSED += [(dict(val__x=1, test__x=1), "train", "no folder train")]
 REFUSED += [(dict(trainA=1, trainB=1, testA=1, testB=1), "train", "two of them are one split")]
 REFUSED += [(dict(a__train__x=1, a__val__x=1), "train", "one folder further: --root=.*a")]
+REFUSED += [({"day/train": 1, "day/val": 1, "night/train": 1}, "train", "--root=.*day")]
 REFUSED += [({".": 20, "thumbs": 3}, "train", "20 images lie beside the folders thumbs")]
 REFUSED += [(dict(train__x=1, val=1), "val", "no sub-folders; it needs those of .*train")]
 REFUSED += [(dict(train__x=1, val__y=1), "val", "y: a class that .*train does not have")]
@@ -1569,12 +1582,45 @@ def test_folders_that_do_not_fit_or_could_be_read_in_two_ways_are_refused(
         opened(folder_of(tmp_path, **counts), split)
 
 
+def test_splits_in_a_folder_of_the_same_name_are_one_folder_further(tmp_path):
+    root = folder_of(tmp_path / "p", p__train__x=1, p__val__x=1)
+    with pytest.raises(UserError, match="one folder further: --root=.*p/p"):
+        opened(root)
+
+
 def test_a_single_class_of_folders_and_classes_without_images_are_named(tmp_path, capsys):
     opened(folder_of(tmp_path / "one", PetImages__Cat=9, PetImages__Dog=9))
     hint = f"PetImages is the only class; if its 2 folders are classes, --root={tmp_path}/one/Pet"
     assert hint in capsys.readouterr().err
     opened(folder_of(tmp_path / "two", train__a=2, train__b=2, val__a=1), "val")
     assert "label class: 1 of the 2 classes have no image" in capsys.readouterr().err
+
+
+def test_a_folder_to_train_on_alone_is_checked_and_not_evaluated(untrained, capsys):
+    photo_tree(untrained / "photos" / "train", 2, 15)
+    run(data, "check --data=folder --root=photos")
+    assert "| train | 2 | - | 30 |" in capsys.readouterr().out
+    err = refused(capsys, eval, "knn --data=folder --root=photos")
+    assert "evaluations need val or test too" in err
+
+
+def test_a_limit_that_is_lifted_brings_images_back(tmp_path, monkeypatch):
+    photo_tree(tmp_path / "photos", 1, 9)
+    Image.new("1", (1500, 1000)).save(tmp_path / "photos" / "class0" / "big.png")
+    for limit, lost in (("1", 1), ("2", 0)):
+        monkeypatch.setenv("LOOC_MEGAPIXELS", limit)
+        files = data.open_dataset("folder", "train", root=tmp_path / "photos")
+        if not any("big" in path.name for path in files.images.source):
+            files = data.open_dataset("folder", "val", root=tmp_path / "photos")
+        assert len(data.decode_all(files, 0, tmp_path, shared=True).missing) == lost
+
+
+def test_odd_numbers_of_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "")
+    assert data.decoding_workers(None, 3) >= 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    with pytest.raises(UserError, match="LOCAL_WORLD_SIZE=0: expected 1 or more"):
+        data.decoding_workers(None, 3)
 
 
 def test_pages_beyond_the_first_are_named(tmp_path, capsys):
@@ -1742,8 +1788,7 @@ def test_bad_tables_are_named_by_line(text, hint, tmp_path):
 
 def test_tables_in_another_encoding_or_without_test_rows_are_refused(tmp_path):
     write_table(tmp_path, "file,split", "a.png,train", images="a")
-    with pytest.raises(UserError, match="evaluations need val or test"):
-        data.dataset_splits("folder", tmp_path)
+    assert data.dataset_splits("folder", tmp_path) == ("train",)
     (tmp_path / "labels.csv").write_bytes(b"file,kind\na.png,caf\xe9\n")
     with pytest.raises(UserError, match="UTF-8"):
         opened(tmp_path)
@@ -1816,6 +1861,46 @@ def test_images_of_12_bits_are_named(tmp_path, capsys):
         Image.fromarray(image.astype(np.uint16)).save(tmp_path / "x.png")
         data.read_image([tmp_path / "x.png"], 0)
         assert capsys.readouterr().err.count("16-bit images become almost black") == said
+
+
+def test_weights_that_were_cut_short_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / weights).touch()
+    with pytest.raises(UserError, match="--init=imagenet: .*name a file"):
+        loo.imagenet_weights("resnet18")
+
+
+def test_12_bits_of_jpeg_2000_are_named(tmp_path, capsys):
+    data.WARNED.clear()
+    values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(values).save(tmp_path / "x.jp2")
+    data.read_image([tmp_path / "x.jp2"], 0)
+    assert "16-bit images become almost black" in capsys.readouterr().err
+
+
+def test_a_transparent_value_of_two_bits_is_white(tmp_path):
+    def chunk(name, content):
+        check = zlib.crc32(name + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + name + content + check
+
+    header = struct.pack(">IIBBBBB", 4, 1, 2, 0, 0, 0, 0)
+    parts = (
+        (b"IHDR", header),
+        (b"tRNS", b"\0\1"),
+        (b"IDAT", zlib.compress(b"\0\x1b")),
+        (b"IEND", b""),
+    )
+    content = b"".join(chunk(*part) for part in parts)
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    image = data.read_image([tmp_path / "x.png"], 0)
+    assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 255, 170, 255]
+
+
+def test_an_orientation_that_cannot_be_read_is_none(tmp_path):
+    Image.new("RGB", (8, 8), GREEN).save(tmp_path / "x.png", exif=b"garbage" * 9)
+    assert data.read_image([tmp_path / "x.png"], 0).getpixel((0, 0)) == GREEN
 
 
 def test_a_tiff_of_16_bits_whose_zero_is_white_is_not_inverted(tmp_path):
@@ -2620,6 +2705,14 @@ def test_stylize_goes_on_and_training_reads_it(here, capsys):
     assert f"other with {n} images, by name, size or label other than the run's {n}" in err
 
 
+def test_stylize_that_can_read_nothing_fails(here, capsys):
+    for path in opened(photo_tree(here / "photos", 1, 4))[0]:
+        (here / "photos" / path).write_bytes(b"broken")
+    with pytest.raises(SystemExit, match="2"):
+        run(data, "stylize --root=photos --out=so --size=16 --features=random --copies=1 --steps=0")
+    assert "can be read" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_pack_is_read_by_training_and_whole_or_not_at_all(here, capsys, monkeypatch):
     root = photo_tree(here / "photos", each=12)
     run(data, "pack --root=photos --size=28 --out=packed")  # by another name of the same folder
@@ -2632,6 +2725,9 @@ def test_pack_is_read_by_training_and_whole_or_not_at_all(here, capsys, monkeypa
     next((here / "packed").glob("*.canvases")).unlink()  # to free the disk, say
     run(loo, f"{train} --packed=packed --out=again")
     same_run("auto", "again")
+    os.truncate(next((here / "packed").glob("*.pt")), 99)  # a disk that was full, say
+    capsys.readouterr()
+    assert "decoding" in printed(capsys, data, "pack --root=photos --size=28 --out=packed").err
     monkeypatch.setattr("os.posix_fallocate", disk_is_full)
     pack = "pack --root=photos --size=28 --out=full"
     assert "No space left" in refused(capsys, data, pack, lines=2)  # and what it decodes
@@ -2840,6 +2936,11 @@ def test_files_of_a_run_and_tables_are_not_replaced(untrained, capsys):
     Path("more/labels.csv").write_text("file\n")
     assert "name another" in refused(capsys, eval, "embed --root=more --out=more/labels.csv")
     assert "ends in .png" in refused(capsys, eval, "retrieve --out=x.jpg")
+    notes = Path("notes.txt")
+    notes.write_text("mine")
+    assert "ends in .png" in refused(capsys, data, "sheet --size=8 --out=notes.txt")
+    assert "not ours" in refused(capsys, eval, "linear --label=object --save=notes.txt")
+    assert notes.read_text() == "mine"
     assert Path("runs/latest/backbone.pt").read_bytes() == backbone
 
 
