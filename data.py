@@ -356,6 +356,7 @@ def folder(split, root, seed=0):
             raise UserError(f"{problem}; add it there, or list all images in {TABLE}")
     if classes and not here:
         raise UserError(f"{top}: no sub-folders; it needs those of {train}, one for each class")
+    # Classes are built alike: a look into three will do.
     for place in (top, *(top / name for name in here[:3])):
         if place not in splits.values() and len(split_folders(place)) > 1:
             raise UserError(f"{top}: its splits are one folder further: --root={place}")
@@ -425,8 +426,11 @@ def hashed_split(key, seed):
 
 TABLE = "labels.csv"  # at the top of a folder: a row for each image, a column for each label
 # how people spell the splits, as in Training, valid, test_set or train2017
-SPLITS = {"train": "train(ing|val)?", "val": "val(id(ation)?)?|dev|eval(uation)?"}
-SPLITS["test"] = "test(ing)?"
+SPLITS = {
+    "train": "train(ing|val)?",
+    "val": "val(id(ation)?)?|dev|eval(uation)?",
+    "test": "test(ing)?",
+}
 
 
 def split_of(word):
@@ -1780,9 +1784,9 @@ def stylize(
     targets = [copy_paths(path, top, out, copies) for path in images.source]
     jobs = [(i, copy) for i, found in enumerate(targets) for copy in found if not copy.exists()]
     n, total = len(jobs), len(targets) * copies
-    settings = dict(size=size, features=name, steps=steps, strength=strength)
+    settings = dict(size=size, features=name, steps=steps, strength=strength, seed=seed)
     settings["styles"] = styles and Path(styles).name
-    check_same_copies(Path(out) / ".stylize.json", settings | dict(seed=seed), out)
+    check_same_copies(Path(out) / ".stylize.json", settings, out)
     print(f"{total - n} of {total} copies are there", end="; ")
     print(f"styles from {styles or 'code'}, features {name}, {device}", flush=True)
     begun, shown, unread = time.perf_counter(), 0, 0
