@@ -489,8 +489,10 @@ def read_table(root, seed=0):
             refuse(f"{len(cells)} cells, the header has {len(columns)}")
         row = dict(zip(columns, cells))
         file = Path(row["file"].replace("\\", "/")).as_posix()
-        below = Path(os.path.relpath(file, root)).as_posix()
-        file = composed.get(file) or composed.get(below, file)
+        if file not in composed:
+            below = Path(os.path.relpath(file, root)).as_posix()
+            file = below if below in composed else file
+        file = composed.get(file, file)
         if table.get(file):
             refuse(f"{file} is listed twice")
         if "split" in row:

@@ -88,6 +88,7 @@ class EvalContext(NamedTuple):
     seed: int
     workers: int
     root: str  # where the data is, or None
+    weights: str  # a hash of the run's
     find: functools.partial  # open_dataset of this data set
     leader_first: object = contextlib.nullcontext  # a context that rank 0 enters first
 
@@ -144,6 +145,7 @@ def open_run(
         seed=seed,
         workers=workers,
         root=root,
+        weights=hash_weights(run),
         find=find,
     )
 
@@ -209,7 +211,7 @@ def cached_features(ctx, split, turns=(0,)):
     """
     dataset = ctx.split[split]
     times = file_stats(dataset, "st_mtime_ns")
-    key = repr(((ctx.data, hash_weights(ctx.run)), split, turns, fingerprint(dataset)))
+    key = repr(((ctx.data, ctx.weights), split, turns, fingerprint(dataset)))
     key += os.environ.get("LOOC_MEGAPIXELS", "")
     name = hashlib.sha1(key.encode()).hexdigest()[:16]
     path = ctx.run / "features" / f"{ctx.data}-{split}-{name}.pt"
@@ -656,7 +658,7 @@ def probe(ctx, labels, turns, protocol, epochs, lr, area, per_class=False, save=
         yield found
         if save and loo.rank() == 0:
             head = dict(label=label, classes=list(map(str, classes)), w=w.cpu(), b=b.cpu())
-            head |= dict(feature=ctx.feature, run=str(ctx.run), weights=hash_weights(ctx.run))
+            head |= dict(feature=ctx.feature, run=str(ctx.run), weights=ctx.weights)
             write_tensors(Path(save), head)
 
 
