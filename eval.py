@@ -534,6 +534,10 @@ def paired_ci95(right, other):
 # ---------------------------------------------------------------- tasks
 
 
+# Flags of tasks that change what a result is: values other than the default are named beside it.
+SETTINGS = {"epochs", "lr", "area", "neighbours", "trials", "pictures"}
+
+
 def task(function):
     """Make a task a command, with its own flags, those of `open_run` and --json."""
     own, common = (list(inspect.signature(f).parameters.values()) for f in (function, open_run))
@@ -546,7 +550,9 @@ def task(function):
         device = resolve_device(common_flags.get("device", "auto"))
         with loo.init_distributed(device) as leader_first:
             ctx = open_run(**common_flags)._replace(leader_first=leader_first)
-            report(ctx, function.__name__, function(ctx, **flags), json, begun)
+            changed = [p.name for p in own if flags.get(p.name, p.default) != p.default]
+            settings = [f"{name} {flags[name]}" for name in changed if name in SETTINGS]
+            report(ctx, function.__name__, function(ctx, **flags), settings, json, begun)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     json_flag = inspect.Parameter("json", keyword, default=False, annotation=bool)
@@ -1272,11 +1278,11 @@ HEADS |= dict(largest="largest class", balanced="mean of classes")
 HEADS |= dict(n_train="train", n_test="test")
 
 
-def report(ctx, task_name, results, json, begun):
+def report(ctx, task_name, results, settings, json, begun):
     """Print each result, as a Markdown row or a JSON line, and append it to RUN/results.jsonl.
 
     results: dicts of KEYS and more. Two keys are no part of the line: `keep`, False for what is
-    printed only, and `note`, a line to print under the table.
+    printed only, and `note`, a line to print under the table. settings: words to add to `protocol`.
     """
     columns, notes = [], []
     common = dict(run=ctx.run.name, task=task_name, data=ctx.data, root=ctx.root, protocol="fast")
@@ -1289,6 +1295,7 @@ def report(ctx, task_name, results, json, begun):
             continue
         keep, note = found.pop("keep", True), found.pop("note", None)
         line = dict.fromkeys(KEYS) | common | found
+        line["protocol"] = ", ".join([line["protocol"], *settings])
         line["seconds"] = round(time.perf_counter() - begun, 1)
         begun = time.perf_counter()
         for key, value in line.items():
@@ -1420,12 +1427,16 @@ def results_of(run):
 
 def find_files(runs, name):
     """The files of that name in run folders or patterns, each once: runs/latest is a link."""
+    files, unread = set(), set(runs)
     # The name of a folder may hold commas and brackets.
-    ends = itertools.combinations(range(len(runs) + 1), 2)
-    patterns = [f"{','.join(runs[i:j])}/{name}" for i, j in ends]
-    patterns += [pattern.replace("[", "[[]") for pattern in patterns]
-    files = itertools.chain.from_iterable(map(glob.glob, patterns))
-    return sorted({Path(file).resolve() for file in files})
+    for i, j in itertools.combinations(range(len(runs) + 1), 2):
+        pattern = f"{','.join(runs[i:j])}/{name}"
+        found = glob.glob(pattern) + glob.glob(pattern.replace("[", "[[]"))
+        files |= {Path(file).resolve() for file in found}
+        unread -= set(runs[i:j] if found else ())
+    for word in sorted(unread) if files else ():
+        warn_once(f"--runs={word}: no {name} there")
+    return sorted(files)
 
 
 @typed
@@ -1494,13 +1505,16 @@ def column_key(config, line):
     return data, line["task"], line["label"], line["shots"] or 0, on, line["protocol"]
 
 
+PLAIN = {"fast", "adam", "knn", "cosine", "generated"}  # protocols of default flags
+
+
 def column_name(task, label, shots, on, protocol):
     name = task if task == label else f"{task} {label}"
     if shots:
         name += f", {shots} shots"
     if on:
         name += f" {on}"
-    return f"{name} ({protocol})" if protocol in ("paper", "folder") else name
+    return name if protocol in PLAIN else f"{name} ({protocol})"
 
 
 def row_cells(cells, row, columns):
@@ -1602,7 +1616,7 @@ def print_papers_tables(lines):
                 cells += [format_value(reported), papers_cell(results, row, column)]
             print(table_row(cells))
         print()
-    print("* as reported by others, not confirmed; (fast): not the paper's protocol")
+    print("* as reported by others, not confirmed; in parentheses: not the paper's protocol")
 
 
 def papers_cell(results, row, column):
@@ -1611,7 +1625,7 @@ def papers_cell(results, row, column):
     if not found:
         return "-"
     protocol = next(p for p in ("paper", "folder", *found) if p in found)
-    mark = {"paper": "", "generated": " (fast, generated)"}.get(protocol, " (fast)")
+    mark = {"paper": "", "folder": " (fast)", "adam": " (fast)"}.get(protocol, f" ({protocol})")
     return mean_cell(list(found[protocol].values())) + mark
 
 
@@ -1889,7 +1903,7 @@ def command_of(script, name, **flags):
 
 def default_cell(lines, row, column):
     """A cell of TABLES, {seed: value}, by the default protocol of its task."""
-    protocol = {"fewshot": "adam", "robust": "generated"}.get(column[0], "fast")
+    protocol = {"fewshot": "adam", "robust": "generated, pictures 1024"}.get(column[0], "fast")
     return by_protocol(lines, row, column)[protocol]
 
 

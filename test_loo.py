@@ -3261,7 +3261,8 @@ def test_papers_protocol(untrained, capsys, monkeypatch):
     run(eval, "rotation --protocol=paper --epochs=1 --json")
     run(eval, "linear --label=hue --protocol=paper --epochs=2 --area=0.5 --json")
     run(eval, "fewshot --label=hue --protocol=paper --trials=2 --shots=20 --json")
-    assert [line["protocol"] for line in results(untrained)] == ["paper"] * 3
+    said = [line["protocol"] for line in results(untrained)]
+    assert said == ["paper, epochs 1", "paper, epochs 2, area 0.5", "paper, trials 2"]
     assert areas == [0.08, 0.5, 0.5]  # one step an epoch
 
 
@@ -3603,7 +3604,8 @@ def write_run(folder, config, *lines):
 
 PROTOCOLS = [("fewshot", "adam", "v", "50.0 (fast)"), ("fewshot", "paper", "v", "50.0")]
 PROTOCOLS += [("robust", "folder", "v", "50.0 (fast)"), ("linear", "fast", "v", "50.0 (fast)")]
-PROTOCOLS += [("robust", "generated", "v", "50.0 (fast, generated)")]
+PROTOCOLS += [("robust", "generated", "v", "50.0 (generated)")]
+PROTOCOLS += [("linear", "paper, epochs 2", "v", "50.0 (paper, epochs 2)")]
 PROTOCOLS += [("spaces", "fast", "all+color", "50.0 (fast)")]
 
 
@@ -3623,6 +3625,14 @@ def test_table_keeps_folders_apart(here, capsys):
     assert "| looc | color | v | root x | 1 | 11.0 | - |" in out
     assert "| looc | color | v | root y | 1 | 22.0 | 33.0 |" in out
     assert "linear class on folder x" in out
+
+
+def test_table_keeps_settings_apart(untrained, capsys):
+    run(eval, "knn --label=hue")
+    run(eval, "knn --label=hue --neighbours=1")
+    out, err = printed(capsys, eval, "table --runs=runs/latest,rum")
+    assert "| knn hue | knn hue (knn, neighbours 1) |" in out
+    assert err == "warning: --runs=rum: no results.jsonl there\n"
 
 
 def test_table_names_a_run_that_another_hides(here, capsys):
@@ -3695,7 +3705,8 @@ def test_curves_lay_runs_side_by_side(here, capsys, monkeypatch):
     for color in data.COLORS[:3]:
         assert len(pixels_of("x.png", color))
     assert "is no file" in refused(capsys, eval, "curves --out=runs")
-    assert "python loo.py train" in refused(capsys, eval, "curves --runs=nope,runs/empty")
+    for missing in ("nope", "runs/empty"):
+        assert "python loo.py train" in refused(capsys, eval, f"curves --runs={missing}")
 
 
 def test_claims_name_rows_and_columns_that_there_are():
@@ -3779,7 +3790,7 @@ def test_claims_train_each_row_once_and_go_on(tmp_path):
     assert mine_with(**rotation) == [task for task in tasks if task[1] != "rotation"]
     assert mine_with(**rotation, protocol="paper") == tasks
     # Stopped in the middle of robust.
-    assert mine_with(task="robust", label="object", on="clean", protocol="generated") == tasks
+    assert mine_with(task="robust", label="object", on="clean", protocol=ROBUST) == tasks
     with pytest.raises(UserError, match="--epochs=3 .the run has 18."):
         mine(epochs=3)
 
@@ -3823,6 +3834,9 @@ def test_a_claim_over_several_rows_is_decided_by_the_weakest():
     assert why.index("over f") < why.index("over d")
 
 
+ROBUST = "generated, pictures 1024"
+
+
 def known_results():
     """Lines for every cell of every table, but of the first row; their values are known."""
     lines = []
@@ -3833,7 +3847,7 @@ def known_results():
             task, where, label, shots, on, _ = eval.ON_FACTORS[column]
             line = dict(data=where, label=label, shots=shots, on=on, method=method, groups=groups)
             line |= dict(task=task if feature == "v" else "spaces", feature=feature)
-            line["protocol"] = {"fewshot": "adam", "robust": "generated"}.get(task, "fast")
+            line["protocol"] = {"fewshot": "adam", "robust": ROBUST}.get(task, "fast")
             value = 10 + 7 * len(column) % 13 + 30 * (method == "looc")
             for seed in range(4):
                 # No two rows differ by the same in every seed, which would say nothing.
