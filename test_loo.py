@@ -3294,7 +3294,7 @@ def test_one_test_image_gives_no_nan(untrained, capsys, monkeypatch):
     for line in ("linear", "fewshot --shots=1 --trials=2", "spaces", "robust --pictures=1"):
         run(eval, f"{line} --label=object")
     nothing = [dict(label="hue", top1=math.nan, ci95=eval.ci95(torch.zeros(0)))]
-    eval.report(eval.open_run(), "linear", nothing, False, 0.0)
+    eval.report(eval.open_run(), "linear", nothing, (), False, 0.0)
     said = capsys.readouterr().out + (untrained / "runs/latest/results.jsonl").read_text()
     assert not {"nan", "inf"} & set(said.lower().replace("(", " ").split())
     *found, last = results(untrained)
