@@ -536,6 +536,11 @@ def table_folder(split, root, seed=0):
         if label in ("", "file", "split", "group"):
             continue
         labeled = [row for row in table.values() if row.get(label)]
+        count = len({row[label] for row in labeled})
+        if count > max(100, len(labeled) / 2):  # a number or a caption for each image
+            values = f"{count} different values for {len(labeled)} images"
+            warn_once(f"{root / TABLE}: column {label} is no label and left out: {values}")
+            labeled = []
         names = [row[label] for row in labeled]
         # of all splits, so that a class has the same number in each
         classes[label] = sorted(set(names))

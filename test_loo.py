@@ -1695,6 +1695,15 @@ def test_a_table_gives_several_labels(tmp_path):
     assert data.dataset_splits("folder", tmp_path) == ("train", "test")
 
 
+def test_a_column_with_a_value_for_each_image_is_no_label(tmp_path, capsys):
+    for i in range(101):
+        write_image(tmp_path / f"{i}.png")
+    rows = [f"{i}.png,{i},{i % 2}" for i in range(101)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,id,parity", *rows]))
+    assert data.label_names(opened(tmp_path)[2]) == ["parity"]
+    assert "column id is no label and left out: 101 different values" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("separator", ";\t,")
 def test_tables_of_spreadsheets_are_read(separator, tmp_path):
     lines = "file , kind,", "", ".\\a.png, x,", ",,", '"./b.png","y",'
