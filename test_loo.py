@@ -87,8 +87,7 @@ def run(module, line):
 def refused(capsys, module, line, lines=1):
     """Run a command that must end with exit code 2 -> what it says, which is one line."""
     capsys.readouterr()
-    with pytest.raises(SystemExit, match="^2$"):
-        run(module, line)
+    raises(SystemExit, "^2$", run, module, line)
     out, err = capsys.readouterr()
     assert not out
     assert len(err.splitlines()) == lines
@@ -477,8 +476,7 @@ def test_split_batchnorm_is_batchnorm_of_each_part(grad):
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert_close(ours.running_mean, torch.stack([norm.running_mean for norm in parts]).mean(0))
     assert_close(ours.running_var, torch.stack([norm.running_var for norm in parts]).mean(0))
-    with pytest.raises(ValueError, match="does not divide"):
-        ours(x[:23])
+    raises(ValueError, "does not divide", ours, x[:23])
 
 
 def test_key_statistics_are_per_view_and_split():
@@ -730,8 +728,7 @@ def test_a_loss_of_shapes_or_a_role_that_cannot_be_is_refused(changed, says):
     given = dict(q=Q, k=K, queue=QUEUE, role=ROLE, tau=0.2) | changed
     for name in ("q", "k", "queue"):
         given[name] = torch.ones(given[name])
-    with pytest.raises(ValueError, match=says):
-        loo.multi_space_loss(**given)
+    raises(ValueError, says, loo.multi_space_loss, **given)
 
 
 BAD_VIEWS = [(dict(images=(3, 32, 32)), r"expected \(b c h w\)"), (dict(groups=("color",)), "g=1")]
@@ -755,8 +752,7 @@ BAD_VIEWS += [(dict(groups=("texture",), share=[[1]]), "textures")]
 def test_views_of_shapes_that_cannot_be_are_refused(changed, says):
     given = dict(images=(2, 3, 32, 32), groups=GROUPS, share=[[0, 0]], grad=False) | changed
     images = torch.zeros(given.pop("images"), requires_grad=given.pop("grad"))
-    with pytest.raises(ValueError, match=says):
-        loo.augment_groups(images, generator=make_generator(1), **given)
+    raises(ValueError, says, loo.augment_groups, images, generator=make_generator(1), **given)
 
 
 def test_other_functions_by_hand_name_what_does_not_fit():
@@ -1073,8 +1069,7 @@ def test_a_loss_that_is_not_finite_ends_it_and_keeps_the_last_good_step(here, ca
         return state, out
 
     monkeypatch.setattr(loo, "train_step", poisoned)
-    with pytest.raises(SystemExit, match="3"):
-        run(loo, f"train --epochs=1 --out=other --save_every=2 {SMALL}")
+    raises(SystemExit, "3", run, loo, f"train --epochs=1 --out=other --save_every=2 {SMALL}")
     assert "not finite at step 3" in capsys.readouterr().err
     saved = read_checkpoint(here / "other")
     assert saved["step"] == 2
@@ -1260,8 +1255,7 @@ def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
 
     monkeypatch.setattr(loo, "train_step", step_or_stop)
     while stops:
-        with pytest.raises(RuntimeError, match="stopped here"):
-            run(loo, f"{line} --out=parts")
+        raises(RuntimeError, "stopped here", run, loo, f"{line} --out=parts")
     saved = read_checkpoint("parts") | {"version": 1}  # which had other names
     for old, new in loo.VERSION_1.items():
         saved[old] = saved.pop(new)
@@ -1570,14 +1564,12 @@ REFUSED += [(dict(train__x=1, val__y=1), "val", "y: a class that .*train does no
 def test_folders_that_do_not_fit_or_could_be_read_in_two_ways_are_refused(
     counts, split, hint, tmp_path
 ):
-    with pytest.raises(UserError, match=hint):
-        opened(folder_of(tmp_path, **counts), split)
+    raises(UserError, hint, opened, folder_of(tmp_path, **counts), split)
 
 
 def test_splits_in_a_folder_of_the_same_name_are_one_folder_further(tmp_path):
     root = folder_of(tmp_path / "p", p__train__x=1, p__val__x=1)
-    with pytest.raises(UserError, match="one folder further: --root=.*p/p"):
-        opened(root)
+    raises(UserError, "one folder further: --root=.*p/p", opened, root)
 
 
 def test_a_single_class_of_folders_and_classes_without_images_are_named(tmp_path, capsys):
@@ -1611,8 +1603,7 @@ def test_odd_numbers_of_processes_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "")
     assert data.decoding_workers(None, 3) >= 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
-    with pytest.raises(UserError, match="LOCAL_WORLD_SIZE=0: expected 1 or more"):
-        data.decoding_workers(None, 3)
+    raises(UserError, "LOCAL_WORLD_SIZE=0: expected 1 or more", data.decoding_workers, None, 3)
 
 
 def test_pages_beyond_the_first_are_named(tmp_path, capsys):
@@ -1631,8 +1622,7 @@ def test_folders_of_other_files_are_no_classes(tmp_path, capsys):
     assert len(opened(tmp_path, "val")[0]) == 2
     assert "left out: 1 files (1 .txt), the first is" in capsys.readouterr().err
     (tmp_path / "train" / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: no images; put some there"):
-        opened(tmp_path)
+    raises(UserError, "empty: no images; put some there", opened, tmp_path)
 
 
 def test_only_files_are_images_and_links_are_followed(tmp_path, capsys):
@@ -1774,16 +1764,14 @@ BAD_TABLES += [('file\n"' + "x" * 200_000, "larger than field limit.*UTF-8")]
 
 @pytest.mark.parametrize("text, hint", BAD_TABLES)
 def test_bad_tables_are_named_by_line(text, hint, tmp_path):
-    with pytest.raises(UserError, match=hint):
-        opened(write_table(tmp_path, *text.split("\n"), images="ab"))
+    raises(UserError, hint, opened, write_table(tmp_path, *text.split("\n"), images="ab"))
 
 
 def test_tables_in_another_encoding_or_without_test_rows_are_refused(tmp_path):
     write_table(tmp_path, "file,split", "a.png,train", images="a")
     assert data.dataset_splits("folder", tmp_path) == ("train",)
     (tmp_path / "labels.csv").write_bytes(b"file,kind\na.png,caf\xe9\n")
-    with pytest.raises(UserError, match="UTF-8"):
-        opened(tmp_path)
+    raises(UserError, "UTF-8", opened, tmp_path)
 
 
 def test_cifar10_in_its_published_layout(tmp_path, monkeypatch):
@@ -1794,8 +1782,7 @@ def test_cifar10_in_its_published_layout(tmp_path, monkeypatch):
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
         (root / name).write_bytes(pickle.dumps(batch))
     (root / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}))
-    with pytest.raises(UserError, match="--download"):
-        load_dataset("cifar10", "test", root=str(tmp_path))
+    raises(UserError, "--download", load_dataset, "cifar10", "test", root=str(tmp_path))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     test = load_dataset("cifar10", "test", root=str(tmp_path))
     assert torch.equal(test.images, pixels)
@@ -1841,8 +1828,7 @@ def test_exif_orientation_is_honored(tmp_path):
 @pytest.mark.parametrize("mode, kind", [("F", "floating point"), ("I", "32-bit integer")])
 def test_pixels_without_a_known_white_are_refused_by_name(mode, kind, tmp_path):
     Image.new(mode, (8, 8)).save(tmp_path / "x.tif")
-    with pytest.raises(UserError, match=f"x.tif: {kind} .*8 or 16 bits"):
-        data.read_image([tmp_path / "x.tif"], 0)
+    raises(UserError, f"x.tif: {kind} .*8 or 16 bits", data.read_image, [tmp_path / "x.tif"], 0)
 
 
 def test_images_of_12_bits_are_named(tmp_path, capsys):
@@ -1917,8 +1903,7 @@ def test_what_is_no_file_does_not_hang(tmp_path):
     eps = tmp_path / "y.jpg"
     eps.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     for path, hint in ((tmp_path / "x.jpg", "not a file"), (eps, "cannot identify")):
-        with pytest.raises(UserError, match=hint):
-            data.read_image([path], 0)
+        raises(UserError, hint, data.read_image, [path], 0)
 
 
 def test_names_in_latin_1_and_broken_links_are_read_and_named(here, capsys):
@@ -1929,8 +1914,7 @@ def test_names_in_latin_1_and_broken_links_are_read_and_named(here, capsys):
     said = printed(capsys, loo, f"{train} --epochs=1 {TINY}")
     assert r"o\udce9: backbone.pt" in said.out
     assert "% of the images are longer than 2:1" in said.err
-    with pytest.raises(SystemExit, match="^2$"):
-        run(data, f"check --data=folder --root={root} --sample=all")
+    raises(SystemExit, "^2$", run, data, f"check --data=folder --root={root} --sample=all")
     assert re.findall("warning: unreadable: .*: No such file", capsys.readouterr().err)
 
 
@@ -1978,8 +1962,7 @@ def test_a_stream_leaves_out_what_cannot_be_read(tmp_path):
     assert rows.tolist() == [0, 2, 3, 5, 6]
     assert len(aspect) == 5
     assert images[:, 0, 9, 9].tolist() == [0, 60, 90, 150, 180]
-    with pytest.raises(UserError, match="2 of 7 images cannot be read"):  # and more than 1%
-        data.decode_all(dataset)
+    raises(UserError, "2 of 7 images cannot be read", data.decode_all, dataset)  # and more than 1%
     (folder / "4.png").unlink()
     with pytest.raises(UserError, match="2 of 7 images cannot be read"):  # it has vanished
         data.decode_all(dataset, cache=tmp_path)
@@ -2095,14 +2078,12 @@ def test_mat_files_are_read(tmp_path):
     write_mat(path, dict(trnid=[3.0, 1.0, 2.0]))
     assert data.read_mat(path)["trnid"].ravel().tolist() == [3, 1, 2]
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match="x.mat"):
-        data.read_mat(path)
+    raises(UserError, "x.mat", data.read_mat, path)
 
 
 def test_mat_files_without_scipy_are_refused_with_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(UserError, match="x.mat: .* pip install scipy"):
-        data.read_mat(tmp_path / "x.mat")
+    raises(UserError, "x.mat: .* pip install scipy", data.read_mat, tmp_path / "x.mat")
 
 
 @pytest.fixture
@@ -2218,8 +2199,7 @@ def test_cub200_joins_by_id_and_counts_from_one(few, tmp_path):
     assert dataset.classes["class"] == ["001.Bird", "002.Bird", "003.Bird"]
     # With a broken image, or broken tables, it is no set.
     next((top / "images").rglob("3.jpg")).write_bytes(b"broken")
-    with pytest.raises(UserError, match="3.jpg.*download it again"):
-        data.decode_all(dataset)
+    raises(UserError, "3.jpg.*download it again", data.decode_all, dataset)
     (top / "image_class_labels.txt").write_text("1 1")
     with pytest.raises(UserError, match="tables cannot be read as those of cub200"):
         data.open_dataset("cub200", "test", root=tmp_path)
@@ -2244,8 +2224,7 @@ def test_flowers102_follows_setid(few, tmp_path):
         by_path = label_of_path("flowers102", split, tmp_path)
         assert {int(path[-9:-4]): label for path, label in by_path.items()} == labels
     (tmp_path / "flowers-102/imagelabels.mat").unlink()
-    with pytest.raises(UserError, match="imagelabels.mat"):
-        data.open_dataset("flowers102", "test", root=tmp_path)
+    raises(UserError, "imagelabels.mat", data.open_dataset, "flowers102", "test", root=tmp_path)
 
 
 def test_images_behind_a_link_are_the_same_images(few, tmp_path):
@@ -2276,8 +2255,7 @@ def test_workers_need_no_shared_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", full)
     write_image(tmp_path / "x.png")
     assert len(decoded(data.read_image)) == 257
-    with pytest.raises(UserError, match="decoding stopped .*--workers=0"):
-        decoded(killed)
+    raises(UserError, "decoding stopped .*--workers=0", decoded, killed)
 
 
 @pytest.mark.parametrize("above", ["images", "objectnet-1.0/images", "."])
@@ -2302,8 +2280,7 @@ def test_imagenetc100_layouts(category, few, tmp_path):
     assert dataset.labels["class"].tolist() == list(range(15))
     greens = data.decode_all(dataset).images[:, 1, 12, 12]
     assert torch.equal(greens, dataset.labels["class"] * 10)
-    with pytest.raises(UserError, match="fog/4"):
-        data.open_dataset("imagenetc100", "fog/4", root=tmp_path)
+    raises(UserError, "fog/4", data.open_dataset, "imagenetc100", "fog/4", root=tmp_path)
 
 
 def test_check_counts_and_names_what_is_missing(few, tmp_path, capsys):
@@ -2631,8 +2608,7 @@ def test_copies_belong_to_their_images(tmp_path):
     assert reds.tolist() == [[30 * i, 30 * i + 7] for i in (0, 1, 3, 4, 5, 6, 7)]
     (copies / "train" / "a" / "3.png.1.jpg").write_bytes(b"broken")
     again = "3.png.1.jpg: .*remove it: `python data.py stylize` writes it again"
-    with pytest.raises(UserError, match=again):
-        data.with_textures(*inputs)
+    raises(UserError, again, data.with_textures, *inputs)
 
 
 def test_factors_has_four_copies_of_other_textures(tmp_path, capsys):
@@ -2821,8 +2797,7 @@ def test_flags_are_typed_by_the_signature_and_commands_guessed(capsys):
 
 @pytest.mark.parametrize("line", ["train --epochs=5 --help", "--lr=x train -h", "help train"])
 def test_help_explains_the_command(line, capsys):
-    with pytest.raises(SystemExit, match="^0$"):
-        run(loo, line)
+    raises(SystemExit, "^0$", run, loo, line)
     assert "--weight_decay=" in capsys.readouterr().err
 
 
@@ -2872,8 +2847,7 @@ def test_control_c_is_no_traceback():
     def interrupted():  # the signal itself may be ignored, as in a job in the background
         raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit, match="130"):
-        data.command_line(dict(go=interrupted), ["go"])
+    raises(SystemExit, "130", data.command_line, dict(go=interrupted), ["go"])
 
 
 def test_a_rank_without_a_number_of_processes_is_alone(monkeypatch, capsys):
@@ -2962,8 +2936,7 @@ def test_what_is_half_written_goes_when_it_is_stopped(number, here, monkeypatch)
 
     photo_tree(here / "photos")
     monkeypatch.setattr(data, "decode", stop)
-    with pytest.raises(SystemExit, match=str(128 + number)):
-        run(data, "pack --root=photos --size=28")
+    raises(SystemExit, str(128 + number), run, data, "pack --root=photos --size=28")
     with pytest.raises(SystemExit, match=str(128 + number)):
         data.write_atomic(here / "runs" / "x.pt", lambda file: stop(file.write(b"half")))
     assert not list((here / "runs").iterdir())
@@ -3259,8 +3232,7 @@ def test_a_probe_that_is_not_finite_ends_and_keeps_nothing(untrained, capsys, mo
     line = "linear --protocol=paper --label=hue --epochs=1"
     assert "weights of the probe are not finite" in refused(capsys, eval, line)
     for fit in (eval.lbfgs_probe, lambda x, y, k, _: eval.fit_few_shot(x[None], y[None], k)):
-        with pytest.raises(UserError, match="of the probe are not finite"):
-            fit(*batch, 2, 0)
+        raises(UserError, "of the probe are not finite", fit, *batch, 2, 0)
     assert not results(untrained)
 
 
@@ -3472,8 +3444,7 @@ def test_labels_of_images_that_cannot_be_read_are_refused(untrained, capsys):
     for name in "ab":
         (root / f"{name}.png").write_bytes(b"broken")
     for task in ("linear", "knn", "fewshot --shots=1"):
-        with pytest.raises(SystemExit, match="2"):
-            run(eval, f"{task} --data=folder --root=photos --label=kind")
+        raises(SystemExit, "2", run, eval, f"{task} --data=folder --root=photos --label=kind")
     err = capsys.readouterr().err
     assert err.count("no image that can be read has the label") == 2
     assert "--shots=1: kind a has only 0 to train on" in err
@@ -3752,8 +3723,7 @@ def test_claims_train_each_row_once_and_go_on(tmp_path):
     assert mine_with(**rotation, protocol="paper") == tasks
     # Stopped in the middle of robust.
     assert mine_with(task="robust", label="object", on="clean", protocol=ROBUST) == tasks
-    with pytest.raises(UserError, match="--epochs=3 .the run has 18."):
-        mine(epochs=3)
+    raises(UserError, "--epochs=3 .the run has 18.", mine, epochs=3)
 
 
 def claim(row, sign, others, without=()):
@@ -4075,8 +4045,7 @@ def test_a_signal_ends_it_after_a_last_checkpoint(number, here):
 def test_claims_run_one_command_after_the_other_and_stop_with_it(here):
     wrong, right = ["loo.py", "methods", "--groups=colour"], ["loo.py", "methods"]
     message = "1 of 2 commands failed.*--groups=colour ended with 2: error: .*did you mean color"
-    with pytest.raises(UserError, match=message):
-        eval.run_all([[wrong, right], [right]])
+    raises(UserError, message, eval.run_all, [[wrong, right], [right]])
     out = here / "run"
 
     def stop():
@@ -4087,7 +4056,6 @@ def test_claims_run_one_command_after_the_other_and_stop_with_it(here):
 
     threading.Thread(target=stop, daemon=True).start()
     train = f"loo.py train --epochs=30 --size=8 {TINY} --out={out}"
-    with pytest.raises(SystemExit, match="143"):
-        eval.run_all([[train.split(), ["loo.py", "nothing"]]])
+    raises(SystemExit, "143", eval.run_all, [[train.split(), ["loo.py", "nothing"]]])
     assert (out / "checkpoint.pt").exists()
     assert not (out / "heads.pt").exists()
