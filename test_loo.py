@@ -210,6 +210,10 @@ def load_folder(split, root):
     return load_dataset("folder", split, root=root, size=28)
 
 
+def read_image(path):
+    return data.read_image([path], 0)
+
+
 # ---------------------------------------------------------------- loo.py: methods, loss, step
 
 
@@ -1470,11 +1474,6 @@ def test_folder_splits_by_path_and_skips_what_it_cannot_read(tmp_path, capsys):
     assert not set(train) & set(val)
 
 
-def test_a_class_has_the_same_number_in_every_split(tmp_path):
-    folder_of(tmp_path, train__a=1, train__b=1, train__c=1, val__a=5, val__c=5)
-    assert opened(tmp_path, "val")[1] == {"class": [0] * 5 + [2] * 5}
-
-
 def test_classes_without_images_in_a_split_are_counted(tmp_path, capsys):
     photo_tree(tmp_path / "tree", classes=30, each=1)
     lines = [f"{c}.png,{c},{'test' if c == 'b' else 'train'}" for c in "abc"]
@@ -1554,6 +1553,7 @@ REFUSED = [(dict(train__x=1, val__x=1, valid__x=1), "train", "two of them are on
 REFUSED += [(dict(val__x=1, test__x=1), "train", "no folder train")]
 REFUSED += [(dict(trainA=1, trainB=1, testA=1, testB=1), "train", "two of them are one split")]
 REFUSED += [(dict(a__train__x=1, a__val__x=1), "train", "one folder further: --root=.*a")]
+REFUSED += [(dict(p__train__x=1, p__val__x=1), "train", "one folder further: --root=.*p/p")]
 REFUSED += [({"day/train": 1, "day/val": 1, "night/train": 1}, "train", "--root=.*day")]
 REFUSED += [({".": 20, "thumbs": 3}, "train", "20 images lie beside the folders thumbs")]
 REFUSED += [(dict(train__x=1, val=1), "val", "no sub-folders; it needs those of .*train")]
@@ -1564,20 +1564,17 @@ REFUSED += [(dict(train__x=1, val__y=1), "val", "y: a class that .*train does no
 def test_folders_that_do_not_fit_or_could_be_read_in_two_ways_are_refused(
     counts, split, hint, tmp_path
 ):
-    raises(UserError, hint, opened, folder_of(tmp_path, **counts), split)
-
-
-def test_splits_in_a_folder_of_the_same_name_are_one_folder_further(tmp_path):
-    root = folder_of(tmp_path / "p", p__train__x=1, p__val__x=1)
-    raises(UserError, "one folder further: --root=.*p/p", opened, root)
+    raises(UserError, hint, opened, folder_of(tmp_path / "p", **counts), split)
 
 
 def test_a_single_class_of_folders_and_classes_without_images_are_named(tmp_path, capsys):
     opened(folder_of(tmp_path / "one", PetImages__Cat=9, PetImages__Dog=9))
     hint = f"PetImages is the only class; if its 2 folders are classes, --root={tmp_path}/one/Pet"
     assert hint in capsys.readouterr().err
-    opened(folder_of(tmp_path / "two", train__a=2, train__b=2, val__a=1), "val")
-    assert "label class: 1 of the 2 classes have no image" in capsys.readouterr().err
+    root = folder_of(tmp_path / "two", train__a=1, train__b=1, train__c=1, val__a=5, val__c=5)
+    # A class has the same number in every split.
+    assert opened(root, "val")[1] == {"class": [0] * 5 + [2] * 5}
+    assert "label class: 1 of the 3 classes have no image" in capsys.readouterr().err
 
 
 def test_a_folder_to_train_on_alone_is_checked_and_not_evaluated(untrained, capsys):
@@ -1597,13 +1594,6 @@ def test_a_limit_that_is_lifted_brings_images_back(tmp_path, monkeypatch):
         if not any("big" in path.name for path in files.images.source):
             files = data.open_dataset("folder", "val", root=tmp_path / "photos")
         assert len(data.decode_all(files, 0, tmp_path, shared=True).missing) == lost
-
-
-def test_odd_numbers_of_processes_are_refused(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "")
-    assert data.decoding_workers(None, 3) >= 1
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
-    raises(UserError, "LOCAL_WORLD_SIZE=0: expected 1 or more", data.decoding_workers, None, 3)
 
 
 def test_pages_beyond_the_first_are_named(tmp_path, capsys):
@@ -1809,7 +1799,7 @@ def test_any_mode_becomes_rgb(mode, tmp_path):
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     gray = Image.new(*(("I;16", (20, 10), 200 * 256) if mode == "I;16" else ("L", (20, 10), 200)))
     gray.convert(mode).save(path)
-    image = data.read_image([path], 0)
+    image = read_image(path)
     assert (image.mode, image.size) == ("RGB", (20, 10))
     assert abs(image.getpixel((3, 3))[0] - (255 if mode == "1" else 200)) <= 1
 
@@ -1819,70 +1809,51 @@ def test_exif_orientation_is_honored(tmp_path):
     image.paste("white", (0, 0, 20, 20))
     exif[0x0112] = 6  # to be shown a quarter turn to the right
     image.save(tmp_path / "x.jpg", exif=exif)
-    shown = data.read_image([tmp_path / "x.jpg"], 0)
+    shown = read_image(tmp_path / "x.jpg")
     assert shown.size == (20, 40)
     assert shown.getpixel((10, 5))[0] > 200
     assert shown.getpixel((10, 35))[0] < 50
 
 
-@pytest.mark.parametrize("mode, kind", [("F", "floating point"), ("I", "32-bit integer")])
-def test_pixels_without_a_known_white_are_refused_by_name(mode, kind, tmp_path):
-    Image.new(mode, (8, 8)).save(tmp_path / "x.tif")
-    raises(UserError, f"x.tif: {kind} .*8 or 16 bits", data.read_image, [tmp_path / "x.tif"], 0)
-
-
 def test_images_of_12_bits_are_named(tmp_path, capsys):
     values, hot = np.arange(256).reshape(16, 16), np.zeros((64, 64))
     hot[0, 0] = 65535  # a pixel of a camera that is always white
-    for image, said in ((values << 8, 0), (values << 4, 1), (hot, 1)):
+    twelve = np.arange(4096).reshape(64, 64)
+    cases = [(values << 8, "x.png", 0), (values << 4, "x.png", 1), (hot, "x.png", 1)]
+    for image, name, said in (*cases, (twelve, "x.jp2", 1)):
         data.WARNED.clear()
-        Image.fromarray(image.astype(np.uint16)).save(tmp_path / "x.png")
-        data.read_image([tmp_path / "x.png"], 0)
+        Image.fromarray(image.astype(np.uint16)).save(tmp_path / name)
+        read_image(tmp_path / name)
         assert capsys.readouterr().err.count("16-bit images become almost black") == said
 
 
-def test_12_bits_of_jpeg_2000_are_named(tmp_path, capsys):
-    data.WARNED.clear()
-    values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
-    Image.fromarray(values).save(tmp_path / "x.jp2")
-    data.read_image([tmp_path / "x.jp2"], 0)
-    assert "16-bit images become almost black" in capsys.readouterr().err
-
-
 def test_a_transparent_value_of_two_bits_is_white(tmp_path):
-    def chunk(name, content):
-        check = zlib.crc32(name + content).to_bytes(4, "big")
-        return len(content).to_bytes(4, "big") + name + content + check
-
-    header = struct.pack(">IIBBBBB", 4, 1, 2, 0, 0, 0, 0)
-    parts = (
-        (b"IHDR", header),
-        (b"tRNS", b"\0\1"),
-        (b"IDAT", zlib.compress(b"\0\x1b")),
-        (b"IEND", b""),
-    )
-    content = b"".join(chunk(*part) for part in parts)
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
-    image = data.read_image([tmp_path / "x.png"], 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", 4, 1, 2, 0, 0, 0, 0), b"tRNS": b"\0\1"}
+    for name, chunk in (chunks | {b"IDAT": zlib.compress(b"\0\x1b"), b"IEND": b""}).items():
+        check = zlib.crc32(name + chunk)
+        content += struct.pack(">I", len(chunk)) + name + chunk + struct.pack(">I", check)
+    (tmp_path / "x.png").write_bytes(content)
+    image = read_image(tmp_path / "x.png")
     assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 255, 170, 255]
 
 
 def test_an_orientation_that_cannot_be_read_is_none(tmp_path):
     Image.new("RGB", (8, 8), GREEN).save(tmp_path / "x.png", exif=b"garbage" * 9)
-    assert data.read_image([tmp_path / "x.png"], 0).getpixel((0, 0)) == GREEN
+    assert read_image(tmp_path / "x.png").getpixel((0, 0)) == GREEN
 
 
 def test_a_tiff_of_16_bits_whose_zero_is_white_is_not_inverted(tmp_path):
     values = np.full((8, 8), 200 * 256, np.uint16)
     Image.fromarray(values).save(tmp_path / "x.tif", tiffinfo={262: 0})
-    assert data.read_image([tmp_path / "x.tif"], 0).getpixel((3, 3)) == (55, 55, 55)
+    assert read_image(tmp_path / "x.tif").getpixel((3, 3)) == (55, 55, 55)
 
 
 def test_one_transparent_value_of_16_bits_is_white(tmp_path):
     values = np.arange(256).reshape(16, 16)
     image = Image.fromarray((values << 8).astype(np.uint16))
     image.save(tmp_path / "x.png", transparency=20 << 8)
-    shown = np.asarray(data.read_image([tmp_path / "x.png"], 0))[:, :, 0]
+    shown = np.asarray(read_image(tmp_path / "x.png"))[:, :, 0]
     assert (shown == np.where(values == 20, 255, values)).all()
 
 
@@ -1890,20 +1861,33 @@ def test_images_with_too_many_pixels_are_named_or_reduced(tmp_path, here, capsys
     monkeypatch.setenv("LOOC_MEGAPIXELS", "1")
     Image.new("1", (1500, 1000)).save(tmp_path / "x.png")
     Image.new("RGB", (1500, 1000)).save(tmp_path / "x.jpg")
-    assert data.read_image([tmp_path / "x.jpg"], 0).size == (750, 500)
-    with pytest.raises(UserError, match="x.png: 2 megapixels, more than 1: --megapixels=2 reads"):
-        data.read_image([tmp_path / "x.png"], 0)
+    assert read_image(tmp_path / "x.jpg").size == (750, 500)
+    says = "x.png: 2 megapixels, more than 1: --megapixels=2 reads"
+    raises(UserError, says, read_image, tmp_path / "x.png")
     run(data, f"check --data=folder --root={folder_of(tmp_path / 'photos', a=9)} --megapixels 2")
-    assert data.read_image([tmp_path / "x.png"], 0).size == (1500, 1000)
-    assert "--megapixels=0: expected" in refused(capsys, data, "check --megapixels=0")
+    assert read_image(tmp_path / "x.png").size == (1500, 1000)
+    monkeypatch.setenv("LOOC_MEGAPIXELS", "abc")
+    says = "LOOC_MEGAPIXELS=abc: expected 1 or more"
+    raises(UserError, says, data.central_crops, [tmp_path / "x.png"], 8)
 
 
-def test_what_is_no_file_does_not_hang(tmp_path):
-    os.mkfifo(tmp_path / "x.jpg")
-    eps = tmp_path / "y.jpg"
-    eps.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    for path, hint in ((tmp_path / "x.jpg", "not a file"), (eps, "cannot identify")):
-        raises(UserError, hint, data.read_image, [path], 0)
+def test_files_that_are_no_image_of_known_channels_are_refused_by_what_they_are(tmp_path):
+    path = tmp_path / "x.tif"
+    for mode, kind in (("F", "floating point"), ("I", "32-bit integer")):
+        Image.new(mode, (8, 8)).save(path)
+        raises(UserError, f"x.tif: {kind} .*8 or 16 bits", read_image, path)
+    Image.new("RGB", (8, 8)).save(path)
+    tag = struct.pack("<HHI", 277, 3, 1)  # samples per pixel
+    head, tail = path.read_bytes().split(tag)
+    for channels in (2, 5, 13):
+        path.write_bytes(head + tag + struct.pack("<H", channels) + tail[2:])
+        says = f"x.tif: {channels} channels, expected gray or RGB"
+        raises(UserError, says, read_image, path)
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    raises(UserError, "cannot identify", read_image, path)
+    path.unlink()
+    os.mkfifo(path)  # which must not hang
+    raises(UserError, "not a file", read_image, path)
 
 
 def test_names_in_latin_1_and_broken_links_are_read_and_named(here, capsys):
@@ -1916,17 +1900,6 @@ def test_names_in_latin_1_and_broken_links_are_read_and_named(here, capsys):
     assert "% of the images are longer than 2:1" in said.err
     raises(SystemExit, "^2$", run, data, f"check --data=folder --root={root} --sample=all")
     assert re.findall("warning: unreadable: .*: No such file", capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("channels", [2, 5, 13])
-def test_more_channels_than_rgb_are_refused_by_number(channels, tmp_path):
-    path = tmp_path / "bands.tif"
-    Image.new("RGB", (8, 8)).save(path)
-    entry = struct.pack("<HHI", 277, 3, 1)  # samples per pixel
-    head, tail = path.read_bytes().split(entry)
-    path.write_bytes(head + entry + struct.pack("<H", channels) + tail[2:])
-    with pytest.raises(UserError, match=f"bands.tif: {channels} channels, expected gray or RGB"):
-        data.read_image([path], 0)
 
 
 @pytest.mark.parametrize("w, h", [(64, 64), (96, 64), (64, 128)])
@@ -1987,6 +1960,11 @@ def test_every_core_decodes_unless_processes_share_them(monkeypatch):
     assert data.decoding_workers(None, 99, 8) == 3  # 8 on two machines
     assert data.decoding_workers(None, 2) == 2
     assert [data.decoding_workers(asked, 99) for asked in (0, 40)] == [0, 40]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "")
+    assert data.decoding_workers(None, 3) >= 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    says = "LOCAL_WORLD_SIZE=0: expected 1 or more"
+    raises(UserError, says, data.decoding_workers, None, 3)
     asked = []
     monkeypatch.setattr(data, "decoding_workers", lambda *given: asked.append(given) or 0)
     files = data.ImageFiles(range(600), lambda *_: Image.new("RGB", (1, 1)), 1)
@@ -2816,6 +2794,7 @@ BAD_NUMBERS += [(eval, f"spaces --margin={x}") for x in ("nan", "inf", -1, "x")]
 BAD_NUMBERS += [(eval, f"claims --{flag}") for flag in ("jobs=2", "seeds=0", "seeds=1000000000")]
 BAD_NUMBERS += [(eval, "fewshot --trials=1"), (eval, "retrieve --queries=0")]
 BAD_NUMBERS += [(eval, "robust --pictures=0"), (eval, "linear --protocol=paper --lr=inf")]
+BAD_NUMBERS += [(data, "check --megapixels=0")]
 BAD_NUMBERS += [(eval, "embed --workers=-1"), (eval, f"linear --seed={-(10**20)}")]
 
 
@@ -2868,13 +2847,6 @@ def test_a_broken_run_is_left_out_of_the_table(untrained, capsys):
         out, err = printed(capsys, eval, "table")
         assert "runs/other: its config.json is no run's" in err
         assert "hue" in out
-
-
-def test_a_limit_of_megapixels_that_is_none_is_refused(tmp_path, monkeypatch):
-    write_image(tmp_path / "x.png")
-    monkeypatch.setenv("LOOC_MEGAPIXELS", "abc")
-    with pytest.raises(UserError, match="LOOC_MEGAPIXELS=abc: expected 1 or more"):
-        data.central_crops([tmp_path / "x.png"], 8)
 
 
 def test_files_of_a_run_and_tables_are_not_replaced(untrained, capsys):
