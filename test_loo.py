@@ -834,21 +834,6 @@ class FakeCuda(TorchDispatchMode):
         return op(*args, **kwargs)
 
 
-def move_module(module, change, recurse=True):
-    """nn.Module._apply with new parameters, as a real one cannot become a fake one.
-
-    They need no gradient: its graph would look for a driver.
-    """
-    for child in module.children():
-        move_module(child, change)
-    for name, p in module._parameters.items():
-        if p is not None:
-            module._parameters[name] = torch.nn.Parameter(change(p.detach()), requires_grad=False)
-    for name, x in module._buffers.items():
-        module._buffers[name] = None if x is None else change(x)
-    return module
-
-
 def step_without_backward(optimizer, loss):
     assert loss.device.type == "cuda"
     for p in optimizer.param_groups[0]["params"]:
@@ -858,12 +843,13 @@ def step_without_backward(optimizer, loss):
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "_apply", move_module)
+    # A real parameter cannot become a fake one, and its gradient's graph would look for a driver.
+    monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
     monkeypatch.setattr(loo, "optimizer_step", step_without_backward)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    with FakeCuda() as mode:
+    with torch.no_grad(), FakeCuda() as mode:
         yield mode
 
 
