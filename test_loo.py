@@ -70,6 +70,7 @@ FAMILIES += ["efficientnet_b0", "densenet121", "swin_t", "vit_b_32"]
 BOXES = [(0, 0, 40, 40), (3, 5, 20, 30), (10, 0, 30, 12), (0, 20, 9, 20)]
 BOXES += [(25, 25, 15, 15), (1, 2, 38, 37), (5, 30, 35, 10), (17, 3, 21, 23)]
 FLIP, TURNS = torch.arange(8) < 4, torch.arange(8) % 4
+DISK_IS_FULL = unittest.mock.Mock(side_effect=OSError(28, "No space left on device"))
 COMMANDS = {
     loo: "train show_methods bench",
     data: "stylize pack check sheet",
@@ -1280,28 +1281,22 @@ def test_a_ruined_checkpoint_gives_way_to_the_one_before(ruin, here, capsys):
 
 
 def test_curves_cover_the_whole_log_and_never_end_a_training(here, capsys, monkeypatch):
-    drawn, draw, step = [], data.draw_curves, loo.train_step
+    draw, step = unittest.mock.Mock(wraps=data.draw_curves), loo.train_step
+    draw.side_effect = [RuntimeError("no font")] * 2 + [unittest.mock.DEFAULT] * 9
     line = f"train --out=run --epochs=2 {QUICK} --save_every=2"
-
-    def draw_or_fail(panels, *rest):
-        drawn.append(len(panels["loss"]["color"]))
-        if len(drawn) < 3:
-            raise RuntimeError("no font")
-        draw(panels, *rest)
 
     def step_or_stop(state, *rest):
         if state.step == 45:
             raise InterruptedError
         return step(state, *rest)
 
-    monkeypatch.setattr(data, "draw_curves", draw_or_fail)
-    stopping = unittest.mock.patch.object(loo, "train_step", step_or_stop)
-    with stopping, pytest.raises(SystemExit):
-        run(loo, line)
-    assert drawn == [20, 40]
+    monkeypatch.setattr(data, "draw_curves", draw)
+    with unittest.mock.patch.object(loo, "train_step", step_or_stop):
+        raises(SystemExit, "^2$", run, loo, line)
     assert capsys.readouterr().err.count("warning: run/curves.png is not drawn: no font\n") == 2
     run(loo, line)
-    assert drawn[-1] == 64
+    drawn = [len(call.args[0]["loss"]["color"]) for call in draw.call_args_list]
+    assert (drawn[:2], drawn[-1]) == ([20, 40], 64)
     assert Image.open("run/curves.png").width > 1200
 
 
@@ -1548,17 +1543,6 @@ def test_a_folder_to_train_on_alone_is_checked_and_not_evaluated(untrained, caps
     assert "evaluations need val or test too" in err
 
 
-def test_a_limit_that_is_lifted_brings_images_back(tmp_path, monkeypatch):
-    photo_tree(tmp_path / "photos", 1, 9)
-    Image.new("1", (1500, 1000)).save(tmp_path / "photos" / "class0" / "big.png")
-    for limit, lost in (("1", 1), ("2", 0)):
-        monkeypatch.setenv("LOOC_MEGAPIXELS", limit)
-        files = data.open_dataset("folder", "train", root=tmp_path / "photos")
-        if not any("big" in path.name for path in files.images.source):
-            files = data.open_dataset("folder", "val", root=tmp_path / "photos")
-        assert len(data.decode_all(files, 0, tmp_path, shared=True).missing) == lost
-
-
 def test_pages_beyond_the_first_are_named(tmp_path, capsys):
     pages = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
     pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
@@ -1611,11 +1595,11 @@ def write_table(root, *lines, images="abcd"):
     return root
 
 
-def opened(root, split="train"):
+def opened(root, split="train", name="folder"):
     """-> the names of the files, {label: (n,) as a list}, classes."""
-    found = data.open_dataset("folder", split, root=root)
+    found = data.open_dataset(name, split, root=root)
     files = [path.relative_to(root).as_posix() for path in found.images.source]
-    return files, {name: y.tolist() for name, y in found.labels.items()}, found.classes
+    return files, {label: y.tolist() for label, y in found.labels.items()}, found.classes
 
 
 def test_a_table_gives_several_labels(tmp_path):
@@ -1811,18 +1795,22 @@ def test_one_transparent_value_of_16_bits_is_white(tmp_path):
     assert (shown == np.where(values == 20, 255, values)).all()
 
 
-def test_images_with_too_many_pixels_are_named_or_reduced(tmp_path, here, capsys, monkeypatch):
+def test_images_with_too_many_pixels_are_named_or_reduced(here, monkeypatch):
     monkeypatch.setenv("LOOC_MEGAPIXELS", "1")
-    Image.new("1", (1500, 1000)).save(tmp_path / "x.png")
-    Image.new("RGB", (1500, 1000)).save(tmp_path / "x.jpg")
-    assert read_image(tmp_path / "x.jpg").size == (750, 500)
-    says = "x.png: 2 megapixels, more than 1: --megapixels=2 reads"
-    raises(UserError, says, read_image, tmp_path / "x.png")
-    run(data, f"check --data=folder --root={folder_of(tmp_path / 'photos', a=9)} --megapixels 2")
-    assert read_image(tmp_path / "x.png").size == (1500, 1000)
+    big = folder_of(here / "photos", train__a=9) / "train" / "a" / "big.png"
+    Image.new("1", (1500, 1000)).save(big)
+    says = "big.png: 2 megapixels, more than 1: --megapixels=2 reads"
+    raises(UserError, says, read_image, big)
+    Image.new("RGB", (1500, 1000)).save(here / "x.jpg")
+    assert read_image(here / "x.jpg").size == (750, 500)
+    dataset = data.open_dataset("folder", "train", root=here / "photos")
+    assert len(data.decode_all(dataset, 0, here, shared=True).missing) == 1
+    run(data, "check --data=folder --root=photos --megapixels 2")
+    assert read_image(big).size == (1500, 1000)
+    dataset = data.open_dataset("folder", "train", root=here / "photos")
+    assert not len(data.decode_all(dataset, 0, here, shared=True).missing)
     monkeypatch.setenv("LOOC_MEGAPIXELS", "abc")
-    says = "LOOC_MEGAPIXELS=abc: expected 1 or more"
-    raises(UserError, says, data.central_crops, [tmp_path / "x.png"], 8)
+    raises(UserError, "LOOC_MEGAPIXELS=abc: expected 1 or more", data.central_crops, [big], 8)
 
 
 def test_files_that_are_no_image_of_known_channels_are_refused_by_what_they_are(tmp_path):
@@ -2036,9 +2024,8 @@ def few(monkeypatch):
 
 def label_of_path(name, split, root):
     """-> {path below root: label}"""
-    dataset = data.open_dataset(name, split, root=root)
-    paths = [str(path.relative_to(root)) for path in dataset.images.source]
-    return dict(zip(paths, dataset.labels["class"].tolist()))
+    files, labels, _ = opened(root, split, name)
+    return dict(zip(files, labels["class"]))
 
 
 def imagenet_tree(root, wnids, layout="folders"):
@@ -2172,22 +2159,19 @@ def test_images_behind_a_link_are_the_same_images(few, tmp_path):
 
 def test_workers_need_no_shared_memory(tmp_path, monkeypatch):
     """Docker gives 64 MB of it. A worker that is killed is named in a line."""
-
-    def full(*_):
-        raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
-
-    def killed(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def decoded(read):
-        files = data.ImageFiles([tmp_path / "x.png"] * 257, read, 8)
-        return data.decode_all(data.ImageSet(files, torch.ones(257), {}, {}), 1).images
-
+    no_space = "unable to write to file </torch_1_2_3>: No space left on device (28)"
+    full = unittest.mock.Mock(side_effect=RuntimeError(no_space))
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
     monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", full)
     write_image(tmp_path / "x.png")
-    assert len(decoded(data.read_image)) == 257
-    raises(UserError, "decoding stopped .*--workers=0", decoded, killed)
+
+    def decode(read):
+        files = data.ImageFiles([tmp_path / "x.png"] * 257, read, 8)
+        return data.decode_all(data.ImageSet(files, torch.ones(257), {}, {}), 1).images
+
+    assert len(decode(data.read_image)) == 257
+    killed = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    raises(UserError, "decoding stopped .*--workers=0", decode, killed)
 
 
 @pytest.mark.parametrize("above", ["images", "objectnet-1.0/images", "."])
@@ -2611,7 +2595,7 @@ def test_pack_is_read_by_training_and_whole_or_not_at_all(here, capsys, monkeypa
     os.truncate(next((here / "packed").glob("*.pt")), 99)  # a disk that was full, say
     capsys.readouterr()
     assert "decoding" in printed(capsys, data, "pack --root=photos --size=28 --out=packed").err
-    monkeypatch.setattr("os.posix_fallocate", disk_is_full)
+    monkeypatch.setattr("os.posix_fallocate", DISK_IS_FULL)
     pack = "pack --root=photos --size=28 --out=full"
     assert "No space left" in refused(capsys, data, pack, lines=2)  # and what it decodes
     assert not list((here / "full").iterdir())
@@ -2704,10 +2688,6 @@ def test_curves_of_nothing_are_drawn(tmp_path):
 def test_names_are_drawn_or_escaped():
     names, font = ["it's", "two\nlines", "caf\udce9", "\u732b"], ImageFont.load_default(10)
     assert data.drawable(names, font) == ["it's", "two\\nlines", "caf\\udce9", "\\u732b"]
-
-
-def disk_is_full(*_):
-    raise OSError(28, "No space left on device")
 
 
 def test_flags_are_typed_by_the_signature_and_commands_guessed(capsys):
@@ -2836,7 +2816,7 @@ def test_memory_that_cannot_be_had_is_a_line(flag, here, capsys):
 
 def test_a_full_disk_leaves_what_was_there(here, monkeypatch):
     data.write_atomic(here / "x.pt", b"old")
-    monkeypatch.setattr("os.fsync", disk_is_full)
+    monkeypatch.setattr("os.fsync", DISK_IS_FULL)
     with pytest.raises(UserError, match="x.pt, which needs 3.0 MB: No space left"):
         data.write_atomic(here / "x.pt", bytes(3 << 20), keep=here / "y.pt")
     assert [p.name for p in here.iterdir()] == ["x.pt"]
@@ -3170,7 +3150,7 @@ def test_what_cannot_be_kept_does_not_end_an_evaluation(untrained, capsys, monke
     latest = untrained / "runs" / "latest"
     (latest / "features").write_text("")
     (latest / "results.jsonl").mkdir()
-    monkeypatch.setattr(eval, "save_neighbors", disk_is_full)
+    monkeypatch.setattr(eval, "save_neighbors", DISK_IS_FULL)
     out, err = printed(capsys, eval, "retrieve --label=object,hue --queries=2")
     assert "| object |" in out and "| hue |" in out
     features, lines, image = err.splitlines()
@@ -3363,21 +3343,27 @@ def test_labels_of_images_that_cannot_be_read_are_refused(untrained, capsys):
     assert "--shots=1: kind a has only 0 to train on" in err
 
 
-def gaps(factors, split, *rest):
-    """factors, but some images have no hue, none of training the last, none of test a texture."""
+def gaps(factors, keep, split, *rest):
+    """factors, but some images have no hue, none of training the last, none of test a texture.
+
+    Those without a hue are left out, unless they are to be kept.
+    """
     found = factors(split, *rest)
     hue = found.labels["hue"].clone()
     hue[::3] = -1
     if split == "train":
         hue[hue == 3] = -1
     texture = torch.full_like(hue, -1) if split == "test" else found.labels["texture"]
-    return found._replace(labels=found.labels | dict(hue=hue, texture=texture))
+    rows = (hue >= 0) | keep
+    labels = found.labels | dict(hue=hue, texture=texture)
+    labels = {name: y[rows] for name, y in labels.items()}
+    return found._replace(images=found.images[rows], labels=labels)
 
 
 def test_every_task_takes_the_images_that_have_the_label(untrained, capsys, monkeypatch):
     monkeypatch.setattr(data, "FACTORS", data.FACTORS | {"train": 600, "val": 32})
-    monkeypatch.setattr(data, "factors", functools.partial(gaps, data.factors))
-    titles = []
+    factors, titles = data.factors, []
+    monkeypatch.setattr(data, "factors", functools.partial(gaps, factors, True))
     monkeypatch.setattr(eval, "image_grid", lambda _, names, *rest, **zoom: titles.extend(names))
     tasks = ["knn", "linear --label=hue", "spaces --label=hue", "robust --label=hue --pictures=5"]
     tasks += ["linear --label=hue --protocol=paper --epochs=1"]
@@ -3407,15 +3393,7 @@ def test_every_task_takes_the_images_that_have_the_label(untrained, capsys, monk
     assert [x["label"] for x in found if x["task"] == "knn"] == ["object", "hue", "species"]
     assert "none of test has it" in refused(capsys, eval, "knn --label=texture")
     # As if the others were not there.
-    full = data.factors
-
-    def fewer(split, *rest):
-        found = full(split, *rest)
-        known = found.labels["hue"] >= 0
-        labels = {name: y[known] for name, y in found.labels.items()}
-        return found._replace(images=found.images[known], labels=labels)
-
-    monkeypatch.setattr(data, "factors", fewer)
+    monkeypatch.setattr(data, "factors", functools.partial(gaps, factors, False))
     run(eval, "knn --label=hue")
     again = results(untrained)[-1]
     first = next(line for line in hue if line["task"] == "knn")
