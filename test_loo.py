@@ -207,10 +207,6 @@ def load_dataset(name, split, workers=None, cache=None, shared=False, **where):
     return data.decode_cached(data.open_dataset(name, split, **where), workers, cache, shared)
 
 
-def load_folder(split, root):
-    return load_dataset("folder", split, root=root, size=28)
-
-
 def read_image(path):
     return data.read_image([path], 0)
 
@@ -1171,7 +1167,7 @@ def test_your_own_images_ruined(here, capsys):
 def test_images_without_labels_have_what_needs_none(here, capsys):
     photo_tree(here / "photos", 1, 40)
     (here / "photos" / "class0" / "._0.png").write_bytes(b"what macOS leaves beside a file")
-    assert load_folder("train", here / "photos" / "class0").classes["class"] == ["."]
+    assert data.open_dataset("folder", "train", root="photos/class0").classes["class"] == ["."]
     line = f"train --data=folder --root=photos/class0 --batch=16 --out=plain --epochs=1 {TINY}"
     out, err = printed(capsys, loo, line)
     assert "unreadable" not in err
@@ -1419,12 +1415,13 @@ def test_folder_splits_by_path_and_skips_what_it_cannot_read(tmp_path, capsys):
     broken = root / "class1" / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff\xe0not a picture" * 9)
     (root / "class1" / "notes.txt").write_text("not a picture, and not named as one")
-    train, val = (load_folder(split, root) for split in ("train", "val"))
+    where = dict(root=root, size=28)
+    train, val = (load_dataset("folder", split, **where) for split in ("train", "val"))
     assert len(train.images) + len(val.images) == 42
     assert train.images.shape[1:] == (3, 32, 32)
     assert train.classes["class"] == ["class0", "class1", "class2"]
     assert capsys.readouterr().err.count("warning: unreadable") == 1
-    assert torch.equal(load_folder("train", root).images, train.images)
+    assert torch.equal(load_dataset("folder", "train", **where).images, train.images)
     before = data.folder("train", root)[0]
     broken.unlink()
     train, val = (data.folder(split, root)[0] for split in ("train", "val"))
@@ -3163,7 +3160,7 @@ def test_a_map_that_cannot_be_written_goes_into_memory(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     where = dict(root=photo_tree(tmp_path / "photos"), size=28)
     dataset = load_dataset("folder", "train", **where, cache=tmp_path / "file", shared=True)
-    assert torch.equal(dataset.images, load_folder("train", where["root"]).images)
+    assert torch.equal(dataset.images, load_dataset("folder", "train", **where).images)
     assert "; decoding into memory" in capsys.readouterr().err
 
 
@@ -3536,10 +3533,6 @@ def test_claims_name_rows_and_columns_that_there_are():
             assert sign in (">", ">=")
 
 
-def tables_on_factors():
-    return eval.claimed_tables("factors", eval.parse_labels("factors", None))
-
-
 def test_claims_on_other_images_keep_what_can_be_said_there(tmp_path):
     labels = eval.parse_labels("folder", ["hue=tone", "object=kind"])
     tables = eval.claimed_tables("folder", labels)
@@ -3577,7 +3570,7 @@ def test_claims_train_each_row_once_and_go_on(tmp_path):
     folder, trained = tmp_path / "moco-color-2", set()
     for _, _, rows in eval.TABLES:
         trained |= {(method, groups) for method, groups, *_ in rows.values()}
-    tables = tables_on_factors()
+    tables = eval.claimed_tables("factors", eval.parse_labels("factors", None))
     assert len(eval.missing_commands(tmp_path, (1, 2), {}, tables)) == 2 * len(trained)
 
     def mine(**flags):
@@ -3723,7 +3716,8 @@ def test_claims_from_training_to_tables(here, monkeypatch, capsys):
     assert {line["budget"] for line in loo.read_jsonl(kept)} == {"small"}
     aside = loo.move_aside(Path("claims/small/moco-color-31"))  # as --fresh does
     assert aside.name == "moco-color-31.1"
-    missing = eval.missing_commands(Path("claims/small"), (31,), tiny, tables_on_factors())
+    tables = eval.claimed_tables("factors", eval.parse_labels("factors", None))
+    missing = eval.missing_commands(Path("claims/small"), (31,), tiny, tables)
     assert [len(chain) for chain in missing] == [5, 0]
     fail = unittest.mock.Mock(side_effect=UserError("one failed"))
     monkeypatch.setattr(eval, "run_all", fail)
