@@ -1773,23 +1773,19 @@ def test_a_transparent_value_of_two_bits_is_white(tmp_path):
     assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 255, 170, 255]
 
 
-def test_an_orientation_that_cannot_be_read_is_none(tmp_path):
-    Image.new("RGB", (8, 8), GREEN).save(tmp_path / "x.png", exif=b"garbage" * 9)
-    assert read_image(tmp_path / "x.png").getpixel((0, 0)) == GREEN
+RAMP = np.arange(256).reshape(16, 16, 1)
+RAMP_16 = Image.fromarray((RAMP[..., 0] << 8).astype(np.uint16))
+WITHOUT_20 = np.where(RAMP == 20, 255, RAMP)
+# A file, what is saved there and how, and the pixels that are read.
+ODD_FILES = [("bad_exif.png", Image.new("RGB", (8, 8), GREEN), {"exif": b"garbage" * 9}, GREEN)]
+ODD_FILES += [("white_zero.tif", Image.new("I;16", (8, 8), 200 << 8), {"tiffinfo": {262: 0}}, 55)]
+ODD_FILES += [("20_is_transparent.png", RAMP_16, {"transparency": 20 << 8}, WITHOUT_20)]
 
 
-def test_a_tiff_of_16_bits_whose_zero_is_white_is_not_inverted(tmp_path):
-    values = np.full((8, 8), 200 * 256, np.uint16)
-    Image.fromarray(values).save(tmp_path / "x.tif", tiffinfo={262: 0})
-    assert read_image(tmp_path / "x.tif").getpixel((3, 3)) == (55, 55, 55)
-
-
-def test_one_transparent_value_of_16_bits_is_white(tmp_path):
-    values = np.arange(256).reshape(16, 16)
-    image = Image.fromarray((values << 8).astype(np.uint16))
-    image.save(tmp_path / "x.png", transparency=20 << 8)
-    shown = np.asarray(read_image(tmp_path / "x.png"))[:, :, 0]
-    assert (shown == np.where(values == 20, 255, values)).all()
+@pytest.mark.parametrize("name, image, options, pixels", ODD_FILES)
+def test_odd_files_are_read_as_they_are_meant(name, image, options, pixels, tmp_path):
+    image.save(tmp_path / name, **options)
+    assert (np.asarray(read_image(tmp_path / name)) == pixels).all()
 
 
 def test_images_with_too_many_pixels_are_named_or_reduced(here, monkeypatch):
@@ -2665,6 +2661,9 @@ def test_curves_are_where_their_points_are(tmp_path):
     assert y[single].mean() == pytest.approx((top + bottom) / 2, abs=1)
     assert (x[~single & (x > right)] > 840).all()  # the legend has room of its own
     assert size[0] > 840 + 60
+    for nothing in ({}, {"loss": {"all": [(1, math.nan)]}}):
+        data.draw_curves(nothing, path, "step")
+    assert Image.open(path).size > (420, 280)
 
 
 def test_axis_has_a_few_round_numbers_within():
@@ -2674,12 +2673,6 @@ def test_axis_has_a_few_round_numbers_within():
         assert low <= ticks[0] <= ticks[-1] <= high
         assert 2 <= len(ticks) <= 7
     assert data.axis([0, 100])[2] == [0, 20, 40, 60, 80, 100]
-
-
-def test_curves_of_nothing_are_drawn(tmp_path):
-    data.draw_curves({}, tmp_path / "x.png", "step")
-    data.draw_curves({"loss": {"all": [(1, math.nan)]}}, tmp_path / "x.png", "step")
-    assert Image.open(tmp_path / "x.png").size > (420, 280)
 
 
 def test_names_are_drawn_or_escaped():
@@ -2906,10 +2899,9 @@ def test_images_are_held_out_in_all_their_orientations(monkeypatch):
 def test_few_shot_trials_do_not_touch_each_other():
     x, y = torch.randn(3, 20, 5, generator=make_generator(0)), torch.arange(20).expand(3, 20) % 4
     w, b = eval.fit_few_shot(x, y, 4, 50)
-    for t in range(3):
-        w_alone, b_alone = eval.fit_few_shot(x[t : t + 1], y[t : t + 1], 4, 50)
-        assert_close(w[t], w_alone[0], atol=1e-5, rtol=1e-5)
-        assert_close(b[t], b_alone[0], atol=1e-5, rtol=1e-5)
+    for trial in ([0], [1], [2]):
+        alone = eval.fit_few_shot(x[trial], y[trial], 4, 50)
+        assert_close((w[trial], b[trial]), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_few_shot_of_the_paper_starts_anywhere_and_draws_batches():
@@ -2955,13 +2947,9 @@ def test_accuracy_counts_the_first_and_the_first_five_and_of_some_classes():
     assert eval.accuracy(logits, torch.tensor([4, 0]), 5) == 50
     logits = torch.tensor([[1.0, 9.0, 3.0, 2.0], [5.0, 0.0, 1.0, 2.0]])
     assert eval.restrict_classes(logits, torch.tensor([2, 3])).argmax(1).tolist() == [2, 3]
-
-
-def test_a_constant_answer_and_the_mean_of_classes():
     y = torch.tensor([0, 0, 0, 1])
-    constant = F.one_hot(torch.zeros(4, dtype=torch.long), 3).float()
+    right, constant = (F.one_hot(x, 3).float() for x in (y, torch.zeros_like(y)))
     assert eval.constant_answer(constant, y) == dict(largest=75, balanced=50)
-    right = F.one_hot(y, 3).float()
     assert eval.constant_answer(right, y) == dict(largest=75, balanced=100)
 
 
@@ -3052,9 +3040,9 @@ BAD_EVALUATIONS += [("retrieve --neighbours=5000", "128"), ("linear --workers=-1
 BAD_EVALUATIONS += [("robust --corrupted=.", "--source=generated")]
 BAD_EVALUATIONS += [("robust --source=folder", "--source=generated")]
 BAD_EVALUATIONS += [("retrieve --classes=xylophone", "--classes=xylophone: 0 test images")]
-BAD_EVALUATIONS += [("retrieve --out=x.jpg", "ends in .png")]
 BAD_EVALUATIONS += [("linear --data=cub200", "vision.caltech.edu")]
 BAD_EVALUATIONS += [("linear --data=objectnet13 --root=.", "robust")]
+BAD_EVALUATIONS += [("retrieve --out=x.jpg", "ends in .png")]
 BAD_EVALUATIONS += [("spaces --layer=middle", "hidden"), ("linear --save=x.pt", "--label=object")]
 BAD_EVALUATIONS += [("embed", "--root=DIR"), ("embed --root=nope", "no such folder")]
 BAD_EVALUATIONS += [("embed --root=. --out=x.xls", ".csv"), ("embed --root=runs", "no images")]
@@ -3069,9 +3057,8 @@ def test_bad_evaluations_are_one_clear_line(line, hint, untrained, capsys):
 @pytest.mark.parametrize("method", ["looc", "looc++", "moco_same", "supervised"])
 def test_train_then_evaluate(method, here, capsys):
     run(loo, f"train --method={method} --epochs=2 --out=run {SMALL}")
-    files = {"config.json", "log.jsonl", "views.png", "checkpoint.pt", "backbone.pt", "heads.pt"}
-    files.add("curves.png")
-    assert {*os.listdir("run")} - {"checkpoint.old.pt"} == files
+    files = "config.json log.jsonl views.png curves.png checkpoint.pt backbone.pt heads.pt"
+    assert {*os.listdir("run")} - {"checkpoint.old.pt"} == {*files.split()}
     log = loo.read_jsonl(here / "run" / "log.jsonl")
     assert [line["step"] for line in log] == list(range(1, 9))
     assert len(log[0]["loss"]) == (3 if "looc" in method else 1)
@@ -3318,13 +3305,14 @@ def test_retrieve_counts_neighbors_and_draws_them(untrained, capsys):
 
 
 def test_retrieve_shows_the_classes_that_are_named(untrained, monkeypatch):
-    shown = []
-    monkeypatch.setattr(eval, "save_neighbors", lambda *words: shown.append(words[4]))
+    save = unittest.mock.Mock()
+    monkeypatch.setattr(eval, "save_neighbors", save)
     run(eval, "retrieve --classes=tree,cu,tree")
-    objects = data.factors("test").labels["object"]
-    names = data.factors("test").classes["object"]
-    assert [names[int(objects[i])] for i in shown[0]] == ["tree", "cup", "tree"]
-    assert shown[0][0] != shown[0][2]
+    first, second, third = save.call_args.args[4]
+    test = data.factors("test")
+    names = [test.classes["object"][int(test.labels["object"][i])] for i in (first, second, third)]
+    assert names == ["tree", "cup", "tree"]
+    assert first != third
 
 
 def test_labels_of_images_that_cannot_be_read_are_refused(untrained, capsys):
