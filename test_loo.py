@@ -157,19 +157,14 @@ def unit(*shape, seed=0):
     return F.normalize(x, dim=-1)
 
 
-def smooth(h, w=None, n=1, coarse=(7, 7), seed="photos"):
-    """Images (n 3 h w) without hard edges, which every interpolation shows alike."""
-    small = noise(n, 3, *coarse, seed=seed)
-    return F.interpolate(small, (h, w or h), mode="bicubic", align_corners=False).clamp(0, 1)
-
-
-def photos(n=8, side=40):
-    """Smooth images whose values are uint8's."""
-    return (smooth(side, n=n) * 255).round() / 255
+def smooth(h, w, seed):
+    """An image (1 3 h w) without hard edges, which every interpolation shows alike."""
+    small = noise(1, 3, 6, 6, seed=seed)
+    return F.interpolate(small, (h, w), mode="bicubic", align_corners=False).clamp(0, 1)
 
 
 def scenery(b=2, side=64):
-    """Like photos: coarse and fine noise in every channel, values as uint8's."""
+    """Images (b 3 side side) of coarse and fine noise in every channel, values as uint8's."""
     images = 0
     for k, n in enumerate((3, 8, 24, 64)):
         octave = noise(b, 3, n, n, seed=n)
@@ -562,7 +557,7 @@ def box_params(boxes, side):
 
 @pytest.mark.parametrize("size", [32, 24, 64])
 def test_crop_is_torchvisions_resized_crop(size):
-    images, theirs = photos(), []
+    images, theirs = scenery(8, 40), []
     for image, box in zip(images, BOXES):
         theirs.append(TF.resized_crop(image, *box, [size, size], antialias=True))
     ours = loo.resample(images, box_params(BOXES, 40), size)
@@ -571,7 +566,7 @@ def test_crop_is_torchvisions_resized_crop(size):
 
 def test_crop_on_a_squashed_canvas_is_the_crop_of_the_image():
     """An 80x40 image squashed to 40x40: a square crop of the image itself comes out square."""
-    wide = smooth(40, 80, coarse=(4, 8), seed=3)
+    wide = smooth(40, 80, seed=3)
     canvas, box = TF.resize(wide, [40, 40], antialias=True), (10, 15, 20, 20)
     params = dict(area=[[0.125]], ratio=[[1.0]], place=[[0.5, 0.25]])  # of that box
     params = {name: torch.tensor(x) for name, x in params.items()}
@@ -582,7 +577,7 @@ def test_crop_on_a_squashed_canvas_is_the_crop_of_the_image():
 
 
 def test_flip_and_rotation_are_exact_alone_and_after_a_crop():
-    images, rest, box = photos(), {"flip": FLIP, "turns": TURNS}, box_params(BOXES, 40)
+    images, rest, box = scenery(8, 40), {"flip": FLIP, "turns": TURNS}, box_params(BOXES, 40)
     for image, flip, turns, view in zip(images, FLIP, TURNS, loo.resample(images, rest)):
         assert torch.equal(view, (image.flip(2) if flip else image).rot90(int(turns), (1, 2)))
     one_by_one = loo.resample(loo.resample(images, box, 32), rest)
@@ -614,14 +609,14 @@ def test_crop_boxes_follow_random_resized_crop():
 @pytest.mark.parametrize("aspect", [1e3, 1e-3, 300, 64_000])
 def test_views_of_a_line_of_pixels_are_pixels(aspect):
     params = loo.sample_crop(8, make_generator(0))
-    views = loo.resample(photos(), params, 16, torch.full((8,), float(aspect)))
+    views = loo.resample(scenery(8, 40), params, 16, torch.full((8,), float(aspect)))
     assert views.isfinite().all()
-    assert photos().min() - 1e-5 <= views.min() <= views.max() <= photos().max() + 1e-5
+    assert scenery(8, 40).min() - 1e-5 <= views.min() <= views.max() <= scenery(8, 40).max() + 1e-5
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
 def test_color_ops_are_torchvisions(name):
-    images = torch.cat([photos(6), torch.zeros(1, 3, 40, 40), torch.full((1, 3, 40, 40), 0.5)])
+    images = torch.cat([scenery(6, 40), torch.zeros(1, 3, 40, 40), torch.full((1, 3, 40, 40), 0.5)])
     factor = torch.linspace(*((-0.5, 0.5) if name == "hue" else (0.2, 1.8)), 8)
     ours, theirs = (getattr(module, f"adjust_{name}") for module in (loo, TF))
     want = torch.stack([theirs(image, float(f)) for image, f in zip(images, factor)])
@@ -629,7 +624,7 @@ def test_color_ops_are_torchvisions(name):
 
 
 def test_color_applies_four_ops_in_each_images_order():
-    images, params = photos(32), loo.sample_color(32, make_generator(5))
+    images, params = scenery(32, 40), loo.sample_color(32, make_generator(5))
     assert 0 < (params["order"][:, 0] < 0).sum() < 32
     want = images.clone()
     for i in range(32):
@@ -646,7 +641,7 @@ def test_color_applies_four_ops_in_each_images_order():
 
 
 def test_blur_is_torchvisions_gaussian_where_it_changes_anything():
-    images, sigmas, blurred = photos(8, 224), torch.linspace(0.1, 2, 8), torch.arange(8) < 6
+    images, sigmas, blurred = scenery(8, 224), torch.linspace(0.1, 2, 8), torch.arange(8) < 6
     want = images.clone()
     for i in range(6):
         want[i] = TF.gaussian_blur(images[i], 23, float(sigmas[i]))
@@ -1830,7 +1825,7 @@ def test_names_in_latin_1_and_broken_links_are_read_and_named(here, capsys):
 @pytest.mark.parametrize("w, h", [(64, 64), (96, 64), (64, 128)])
 def test_evaluations_see_the_central_crop(w, h, tmp_path):
     """Resize the short side to 32, cut out the middle 28: as everyone does."""
-    image = TF.to_pil_image(smooth(h, w, coarse=(6, 6), seed=w)[0])
+    image = TF.to_pil_image(smooth(h, w, seed=w)[0])
     image.save(tmp_path / "x.png")
     want = TF.center_crop(TF.resize(image, 32, TF.InterpolationMode.BICUBIC), 28)
     files = data.open_dataset("folder", "train", root=tmp_path, size=28, central=True).images
@@ -1842,7 +1837,7 @@ def test_evaluations_see_the_central_crop(w, h, tmp_path):
 @pytest.mark.parametrize("w, h", [(64, 40), (20, 31), (3, 200), (40, 40)])
 def test_training_sees_the_whole_image_as_pillow_squashes_it(w, h, tmp_path):
     """torch resizes, since it is faster: the pixels are Pillow's but for rounding."""
-    image = TF.to_pil_image(smooth(h, w, coarse=(6, 6), seed=w)[0])
+    image = TF.to_pil_image(smooth(h, w, seed=w)[0])
     image.save(tmp_path / "x.png")
     files = data.open_dataset("folder", "train", root=tmp_path, size=32, canvas=40).images
     canvas, aspect, _ = files[0]
