@@ -2200,7 +2200,7 @@ NOT_MONOTONE = {"glass_blur", "snow", "frost", "elastic_transform"}
 @pytest.mark.parametrize("name", data.CORRUPTIONS)
 @pytest.mark.parametrize("side", [32, 64])
 def test_a_corruption_keeps_the_contract(name, side):
-    images = scenery(3, side)
+    images, changes = scenery(16, side), []
     kept = images.clone()
     for severity in range(1, 6):
         worse = data.corrupt(images, name, severity, make_generator(1))
@@ -2209,18 +2209,13 @@ def test_a_corruption_keeps_the_contract(name, side):
         assert_close(worse * 255, (worse * 255).round(), atol=1e-4, rtol=0)
         assert torch.equal(worse, data.corrupt(images, name, severity, make_generator(1)))
         assert torch.equal(images, kept)
-        assert (worse - images).abs().mean() > 0.002
+        changes.append((worse - images).abs().mean().item())
+    assert min(changes) > 0.002
+    if side == 64 and name not in NOT_MONOTONE:
+        assert changes == sorted(set(changes))
     # Every image has random numbers of its own, where there are any.
     one, other = data.corrupt(images[:1].expand(2, -1, -1, -1), name, 5, make_generator(1))
     assert torch.equal(one, other) == (name in ALIKE)
-
-
-@pytest.mark.parametrize("name", sorted(set(data.CORRUPTIONS) - NOT_MONOTONE))
-def test_severities_increase(name):
-    images = scenery(16)
-    worse = [data.corrupt(images, name, severity, make_generator(1)) for severity in range(1, 6)]
-    changes = torch.stack([(x - images).abs().mean() for x in worse])
-    assert (changes.diff() > 0).all()
 
 
 def test_noise_has_the_published_moments():
