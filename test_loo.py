@@ -1569,11 +1569,12 @@ def test_every_suffix_that_pillow_reads_is_an_image():
     assert not set(data.FORMATS) & data.NOT_IMAGES
 
 
-def write_table(root, *lines, images="abcd"):
+def write_table(root, *lines, images="abcd", encoding="utf-8"):
     """A folder of flat images and its labels.csv."""
     for color, name in enumerate(images):
         write_image(root / f"{name}.png", (color * 60, 0, 0))
-    (root / "labels.csv").write_text("\n".join(lines), errors="surrogateescape")
+    text = "\n".join(lines)
+    (root / "labels.csv").write_text(text, encoding, errors="surrogateescape")
     return root
 
 
@@ -1601,9 +1602,8 @@ def test_a_table_gives_several_labels(tmp_path):
 @pytest.mark.parametrize("separator", ";\t,")
 def test_tables_of_spreadsheets_are_read(separator, tmp_path):
     lines = "file , kind,", "", ".\\a.png, x,", ",,", '"./b.png","y",'
-    write_table(tmp_path, images="ab")
     text = "\r\n".join(lines).replace(",", separator)
-    (tmp_path / "labels.csv").write_text(text, encoding="utf-8-sig")
+    write_table(tmp_path, text, images="ab", encoding="utf-8-sig")
     columns, table = data.read_table(tmp_path)
     assert columns == ["file", "kind", ""]
     assert [table[file]["kind"] for file in ("a.png", "b.png")] == ["x", "y"]
