@@ -3301,15 +3301,12 @@ def test_labels_of_images_that_cannot_be_read_are_refused(untrained, capsys):
 
 
 def gaps(factors, keep, split, *rest):
-    """factors, but some images have no hue, none of training the last, none of test a texture.
-
-    Those without a hue are left out, unless they are to be kept.
-    """
+    """factors with some images without a hue, kept or left out, and none of test with a texture."""
     found = factors(split, *rest)
     hue = found.labels["hue"].clone()
     hue[::3] = -1
     if split == "train":
-        hue[hue == 3] = -1
+        hue[hue == 3] = -1  # the last, which is never trained on
     texture = torch.full_like(hue, -1) if split == "test" else found.labels["texture"]
     rows = (hue >= 0) | keep
     labels = found.labels | dict(hue=hue, texture=texture)
