@@ -2200,7 +2200,7 @@ NOT_MONOTONE = {"glass_blur", "snow", "frost", "elastic_transform"}
 @pytest.mark.parametrize("name", data.CORRUPTIONS)
 @pytest.mark.parametrize("side", [32, 64])
 def test_a_corruption_keeps_the_contract(name, side):
-    images, changes = scenery(16, side), []
+    images, changes = scenery(side // 4, side), []
     kept = images.clone()
     for severity in range(1, 6):
         worse = data.corrupt(images, name, severity, make_generator(1))
@@ -3314,7 +3314,7 @@ def gaps(factors, keep, split, *rest):
 
 
 def test_every_task_takes_the_images_that_have_the_label(untrained, capsys, monkeypatch):
-    monkeypatch.setattr(data, "FACTORS", data.FACTORS | {"train": 600, "val": 32})
+    monkeypatch.setattr(data, "FACTORS", data.FACTORS | {"train": 540, "val": 32})
     factors, titles = data.factors, []
     monkeypatch.setattr(data, "factors", functools.partial(gaps, factors, True))
     monkeypatch.setattr(eval, "image_grid", lambda _, names, *rest, **zoom: titles.extend(names))
