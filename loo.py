@@ -106,9 +106,7 @@ def check_tuples(**flags):
 
 def get_method(config):
     """The Method that a configuration names."""
-    method = methods(config["groups"], config["same"])[config["method"]]
-    share, role = torch.as_tensor(method.share), torch.as_tensor(method.role)
-    return method._replace(share=share.bool(), role=role)
+    return methods(config["groups"], config["same"])[config["method"]]
 
 
 # ---------------------------------------- loss and queue
@@ -235,7 +233,8 @@ def contrastive_forward(state, images, aspect, config, textures=None):
     rows = rank_rows(config, step)
     # inference_mode is no_grad with less bookkeeping: a tenth of the augmentation's time on a CPU.
     with torch.inference_mode():
-        query, keys, params = training_views(images, aspect, config, step, textures, rows)
+        parts = dict(aspect=aspect, textures=textures, rows=rows)
+        query, keys, params = training_views(images, config, step, **parts)
     # Not in inference_mode, which not every torch.compile knows.
     with torch.no_grad(), autocast(config):
         k = encode(state.encoder_k, rearrange(keys, "v b c h w -> (v b) c h w"))[1]
@@ -421,21 +420,12 @@ def map_params(params, change):
     return {name: dict(zip(group, map(change, group.values()))) for name, group in params.items()}
 
 
-def training_views(images, aspect, config, step, textures=None, rows=None):
-    """augment_groups as a configuration says, arguments as there."""
+def training_views(images, config, step, **parts):
+    """augment_groups as a configuration says; parts: its aspect, textures and rows."""
     method = get_method(config)
-    return augment_groups(
-        images,
-        method.groups,
-        method.share,
-        make_generator("views", config["seed"], step),
-        always=config["always"],
-        size=config["size"],
-        aspect=aspect,
-        textures=textures,
-        rows=rows,
-        sampling=config.get("sampling"),
-    )
+    generator = make_generator("views", config["seed"], step)
+    settings = dict(always=config["always"], size=config["size"], sampling=config.get("sampling"))
+    return augment_groups(images, method.groups, method.share, generator, **settings, **parts)
 
 
 def rank_rows(config, step):
@@ -476,7 +466,7 @@ def drop_equal(role, params, groups):
     for space, group in enumerate(groups, 1):
         equal = torch.ones(role.shape[1:], dtype=torch.bool)  # (v b)
         for x in params[group].values():
-            equal &= (x[1:] == x[0]).flatten(2).all(2) if x.ndim > 2 else x[1:] == x[0]
+            equal &= rearrange(x[1:] == x[0], "v b ... -> v b (...)").all(2)
         role[space].masked_fill_(equal & (role[space] < 0), 0)
     return role
 
@@ -487,7 +477,8 @@ def supervised_step(state, images, aspect, labels, config, textures=None):
     Arguments as in train_step; labels (b,), or None to learn the rotation that was drawn.
     """
     rows = rank_rows(config, state.step)
-    query, _, params = training_views(images, aspect, config, state.step, textures, rows)
+    parts = dict(aspect=aspect, textures=textures, rows=rows)
+    query, _, params = training_views(images, config, state.step, **parts)
     if labels is None:
         labels = move_like(images, params["rotation"]["turns"][0])
     with autocast(config):
@@ -1031,7 +1022,11 @@ def make_config(*, packed, fresh, **flags):
     drawn = {*groups, *flags["always"]}
     config["sampling"] = parse_sampling(flags["sampling"], drawn, recipe.get("sampling", {}))
     check_out(config["out"], folder=True)
-    check_run_folder(Path(config["out"]))
+    out = Path(config["out"])
+    files = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if files and not files & {"config.json", "checkpoint.pt", "checkpoint.old.pt"}:
+        # --fresh would move them away.
+        raise UserError(f"--out={out} is not empty and holds no run: name another folder")
     if os.path.islink(config["out"]):  # runs/latest will be another run
         config["out"] = os.path.relpath(os.path.realpath(config["out"]))
     config["groups"], config["same"] = list(groups), list(flags["same"])
@@ -1050,32 +1045,21 @@ def make_config(*, packed, fresh, **flags):
     return config
 
 
-def check_run_folder(out):
-    """UserError where a folder holds files, and none of a run: --fresh would move them away."""
-    files = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if files and not files & {"config.json", "checkpoint.pt", "checkpoint.old.pt"}:
-        raise UserError(f"--out={out} is not empty and holds no run: name another folder")
-
-
 def recipe_canvas(data, size, recipe=None):
     """The side of the images that a recipe stores for views of this size; None: see open_dataset.
 
     Of photographs alone: evaluations crop them.
     """
-    from data import DATASETS
-
     recipe = RECIPES.get(recipe or data, {})
-    if "canvas" in recipe and DATASETS[data].crop_pct < 1:
+    if "canvas" in recipe and data_module().DATASETS[data].crop_pct < 1:
         return round(recipe["canvas"] * size / recipe["size"])
 
 
 def check_groups(**flags):
     """UserError where a flag, such as groups=("color",), names no augmentation."""
-    from data import check_choice
-
     for flag, names in flags.items():
         for name in names:
-            check_choice(flag, name, GROUPS)
+            data_module().check_choice(flag, name, GROUPS)
 
 
 def parse_sampling(words, drawn, default):
@@ -1431,8 +1415,6 @@ def prepare_folder(state, dataset, config, out):
 
 def print_header(state, dataset, n, place, config, start):
     """Print the first lines of a run on n images; see place_dataset and start_weights."""
-    from data import label_names
-
     batch, queue, out = config["batch"], config["queue"], config["out"]
     spaces = get_method(config).spaces
     steps = config["epochs"] * (n // batch)
@@ -1443,7 +1425,7 @@ def print_header(state, dataset, n, place, config, start):
         print(f"resuming {out} at step {state.step}{among}")
     else:
         where = {"device": "on the device", "host": "in memory", "none": "on disk"}[place]
-        known = label_names(dataset.classes)
+        known = data_module().label_names(dataset.classes)
         labels = "" if known else ", no labels"
         if "class" in known:
             first, *more = dataset.classes["class"]
@@ -1503,30 +1485,27 @@ def own_key_share(n, batch, queue):
 
 def save_views(dataset, config, path):
     """Draw the views of a few images, each key with its space and what it shares."""
-    from data import image_grid
-
     n, method = len(dataset.images), get_method(config)
     some = torch.linspace(0, n - 1, min(12, n)).long()  # of all classes, which lie in order
     on_cpu = config | {"device": "cpu", "precision": "float32"}
     _, images, aspect, textures = get_batch(dataset, on_cpu, some)
-    query, keys, _ = training_views(images, aspect, config, 0, textures)
+    query, keys, _ = training_views(images, config, 0, aspect=aspect, textures=textures)
     names = ["query"]
     for shared, role in zip(method.share, method.role.T):
         groups = " + ".join(itertools.compress(method.groups, shared)) or "nothing"
         spaces = ", ".join(itertools.compress(method.spaces, role == 1))
         names.append(f"key of space {spaces}: shares {groups}")
     zoom = max(1, 64 // config["size"])
-    image_grid(torch.cat([query[None], keys]), names, [""] * len(some), path, zoom)
+    views = torch.cat([query[None], keys])
+    data_module().image_grid(views, names, [""] * len(some), path, zoom)
 
 
 def batch_rows(config, n, first, steps):
     """The rows of the data set that this rank reads, step by step from step `first`."""
-    from data import epoch_batches
-
     for step in range(first, steps):
         epoch, i = divmod(step, n // config["batch"])
         if i == 0 or step == first:
-            order = epoch_batches(n, config["batch"], config["seed"], epoch)
+            order = data_module().epoch_batches(n, config["batch"], config["seed"], epoch)
         yield order[i][rank_rows(config, step).images]
 
 
@@ -1568,21 +1547,17 @@ def place_dataset(dataset, config):
 
     "device": by default where it has twice the room; "host", the memory; "none": a map on disk.
     """
-    place, on_disk = config["cache"], dataset.images.is_shared()
+    place = config["cache"]
     if place == "auto":
         size = sum(x.numel() for x in (dataset.images, dataset.textures) if x is not None)
-        place = "none"
-        if on_gpu(config) and size < torch.cuda.mem_get_info(config["device"])[0] / 2:
-            place = "device"
-    if place == "none" and not on_disk:  # factors never is
+        has_room = on_gpu(config) and size < torch.cuda.mem_get_info(config["device"])[0] / 2
+        place = "device" if has_room else "none"
+    if place == "none" and not dataset.images.is_shared():  # factors is never on disk
         place = "host"
+    device = config["device"] if place == "device" else "cpu"
 
     def move(x):
-        if x is None or place == "none":
-            return x
-        if place == "device":
-            return x.to(config["device"])
-        return x.clone() if x.is_shared() else x
+        return x if x is None or place == "none" else x.to(device, copy=x.is_shared())
 
     return dataset._replace(images=move(dataset.images), textures=move(dataset.textures)), place
 
@@ -1709,11 +1684,9 @@ def read_curves(config, out, images=1):
 
 def save_curves(config, out):
     """Draw the log in curves.png; where that fails, warn and go on."""
-    from data import draw_curves
-
     path = out / "curves.png"
     try:
-        draw_curves(read_curves(config, out), path, "step")
+        data_module().draw_curves(read_curves(config, out), path, "step")
     except Exception as error:  # no drawing is worth a training
         print(f"warning: {path} is not drawn: {first_line(error)}", file=sys.stderr)
 
@@ -1741,21 +1714,15 @@ STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 @contextlib.contextmanager
 def catch_signals():
     """A list that gets the signals to stop, so that no step is cut short. SLURM sends SIGUSR1."""
-    asked, handlers = [], {}
-
-    def remember(number, frame):
-        asked.append(number)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in signal.Signals:
+    asked = []
+    in_main = threading.current_thread() is threading.main_thread()
+    with contextlib.ExitStack() as stack:
+        for number in signal.Signals if in_main else ():
             # nohup ignores SIGHUP, and so do we then.
             if number.name in STOPPING and signal.getsignal(number) != signal.SIG_IGN:
-                handlers[number] = signal.signal(number, remember)
-    try:
+                before = signal.signal(number, lambda number, frame: asked.append(number))
+                stack.callback(signal.signal, number, before)
         yield asked
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def exit_for_signal(number, step):
@@ -1852,9 +1819,7 @@ def wrap_ddp(module):
 
 def asked_processes():
     """How many processes torchrun or another launcher started; some say 1 and no more."""
-    from data import launcher_environ
-
-    return environ_count("WORLD_SIZE", 1, launcher_environ())
+    return environ_count("WORLD_SIZE", 1, data_module().launcher_environ())
 
 
 def environ_count(name, default, env=os.environ):
@@ -1941,8 +1906,6 @@ VERSION_1 = {"query": "encoder_q", "key": "encoder_k", "pointer": "queue_ptr"}
 
 def save_checkpoint(state, config, out):
     """Write checkpoint.pt whole or not at all; the one before becomes checkpoint.old.pt."""
-    from data import write_atomic
-
     # Running statistics are linear in the batches', so their mean over ranks could wait until now.
     buffers = [*state.encoder_q.buffers(), *state.encoder_k.buffers()]
     all_reduce_mean([x for x in buffers if x.is_floating_point()])
@@ -1955,7 +1918,8 @@ def save_checkpoint(state, config, out):
         content[name] = unwrap_model(part).state_dict() if stateful else part
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_atomic(out / "checkpoint.pt", buffer.getvalue(), keep=out / "checkpoint.old.pt")
+    write = data_module().write_atomic
+    write(out / "checkpoint.pt", buffer.getvalue(), keep=out / "checkpoint.old.pt")
 
 
 def load_checkpoint(state, config, out):
@@ -1974,10 +1938,8 @@ def load_checkpoint(state, config, out):
 
 def read_checkpoint(path, device):
     """A checkpoint of this version, or None and a warning that says why not."""
-    from data import read_tensors
-
     try:
-        saved = read_tensors(path, device)
+        saved = data_module().read_tensors(path, device)
         if isinstance(saved, dict) and saved.get("version") in (1, VERSION):
             return {VERSION_1.get(name, name): x for name, x in saved.items()}
         reason = f"{path} is no checkpoint of version {VERSION}, which this program reads"
@@ -2040,15 +2002,13 @@ def move_aside(out):
 
 def link_latest(out, root=None):
     """Let runs/latest point at this run, where links can be made and no class of `root` lies."""
-    from data import forbid_inside
-
     link = Path("runs/latest")
     # Another run may start at the same moment, so the link is replaced in one go.
     own_link = link.with_name(f"latest.{os.getpid()}")
     target = os.path.relpath(os.path.realpath(out), os.path.realpath(link.parent))
     try:
         if root:
-            forbid_inside(link.parent, root)
+            data_module().forbid_inside(link.parent, root)
         link.parent.mkdir(exist_ok=True)
         if link.is_symlink() or not link.exists():
             own_link.symlink_to(target, target_is_directory=True)
@@ -2075,12 +2035,9 @@ def read_jsonl(path, *needed):
 
 def export(encoder, out):
     """Write backbone.pt, in torchvision's names with Z_0's layer4, and heads.pt, the rest."""
-    from data import write_tensors
-
     state = {name: x.cpu() for name, x in unwrap_model(encoder).state_dict().items()}
-    backbone, heads = split_state(state)
-    write_tensors(out / "backbone.pt", backbone)
-    write_tensors(out / "heads.pt", heads)
+    for name, part in zip(("backbone.pt", "heads.pt"), split_state(state)):
+        data_module().write_tensors(out / name, part)
 
 
 def split_state(state):
@@ -2110,8 +2067,6 @@ def start_weights(config):
 
     A run with the same method, groups and head sizes gives its heads too. The classifier goes.
     """
-    from data import read_tensors
-
     init, heads, encoder = config["init"], {}, meta_encoder(config)
     expected, own_heads = split_state(encoder.state_dict())
     if init == "imagenet":
@@ -2122,7 +2077,7 @@ def start_weights(config):
         if any(saved[name] != config[name] for name in ("method", "groups", "hidden", "dim")):
             heads = {}
     elif Path(init).exists():
-        tensors = strip_prefix(flatten(read_tensors(init)), expected)
+        tensors = strip_prefix(flatten(data_module().read_tensors(init)), expected)
     else:
         raise UserError(f"--init={init}: no such file; expected a file, a run folder or imagenet")
     if "encoder.pos_embedding" in tensors and config["arch"].startswith("vit"):
@@ -2179,7 +2134,6 @@ def check_fit(tensors, expected, classifier, config):
 
 def load_encoder(run, device="cpu"):
     """The trained encoder of a run folder, frozen and in eval mode, and its config."""
-    read_tensors = data_module().read_tensors
     run = Path(run)
     files = [run / name for name in ("config.json", "backbone.pt", "heads.pt")]
     missing = [path for path in files if not path.exists()]
@@ -2192,7 +2146,7 @@ def load_encoder(run, device="cpu"):
         raise UserError(f"{missing[0]}: no such file; expected a folder that loo.py trained")
     try:
         config = loads(files[0].read_text())
-        backbone, heads = map(read_tensors, files[1:])
+        backbone, heads = map(data_module().read_tensors, files[1:])
         encoder = build_encoder(config)
         encoder.load_state_dict(join_state(backbone, heads, len(encoder.tops)))
     # UserError is a ValueError.
@@ -2287,27 +2241,20 @@ def bench_phases(config):
 
     "fetch" is from where --cache=auto puts the images, the last two from memory and a disk.
     """
-    method = get_method(config)
-    batch, size = config["batch"], config["size"]
-    state = init_state(config)
+    share, state = get_method(config).share, init_state(config)
     in_memory = noise_dataset(config)
     dataset, _ = place_dataset(in_memory, config)
     from_disk = file_reader(in_memory.images)
-    rows = torch.arange(batch) * 2
-    # The network alone passes one key view at a time.
-    bare_key = build_encoder(config, config["splits"])
-    bare_key.to(config["device"], dtype_of(config), memory_format=torch.channels_last)
-    if config["compile"]:
-        bare_key.compile()
+    rows = torch.arange(config["batch"]) * 2
     _, canvases, aspect, textures = get_batch(dataset, config, rows)
-    noise = torch.rand(batch, 3, size, size, generator=make_generator("bench"))
-    images = move_like(canvases, noise)
+    parts = dict(aspect=aspect, textures=textures)
+    images, _, _ = training_views(canvases, config, 0, **parts)
     forward = contrastive_forward(state, canvases, aspect, config, textures)
     q, k, positives, role = (x.detach() for x in forward)
 
     @torch.inference_mode()
     def augment():
-        training_views(canvases, aspect, config, 0, textures)
+        training_views(canvases, config, 0, **parts)
 
     def query():
         with autocast(config):
@@ -2317,13 +2264,14 @@ def bench_phases(config):
     @torch.no_grad()
     def keys():
         with autocast(config):
-            encode(state.encoder_k, images.repeat(len(method.share), 1, 1, 1))
+            encode(state.encoder_k, images.repeat(len(share), 1, 1, 1))
 
     def network():
         query()
         with torch.no_grad(), autocast(config):
-            for _ in method.share:
-                encode(bare_key, images)
+            # By the query encoder, whose BatchNorm splits are those of one view.
+            for _ in share:
+                encode(state.encoder_q, images)
 
     def loss():
         z = q.clone().requires_grad_()
