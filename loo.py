@@ -541,8 +541,7 @@ class Encoder(nn.Module):
         self.classifier = list(linear)[-1]  # its name in the network; we have none
         d = linear[self.classifier].in_features
         if heads == "conv5" or isinstance(nets[0], torchvision.models.ResNet):
-            names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
-            layers = {name: getattr(nets[0], name) for name in names}
+            *layers, _, _, _ = nets[0].named_children()  # without layer4, avgpool and fc
             self.trunk = nn.Sequential(collections.OrderedDict(layers))
             self.tops = nn.ModuleList(net.layer4 for net in nets)
         else:
@@ -720,23 +719,23 @@ def resample(images, params, size=None, aspect=None):
     """
     b, _, h, w = images.shape
     size = size or h
+    upright = torch.zeros(b, dtype=torch.long)
+    params = {"turns": upright, "flip": upright.bool()} | params
     # Found on the CPU, so that no GPU is waited for.
-    odd = (params["turns"] % 2 == 1).nonzero().squeeze(1) if "turns" in params else ()
+    odd = move_like(images, (params["turns"] % 2 == 1).nonzero().squeeze(1))
     params = {key: move_like(images, x) for key, x in params.items()}
+    turns, flip = params["turns"], params["flip"]
     zeros, ones = images.new_zeros(b), images.new_ones(b)
     top, left, height, width = zeros, zeros, ones, ones  # the whole image
     if "area" in params:
         top, left, height, width = crop_box(params, ones if aspect is None else aspect)
-    turns, flip = params.get("turns", zeros), params.get("flip", zeros.bool())
     # Half a turn mirrors both axes; an odd turn is a mirror and a transpose.
     mirror_rows = (turns == 2) | (turns == 3)
     mirror_cols = flip ^ ((turns == 1) | (turns == 2))
     rows = resize_matrix(top, height, mirror_rows, h, size)
     cols = resize_matrix(left, width, mirror_cols, w, size)
     out = separable_matmul(images, rows, cols)
-    if len(odd):
-        odd = move_like(images, odd)
-        out[odd] = out[odd].mT
+    out[odd] = out[odd].mT
     return out
 
 
@@ -1069,8 +1068,7 @@ def parse_sampling(words, drawn, default):
     drawn: names of augmentations, the rest of the default is left out. UserError where a word names
     another, or none of its parameters.
     """
-    from data import RANGES, check_choice, parse_flag
-
+    data = data_module()
     sampling, known = {}, []
     for group in [group for group in GROUPS if group in drawn]:
         if group in default:
@@ -1079,9 +1077,9 @@ def parse_sampling(words, drawn, default):
         known += [f"{group}.{name}" for name in names if name != "copies"]
     for word in words or ():
         name, _, value = word.partition("=")
-        group, _, parameter = check_choice("sampling", name, known).partition(".")
-        limits = RANGES.get(parameter, RANGES[float])
-        number = parse_flag(f"sampling={name}", float, value, limits)
+        group, _, parameter = data.check_choice("sampling", name, known).partition(".")
+        limits = data.RANGES.get(parameter, data.RANGES[float])
+        number = data.parse_flag(f"sampling={name}", float, value, limits)
         sampling.setdefault(group, {})[parameter] = number
     return sampling or None
 
@@ -1218,10 +1216,9 @@ def init_state(config, classes=0):
 
 def training_labels(dataset, config):
     """What "supervised" learns -> labels (n,), None of "rotation"; number of classes; name."""
-    from data import check_choice, label_names
-
-    known = (*label_names(dataset.classes), "rotation")
-    label = check_choice("label", config["label"] or known[0], known)
+    data = data_module()
+    known = (*data.label_names(dataset.classes), "rotation")
+    label = data.check_choice("label", config["label"] or known[0], known)
     if config["method"] != "supervised":
         return None, 0, config["label"]
     if label != "rotation":
@@ -1401,8 +1398,7 @@ def left_canvas(out):
 
 def prepare_folder(state, dataset, config, out):
     """Write what a run folder holds from the start, and cut its log to the step of `state`."""
-    from data import write_atomic
-
+    write_atomic = data_module().write_atomic
     # Also of a run that goes on: its images may have moved.
     write_atomic(out / "config.json", dumps(config, indent=1).encode())
     if state.step == 0:
@@ -1534,12 +1530,10 @@ def get_batches(dataset, config, batches):
 def prefetch(function, items):
     """map, but a thread computes the next result while this one is used."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = collections.deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == 2:
-                yield waiting.popleft().result()
-        yield from (future.result() for future in waiting)
+        started = (pool.submit(function, item) for item in items)
+        # A pair is complete when the next one has started.
+        for this, _ in itertools.pairwise(itertools.chain(started, [None])):
+            yield this.result()
 
 
 def place_dataset(dataset, config):
@@ -1918,8 +1912,8 @@ def save_checkpoint(state, config, out):
         content[name] = unwrap_model(part).state_dict() if stateful else part
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write = data_module().write_atomic
-    write(out / "checkpoint.pt", buffer.getvalue(), keep=out / "checkpoint.old.pt")
+    write_atomic = data_module().write_atomic
+    write_atomic(out / "checkpoint.pt", buffer.getvalue(), keep=out / "checkpoint.old.pt")
 
 
 def load_checkpoint(state, config, out):
@@ -2241,7 +2235,8 @@ def bench_phases(config):
 
     "fetch" is from where --cache=auto puts the images, the last two from memory and a disk.
     """
-    share, state = get_method(config).share, init_state(config)
+    share = get_method(config).share
+    state = init_state(config)
     in_memory = noise_dataset(config)
     dataset, _ = place_dataset(in_memory, config)
     from_disk = file_reader(in_memory.images)
@@ -2300,29 +2295,27 @@ def bench_phases(config):
 
 def noise_dataset(config):
     """Two batches of noise in memory, as large as the canvases of --data."""
-    from data import DATASETS, ImageSet
-
+    data = data_module()
     n = 2 * config["batch"]
-    side = config["canvas"] or round(config["size"] / DATASETS[config["data"]].crop_pct)
-    kind = dict(dtype=torch.uint8, generator=make_generator("bench"))
-    images = torch.randint(256, (n, 3, side, side), **kind)
+    side = config["canvas"] or round(config["size"] / data.DATASETS[config["data"]].crop_pct)
+    generator = make_generator("bench")
+    images = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=generator)
     textures = images[:, None].clone() if "texture" in config["groups"] else None
-    return ImageSet(images, torch.ones(n), {}, {}, textures=textures)
+    return data.ImageSet(images, torch.ones(n), {}, {}, textures=textures)
 
 
 def file_reader(images):
     """A function that maps these images anew, from a file (in TMPDIR) that is not in memory."""
-    from data import map_file, write_atomic
-
+    data = data_module()
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    write_atomic(Path(folder.name) / "images", images.numpy().tobytes())
+    data.write_atomic(Path(folder.name) / "images", images.numpy().tobytes())
 
     def read():
         path = Path(folder.name) / "images"  # the folder lives as long as this function
         if hasattr(os, "posix_fadvise"):
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return map_file(path, *images.shape)
+        return data.map_file(path, *images.shape)
 
     return read
 
