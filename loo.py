@@ -1178,12 +1178,9 @@ def meta_encoder(config):
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
     # Under torch.device("meta") RegNet could not compute its widths.
-    hook = nn.modules.module.register_module_parameter_registration_hook(to_meta)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return build_encoder(config).to("meta")
-    finally:
-        hook.remove()
+    register = nn.modules.module.register_module_parameter_registration_hook
+    with register(to_meta), torch.random.fork_rng(devices=[]):
+        return build_encoder(config).to("meta")
 
 
 def init_state(config, classes=0):
@@ -1971,21 +1968,18 @@ def check_same_config(config, saved, out):
 def lock_folder(out):
     """Let one trainer use a run folder: a lock that dies with its process."""
     out.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
+    with contextlib.ExitStack() as stack:
+        if fcntl:
+            folder = os.open(out, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                problem = f"another process is training in {out}"
+                raise UserError(f"{problem}: wait for it, or name another folder") from None
+            except OSError as error:  # some disks have no locks
+                print(f"warning: {out} is not locked: {error.strerror}", file=sys.stderr)
         yield
-        return
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"another process is training in {out}: wait for it, or name another folder"
-            raise UserError(message) from None
-        except OSError as error:  # some disks have no locks
-            print(f"warning: {out} is not locked: {error.strerror}", file=sys.stderr)
-        yield
-    finally:
-        os.close(folder)
 
 
 def move_aside(out):
