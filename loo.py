@@ -205,32 +205,19 @@ class State(NamedTuple):
 
 
 def train_step(state, images, aspect, config, textures=None):
-    """One step of LooC or a contrastive baseline -> State, (loss (s,), q, k, queue, role).
+    """One step of section 3, or of a contrastive baseline -> State, (loss, q, k, queue, role).
 
     images (m c h w) in [0, 1]; aspect (m,) or None; textures (m copy c h w) or None. In one process
     m is config["batch"]; of several, each has the images that rank_rows names.
     config: RECIPES["factors"] | dict(method="looc", groups=("color", "rotation"), same=(), seed=0,
         always=("crop", "flip", "blur", "color"), drop_equal=False, device="cpu",
         precision="float32", compile=False), or what default_config() makes of `train`'s flags.
-    Encoders and optimizer change in place. Learning rate and `total` are for train_loop to set.
-    """
-    ema(state.encoder_k, state.encoder_q, config["momentum"])
-    q, k, positives, role = contrastive_forward(state, images, aspect, config, textures)
-    loss = multi_space_loss(q, k, state.queue, role, config["tau"])
-    optimizer_step(state.optimizer, loss.mean())
-    queue, queue_ptr = queue_update(state.queue, state.queue_ptr, positives)
-    compared = (loss.detach(), q.detach(), k, state.queue, role)
-    return state._replace(queue=queue, queue_ptr=queue_ptr, step=state.step + 1), compared
-
-
-def contrastive_forward(state, images, aspect, config, textures=None):
-    """The forward pass of section 3, arguments as in train_step.
-
-    -> q (s b c), k (s v b c) without gradient, the positive keys of the whole global batch (s B c),
-    role (s v), or (s v b) with --drop_equal. The parameters depend on (seed, step) alone.
+    Encoders and optimizer change in place. Learning rate and `total` are for train_loop to set. The
+    views depend on (seed, step) alone. loss (s,); the rest are contrast_metrics' arguments.
     """
     method, step = get_method(config), state.step
     rows = rank_rows(config, step)
+    ema(state.encoder_k, state.encoder_q, config["momentum"])
     # inference_mode is no_grad with less bookkeeping: a tenth of the augmentation's time on a CPU.
     with torch.inference_mode():
         parts = dict(aspect=aspect, textures=textures, rows=rows)
@@ -246,7 +233,13 @@ def contrastive_forward(state, images, aspect, config, textures=None):
     if config["drop_equal"] and (role < 0).any():
         role = drop_equal(role, params, method.groups)
     role = move_like(images, role)
-    return q, k[:, :, move_like(images, rows.query)], positive_keys(k, role), role
+    positives = positive_keys(k, role)  # (s B c) of all processes
+    k = k[:, :, move_like(images, rows.query)]
+    loss = multi_space_loss(q, k, state.queue, role, config["tau"])
+    optimizer_step(state.optimizer, loss.mean())
+    queue, queue_ptr = queue_update(state.queue, state.queue_ptr, positives)
+    compared = (loss.detach(), q.detach(), k, state.queue, role)
+    return state._replace(queue=queue, queue_ptr=queue_ptr, step=step + 1), compared
 
 
 @torch.no_grad()
@@ -2238,8 +2231,8 @@ def bench_phases(config):
     _, canvases, aspect, textures = get_batch(dataset, config, rows)
     parts = dict(aspect=aspect, textures=textures)
     images, _, _ = training_views(canvases, config, 0, **parts)
-    forward = contrastive_forward(state, canvases, aspect, config, textures)
-    q, k, positives, role = (x.detach() for x in forward)
+    state, (_, q, k, _, role) = train_step(state, canvases, aspect, config, textures)
+    positives = positive_keys(k, role)
 
     @torch.inference_mode()
     def augment():
