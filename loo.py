@@ -1549,8 +1549,7 @@ def place_dataset(dataset, config):
 def train_loop(state, dataset, labels, config, out, asked):
     """Do the steps that are left -> State. Logs to out/log.jsonl, saves to out/checkpoint.pt.
 
-    Draws curves.png now and then. labels (n,) for "supervised", -1 where an image has none; or
-    None. A signal in `asked` ends it after a last checkpoint.
+    labels (n,), -1 where an image has none, or None. A signal in `asked` ends it when all is saved.
     Raises NonFiniteError, before anything is saved, when the loss or a weight is not finite.
     """
     usable = training_rows(dataset, labels)
@@ -1763,7 +1762,6 @@ def all_gather(x):
     return torch.cat(parts, 2)
 
 
-@torch.no_grad()
 def all_reduce_mean(tensors):
     """The mean of each tensor over ranks, in place."""
     for x in tensors:
