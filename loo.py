@@ -106,9 +106,7 @@ def check_tuples(**flags):
 
 def get_method(config):
     """The Method that a configuration names."""
-    method = methods(config["groups"], config["same"])[config["method"]]
-    share, role = torch.as_tensor(method.share), torch.as_tensor(method.role)
-    return method._replace(share=share.bool(), role=role)
+    return methods(config["groups"], config["same"])[config["method"]]
 
 
 # ---------------------------------------- loss and queue
@@ -207,35 +205,23 @@ class State(NamedTuple):
 
 
 def train_step(state, images, aspect, config, textures=None):
-    """One step of LooC or a contrastive baseline -> State, (loss (s,), q, k, queue, role).
+    """One step of section 3, or of a contrastive baseline -> State, (loss, q, k, queue, role).
 
     images (m c h w) in [0, 1]; aspect (m,) or None; textures (m copy c h w) or None. In one process
     m is config["batch"]; of several, each has the images that rank_rows names.
     config: RECIPES["factors"] | dict(method="looc", groups=("color", "rotation"), same=(), seed=0,
         always=("crop", "flip", "blur", "color"), drop_equal=False, device="cpu",
         precision="float32", compile=False), or what default_config() makes of `train`'s flags.
-    Encoders and optimizer change in place. Learning rate and `total` are for train_loop to set.
-    """
-    ema(state.encoder_k, state.encoder_q, config["momentum"])
-    q, k, positives, role = contrastive_forward(state, images, aspect, config, textures)
-    loss = multi_space_loss(q, k, state.queue, role, config["tau"])
-    optimizer_step(state.optimizer, loss.mean())
-    queue, queue_ptr = queue_update(state.queue, state.queue_ptr, positives)
-    compared = (loss.detach(), q.detach(), k, state.queue, role)
-    return state._replace(queue=queue, queue_ptr=queue_ptr, step=state.step + 1), compared
-
-
-def contrastive_forward(state, images, aspect, config, textures=None):
-    """The forward pass of section 3, arguments as in train_step.
-
-    -> q (s b c), k (s v b c) without gradient, the positive keys of the whole global batch (s B c),
-    role (s v), or (s v b) with --drop_equal. The parameters depend on (seed, step) alone.
+    Encoders and optimizer change in place. Learning rate and `total` are for train_loop to set. The
+    views depend on (seed, step) alone. loss (s,); the rest are contrast_metrics' arguments.
     """
     method, step = get_method(config), state.step
     rows = rank_rows(config, step)
+    ema(state.encoder_k, state.encoder_q, config["momentum"])
     # inference_mode is no_grad with less bookkeeping: a tenth of the augmentation's time on a CPU.
     with torch.inference_mode():
-        query, keys, params = training_views(images, aspect, config, step, textures, rows)
+        parts = dict(aspect=aspect, textures=textures, rows=rows)
+        query, keys, params = training_views(images, config, step, **parts)
     # Not in inference_mode, which not every torch.compile knows.
     with torch.no_grad(), autocast(config):
         k = encode(state.encoder_k, rearrange(keys, "v b c h w -> (v b) c h w"))[1]
@@ -247,7 +233,13 @@ def contrastive_forward(state, images, aspect, config, textures=None):
     if config["drop_equal"] and (role < 0).any():
         role = drop_equal(role, params, method.groups)
     role = move_like(images, role)
-    return q, k[:, :, move_like(images, rows.query)], positive_keys(k, role), role
+    positives = positive_keys(k, role)  # (s B c) of all processes
+    k = k[:, :, move_like(images, rows.query)]
+    loss = multi_space_loss(q, k, state.queue, role, config["tau"])
+    optimizer_step(state.optimizer, loss.mean())
+    queue, queue_ptr = queue_update(state.queue, state.queue_ptr, positives)
+    compared = (loss.detach(), q.detach(), k, state.queue, role)
+    return state._replace(queue=queue, queue_ptr=queue_ptr, step=step + 1), compared
 
 
 @torch.no_grad()
@@ -421,21 +413,12 @@ def map_params(params, change):
     return {name: dict(zip(group, map(change, group.values()))) for name, group in params.items()}
 
 
-def training_views(images, aspect, config, step, textures=None, rows=None):
-    """augment_groups as a configuration says, arguments as there."""
+def training_views(images, config, step, **parts):
+    """augment_groups as a configuration says; parts: its aspect, textures and rows."""
     method = get_method(config)
-    return augment_groups(
-        images,
-        method.groups,
-        method.share,
-        make_generator("views", config["seed"], step),
-        always=config["always"],
-        size=config["size"],
-        aspect=aspect,
-        textures=textures,
-        rows=rows,
-        sampling=config.get("sampling"),
-    )
+    generator = make_generator("views", config["seed"], step)
+    settings = dict(always=config["always"], size=config["size"], sampling=config.get("sampling"))
+    return augment_groups(images, method.groups, method.share, generator, **settings, **parts)
 
 
 def rank_rows(config, step):
@@ -476,7 +459,7 @@ def drop_equal(role, params, groups):
     for space, group in enumerate(groups, 1):
         equal = torch.ones(role.shape[1:], dtype=torch.bool)  # (v b)
         for x in params[group].values():
-            equal &= (x[1:] == x[0]).flatten(2).all(2) if x.ndim > 2 else x[1:] == x[0]
+            equal &= rearrange(x[1:] == x[0], "v b ... -> v b (...)").all(2)
         role[space].masked_fill_(equal & (role[space] < 0), 0)
     return role
 
@@ -487,7 +470,8 @@ def supervised_step(state, images, aspect, labels, config, textures=None):
     Arguments as in train_step; labels (b,), or None to learn the rotation that was drawn.
     """
     rows = rank_rows(config, state.step)
-    query, _, params = training_views(images, aspect, config, state.step, textures, rows)
+    parts = dict(aspect=aspect, textures=textures, rows=rows)
+    query, _, params = training_views(images, config, state.step, **parts)
     if labels is None:
         labels = move_like(images, params["rotation"]["turns"][0])
     with autocast(config):
@@ -550,8 +534,7 @@ class Encoder(nn.Module):
         self.classifier = list(linear)[-1]  # its name in the network; we have none
         d = linear[self.classifier].in_features
         if heads == "conv5" or isinstance(nets[0], torchvision.models.ResNet):
-            names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
-            layers = {name: getattr(nets[0], name) for name in names}
+            *layers, _, _, _ = nets[0].named_children()  # without layer4, avgpool and fc
             self.trunk = nn.Sequential(collections.OrderedDict(layers))
             self.tops = nn.ModuleList(net.layer4 for net in nets)
         else:
@@ -729,23 +712,23 @@ def resample(images, params, size=None, aspect=None):
     """
     b, _, h, w = images.shape
     size = size or h
+    upright = torch.zeros(b, dtype=torch.long)
+    params = {"turns": upright, "flip": upright.bool()} | params
     # Found on the CPU, so that no GPU is waited for.
-    odd = (params["turns"] % 2 == 1).nonzero().squeeze(1) if "turns" in params else ()
+    odd = move_like(images, (params["turns"] % 2 == 1).nonzero().squeeze(1))
     params = {key: move_like(images, x) for key, x in params.items()}
+    turns, flip = params["turns"], params["flip"]
     zeros, ones = images.new_zeros(b), images.new_ones(b)
     top, left, height, width = zeros, zeros, ones, ones  # the whole image
     if "area" in params:
         top, left, height, width = crop_box(params, ones if aspect is None else aspect)
-    turns, flip = params.get("turns", zeros), params.get("flip", zeros.bool())
     # Half a turn mirrors both axes; an odd turn is a mirror and a transpose.
     mirror_rows = (turns == 2) | (turns == 3)
     mirror_cols = flip ^ ((turns == 1) | (turns == 2))
     rows = resize_matrix(top, height, mirror_rows, h, size)
     cols = resize_matrix(left, width, mirror_cols, w, size)
     out = separable_matmul(images, rows, cols)
-    if len(odd):
-        odd = move_like(images, odd)
-        out[odd] = out[odd].mT
+    out[odd] = out[odd].mT
     return out
 
 
@@ -1031,7 +1014,11 @@ def make_config(*, packed, fresh, **flags):
     drawn = {*groups, *flags["always"]}
     config["sampling"] = parse_sampling(flags["sampling"], drawn, recipe.get("sampling", {}))
     check_out(config["out"], folder=True)
-    check_run_folder(Path(config["out"]))
+    out = Path(config["out"])
+    files = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if files and not files & {"config.json", "checkpoint.pt", "checkpoint.old.pt"}:
+        # --fresh would move them away.
+        raise UserError(f"--out={out} is not empty and holds no run: name another folder")
     if os.path.islink(config["out"]):  # runs/latest will be another run
         config["out"] = os.path.relpath(os.path.realpath(config["out"]))
     config["groups"], config["same"] = list(groups), list(flags["same"])
@@ -1050,32 +1037,21 @@ def make_config(*, packed, fresh, **flags):
     return config
 
 
-def check_run_folder(out):
-    """UserError where a folder holds files, and none of a run: --fresh would move them away."""
-    files = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if files and not files & {"config.json", "checkpoint.pt", "checkpoint.old.pt"}:
-        raise UserError(f"--out={out} is not empty and holds no run: name another folder")
-
-
 def recipe_canvas(data, size, recipe=None):
     """The side of the images that a recipe stores for views of this size; None: see open_dataset.
 
     Of photographs alone: evaluations crop them.
     """
-    from data import DATASETS
-
     recipe = RECIPES.get(recipe or data, {})
-    if "canvas" in recipe and DATASETS[data].crop_pct < 1:
+    if "canvas" in recipe and data_module().DATASETS[data].crop_pct < 1:
         return round(recipe["canvas"] * size / recipe["size"])
 
 
 def check_groups(**flags):
     """UserError where a flag, such as groups=("color",), names no augmentation."""
-    from data import check_choice
-
     for flag, names in flags.items():
         for name in names:
-            check_choice(flag, name, GROUPS)
+            data_module().check_choice(flag, name, GROUPS)
 
 
 def parse_sampling(words, drawn, default):
@@ -1085,8 +1061,7 @@ def parse_sampling(words, drawn, default):
     drawn: names of augmentations, the rest of the default is left out. UserError where a word names
     another, or none of its parameters.
     """
-    from data import RANGES, check_choice, parse_flag
-
+    data = data_module()
     sampling, known = {}, []
     for group in [group for group in GROUPS if group in drawn]:
         if group in default:
@@ -1095,9 +1070,9 @@ def parse_sampling(words, drawn, default):
         known += [f"{group}.{name}" for name in names if name != "copies"]
     for word in words or ():
         name, _, value = word.partition("=")
-        group, _, parameter = check_choice("sampling", name, known).partition(".")
-        limits = RANGES.get(parameter, RANGES[float])
-        number = parse_flag(f"sampling={name}", float, value, limits)
+        group, _, parameter = data.check_choice("sampling", name, known).partition(".")
+        limits = data.RANGES.get(parameter, data.RANGES[float])
+        number = data.parse_flag(f"sampling={name}", float, value, limits)
         sampling.setdefault(group, {})[parameter] = number
     return sampling or None
 
@@ -1196,12 +1171,9 @@ def meta_encoder(config):
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
     # Under torch.device("meta") RegNet could not compute its widths.
-    hook = nn.modules.module.register_module_parameter_registration_hook(to_meta)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return build_encoder(config).to("meta")
-    finally:
-        hook.remove()
+    register = nn.modules.module.register_module_parameter_registration_hook
+    with register(to_meta), torch.random.fork_rng(devices=[]):
+        return build_encoder(config).to("meta")
 
 
 def init_state(config, classes=0):
@@ -1234,10 +1206,9 @@ def init_state(config, classes=0):
 
 def training_labels(dataset, config):
     """What "supervised" learns -> labels (n,), None of "rotation"; number of classes; name."""
-    from data import check_choice, label_names
-
-    known = (*label_names(dataset.classes), "rotation")
-    label = check_choice("label", config["label"] or known[0], known)
+    data = data_module()
+    known = (*data.label_names(dataset.classes), "rotation")
+    label = data.check_choice("label", config["label"] or known[0], known)
     if config["method"] != "supervised":
         return None, 0, config["label"]
     if label != "rotation":
@@ -1417,8 +1388,7 @@ def left_canvas(out):
 
 def prepare_folder(state, dataset, config, out):
     """Write what a run folder holds from the start, and cut its log to the step of `state`."""
-    from data import write_atomic
-
+    write_atomic = data_module().write_atomic
     # Also of a run that goes on: its images may have moved.
     write_atomic(out / "config.json", dumps(config, indent=1).encode())
     if state.step == 0:
@@ -1431,8 +1401,6 @@ def prepare_folder(state, dataset, config, out):
 
 def print_header(state, dataset, n, place, config, start):
     """Print the first lines of a run on n images; see place_dataset and start_weights."""
-    from data import label_names
-
     batch, queue, out = config["batch"], config["queue"], config["out"]
     spaces = get_method(config).spaces
     steps = config["epochs"] * (n // batch)
@@ -1443,7 +1411,7 @@ def print_header(state, dataset, n, place, config, start):
         print(f"resuming {out} at step {state.step}{among}")
     else:
         where = {"device": "on the device", "host": "in memory", "none": "on disk"}[place]
-        known = label_names(dataset.classes)
+        known = data_module().label_names(dataset.classes)
         labels = "" if known else ", no labels"
         if "class" in known:
             first, *more = dataset.classes["class"]
@@ -1503,30 +1471,27 @@ def own_key_share(n, batch, queue):
 
 def save_views(dataset, config, path):
     """Draw the views of a few images, each key with its space and what it shares."""
-    from data import image_grid
-
     n, method = len(dataset.images), get_method(config)
     some = torch.linspace(0, n - 1, min(12, n)).long()  # of all classes, which lie in order
     on_cpu = config | {"device": "cpu", "precision": "float32"}
     _, images, aspect, textures = get_batch(dataset, on_cpu, some)
-    query, keys, _ = training_views(images, aspect, config, 0, textures)
+    query, keys, _ = training_views(images, config, 0, aspect=aspect, textures=textures)
     names = ["query"]
     for shared, role in zip(method.share, method.role.T):
         groups = " + ".join(itertools.compress(method.groups, shared)) or "nothing"
         spaces = ", ".join(itertools.compress(method.spaces, role == 1))
         names.append(f"key of space {spaces}: shares {groups}")
     zoom = max(1, 64 // config["size"])
-    image_grid(torch.cat([query[None], keys]), names, [""] * len(some), path, zoom)
+    views = torch.cat([query[None], keys])
+    data_module().image_grid(views, names, [""] * len(some), path, zoom)
 
 
 def batch_rows(config, n, first, steps):
     """The rows of the data set that this rank reads, step by step from step `first`."""
-    from data import epoch_batches
-
     for step in range(first, steps):
         epoch, i = divmod(step, n // config["batch"])
         if i == 0 or step == first:
-            order = epoch_batches(n, config["batch"], config["seed"], epoch)
+            order = data_module().epoch_batches(n, config["batch"], config["seed"], epoch)
         yield order[i][rank_rows(config, step).images]
 
 
@@ -1555,12 +1520,10 @@ def get_batches(dataset, config, batches):
 def prefetch(function, items):
     """map, but a thread computes the next result while this one is used."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = collections.deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == 2:
-                yield waiting.popleft().result()
-        yield from (future.result() for future in waiting)
+        started = (pool.submit(function, item) for item in items)
+        # A pair is complete when the next one has started.
+        for this, _ in itertools.pairwise(itertools.chain(started, [None])):
+            yield this.result()
 
 
 def place_dataset(dataset, config):
@@ -1568,21 +1531,17 @@ def place_dataset(dataset, config):
 
     "device": by default where it has twice the room; "host", the memory; "none": a map on disk.
     """
-    place, on_disk = config["cache"], dataset.images.is_shared()
+    place = config["cache"]
     if place == "auto":
         size = sum(x.numel() for x in (dataset.images, dataset.textures) if x is not None)
-        place = "none"
-        if on_gpu(config) and size < torch.cuda.mem_get_info(config["device"])[0] / 2:
-            place = "device"
-    if place == "none" and not on_disk:  # factors never is
+        has_room = on_gpu(config) and size < torch.cuda.mem_get_info(config["device"])[0] / 2
+        place = "device" if has_room else "none"
+    if place == "none" and not dataset.images.is_shared():  # factors is never on disk
         place = "host"
+    device = config["device"] if place == "device" else "cpu"
 
     def move(x):
-        if x is None or place == "none":
-            return x
-        if place == "device":
-            return x.to(config["device"])
-        return x.clone() if x.is_shared() else x
+        return x if x is None or place == "none" else x.to(device, copy=x.is_shared())
 
     return dataset._replace(images=move(dataset.images), textures=move(dataset.textures)), place
 
@@ -1590,8 +1549,7 @@ def place_dataset(dataset, config):
 def train_loop(state, dataset, labels, config, out, asked):
     """Do the steps that are left -> State. Logs to out/log.jsonl, saves to out/checkpoint.pt.
 
-    Draws curves.png now and then. labels (n,) for "supervised", -1 where an image has none; or
-    None. A signal in `asked` ends it after a last checkpoint.
+    labels (n,), -1 where an image has none, or None. A signal in `asked` ends it when all is saved.
     Raises NonFiniteError, before anything is saved, when the loss or a weight is not finite.
     """
     usable = training_rows(dataset, labels)
@@ -1709,11 +1667,9 @@ def read_curves(config, out, images=1):
 
 def save_curves(config, out):
     """Draw the log in curves.png; where that fails, warn and go on."""
-    from data import draw_curves
-
     path = out / "curves.png"
     try:
-        draw_curves(read_curves(config, out), path, "step")
+        data_module().draw_curves(read_curves(config, out), path, "step")
     except Exception as error:  # no drawing is worth a training
         print(f"warning: {path} is not drawn: {first_line(error)}", file=sys.stderr)
 
@@ -1741,21 +1697,15 @@ STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 @contextlib.contextmanager
 def catch_signals():
     """A list that gets the signals to stop, so that no step is cut short. SLURM sends SIGUSR1."""
-    asked, handlers = [], {}
-
-    def remember(number, frame):
-        asked.append(number)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in signal.Signals:
+    asked = []
+    in_main = threading.current_thread() is threading.main_thread()
+    with contextlib.ExitStack() as stack:
+        for number in signal.Signals if in_main else ():
             # nohup ignores SIGHUP, and so do we then.
             if number.name in STOPPING and signal.getsignal(number) != signal.SIG_IGN:
-                handlers[number] = signal.signal(number, remember)
-    try:
+                before = signal.signal(number, lambda number, frame: asked.append(number))
+                stack.callback(signal.signal, number, before)
         yield asked
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def exit_for_signal(number, step):
@@ -1812,7 +1762,6 @@ def all_gather(x):
     return torch.cat(parts, 2)
 
 
-@torch.no_grad()
 def all_reduce_mean(tensors):
     """The mean of each tensor over ranks, in place."""
     for x in tensors:
@@ -1852,9 +1801,7 @@ def wrap_ddp(module):
 
 def asked_processes():
     """How many processes torchrun or another launcher started; some say 1 and no more."""
-    from data import launcher_environ
-
-    return environ_count("WORLD_SIZE", 1, launcher_environ())
+    return environ_count("WORLD_SIZE", 1, data_module().launcher_environ())
 
 
 def environ_count(name, default, env=os.environ):
@@ -1941,8 +1888,6 @@ VERSION_1 = {"query": "encoder_q", "key": "encoder_k", "pointer": "queue_ptr"}
 
 def save_checkpoint(state, config, out):
     """Write checkpoint.pt whole or not at all; the one before becomes checkpoint.old.pt."""
-    from data import write_atomic
-
     # Running statistics are linear in the batches', so their mean over ranks could wait until now.
     buffers = [*state.encoder_q.buffers(), *state.encoder_k.buffers()]
     all_reduce_mean([x for x in buffers if x.is_floating_point()])
@@ -1955,6 +1900,7 @@ def save_checkpoint(state, config, out):
         content[name] = unwrap_model(part).state_dict() if stateful else part
     buffer = io.BytesIO()
     torch.save(content, buffer)
+    write_atomic = data_module().write_atomic
     write_atomic(out / "checkpoint.pt", buffer.getvalue(), keep=out / "checkpoint.old.pt")
 
 
@@ -1974,10 +1920,8 @@ def load_checkpoint(state, config, out):
 
 def read_checkpoint(path, device):
     """A checkpoint of this version, or None and a warning that says why not."""
-    from data import read_tensors
-
     try:
-        saved = read_tensors(path, device)
+        saved = data_module().read_tensors(path, device)
         if isinstance(saved, dict) and saved.get("version") in (1, VERSION):
             return {VERSION_1.get(name, name): x for name, x in saved.items()}
         reason = f"{path} is no checkpoint of version {VERSION}, which this program reads"
@@ -2015,21 +1959,18 @@ def check_same_config(config, saved, out):
 def lock_folder(out):
     """Let one trainer use a run folder: a lock that dies with its process."""
     out.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
+    with contextlib.ExitStack() as stack:
+        if fcntl:
+            folder = os.open(out, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                problem = f"another process is training in {out}"
+                raise UserError(f"{problem}: wait for it, or name another folder") from None
+            except OSError as error:  # some disks have no locks
+                print(f"warning: {out} is not locked: {error.strerror}", file=sys.stderr)
         yield
-        return
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"another process is training in {out}: wait for it, or name another folder"
-            raise UserError(message) from None
-        except OSError as error:  # some disks have no locks
-            print(f"warning: {out} is not locked: {error.strerror}", file=sys.stderr)
-        yield
-    finally:
-        os.close(folder)
 
 
 def move_aside(out):
@@ -2040,15 +1981,13 @@ def move_aside(out):
 
 def link_latest(out, root=None):
     """Let runs/latest point at this run, where links can be made and no class of `root` lies."""
-    from data import forbid_inside
-
     link = Path("runs/latest")
     # Another run may start at the same moment, so the link is replaced in one go.
     own_link = link.with_name(f"latest.{os.getpid()}")
     target = os.path.relpath(os.path.realpath(out), os.path.realpath(link.parent))
     try:
         if root:
-            forbid_inside(link.parent, root)
+            data_module().forbid_inside(link.parent, root)
         link.parent.mkdir(exist_ok=True)
         if link.is_symlink() or not link.exists():
             own_link.symlink_to(target, target_is_directory=True)
@@ -2075,12 +2014,9 @@ def read_jsonl(path, *needed):
 
 def export(encoder, out):
     """Write backbone.pt, in torchvision's names with Z_0's layer4, and heads.pt, the rest."""
-    from data import write_tensors
-
     state = {name: x.cpu() for name, x in unwrap_model(encoder).state_dict().items()}
-    backbone, heads = split_state(state)
-    write_tensors(out / "backbone.pt", backbone)
-    write_tensors(out / "heads.pt", heads)
+    for name, part in zip(("backbone.pt", "heads.pt"), split_state(state)):
+        data_module().write_tensors(out / name, part)
 
 
 def split_state(state):
@@ -2110,8 +2046,6 @@ def start_weights(config):
 
     A run with the same method, groups and head sizes gives its heads too. The classifier goes.
     """
-    from data import read_tensors
-
     init, heads, encoder = config["init"], {}, meta_encoder(config)
     expected, own_heads = split_state(encoder.state_dict())
     if init == "imagenet":
@@ -2122,7 +2056,7 @@ def start_weights(config):
         if any(saved[name] != config[name] for name in ("method", "groups", "hidden", "dim")):
             heads = {}
     elif Path(init).exists():
-        tensors = strip_prefix(flatten(read_tensors(init)), expected)
+        tensors = strip_prefix(flatten(data_module().read_tensors(init)), expected)
     else:
         raise UserError(f"--init={init}: no such file; expected a file, a run folder or imagenet")
     if "encoder.pos_embedding" in tensors and config["arch"].startswith("vit"):
@@ -2179,7 +2113,6 @@ def check_fit(tensors, expected, classifier, config):
 
 def load_encoder(run, device="cpu"):
     """The trained encoder of a run folder, frozen and in eval mode, and its config."""
-    read_tensors = data_module().read_tensors
     run = Path(run)
     files = [run / name for name in ("config.json", "backbone.pt", "heads.pt")]
     missing = [path for path in files if not path.exists()]
@@ -2192,7 +2125,7 @@ def load_encoder(run, device="cpu"):
         raise UserError(f"{missing[0]}: no such file; expected a folder that loo.py trained")
     try:
         config = loads(files[0].read_text())
-        backbone, heads = map(read_tensors, files[1:])
+        backbone, heads = map(data_module().read_tensors, files[1:])
         encoder = build_encoder(config)
         encoder.load_state_dict(join_state(backbone, heads, len(encoder.tops)))
     # UserError is a ValueError.
@@ -2287,27 +2220,21 @@ def bench_phases(config):
 
     "fetch" is from where --cache=auto puts the images, the last two from memory and a disk.
     """
-    method = get_method(config)
-    batch, size = config["batch"], config["size"]
+    share = get_method(config).share
     state = init_state(config)
     in_memory = noise_dataset(config)
     dataset, _ = place_dataset(in_memory, config)
     from_disk = file_reader(in_memory.images)
-    rows = torch.arange(batch) * 2
-    # The network alone passes one key view at a time.
-    bare_key = build_encoder(config, config["splits"])
-    bare_key.to(config["device"], dtype_of(config), memory_format=torch.channels_last)
-    if config["compile"]:
-        bare_key.compile()
+    rows = torch.arange(config["batch"]) * 2
     _, canvases, aspect, textures = get_batch(dataset, config, rows)
-    noise = torch.rand(batch, 3, size, size, generator=make_generator("bench"))
-    images = move_like(canvases, noise)
-    forward = contrastive_forward(state, canvases, aspect, config, textures)
-    q, k, positives, role = (x.detach() for x in forward)
+    parts = dict(aspect=aspect, textures=textures)
+    images, _, _ = training_views(canvases, config, 0, **parts)
+    state, (_, q, k, _, role) = train_step(state, canvases, aspect, config, textures)
+    positives = positive_keys(k, role)
 
     @torch.inference_mode()
     def augment():
-        training_views(canvases, aspect, config, 0, textures)
+        training_views(canvases, config, 0, **parts)
 
     def query():
         with autocast(config):
@@ -2317,13 +2244,14 @@ def bench_phases(config):
     @torch.no_grad()
     def keys():
         with autocast(config):
-            encode(state.encoder_k, images.repeat(len(method.share), 1, 1, 1))
+            encode(state.encoder_k, images.repeat(len(share), 1, 1, 1))
 
     def network():
         query()
         with torch.no_grad(), autocast(config):
-            for _ in method.share:
-                encode(bare_key, images)
+            # By the query encoder, whose BatchNorm splits are those of one view.
+            for _ in share:
+                encode(state.encoder_q, images)
 
     def loss():
         z = q.clone().requires_grad_()
@@ -2352,29 +2280,27 @@ def bench_phases(config):
 
 def noise_dataset(config):
     """Two batches of noise in memory, as large as the canvases of --data."""
-    from data import DATASETS, ImageSet
-
+    data = data_module()
     n = 2 * config["batch"]
-    side = config["canvas"] or round(config["size"] / DATASETS[config["data"]].crop_pct)
-    kind = dict(dtype=torch.uint8, generator=make_generator("bench"))
-    images = torch.randint(256, (n, 3, side, side), **kind)
+    side = config["canvas"] or round(config["size"] / data.DATASETS[config["data"]].crop_pct)
+    generator = make_generator("bench")
+    images = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=generator)
     textures = images[:, None].clone() if "texture" in config["groups"] else None
-    return ImageSet(images, torch.ones(n), {}, {}, textures=textures)
+    return data.ImageSet(images, torch.ones(n), {}, {}, textures=textures)
 
 
 def file_reader(images):
     """A function that maps these images anew, from a file (in TMPDIR) that is not in memory."""
-    from data import map_file, write_atomic
-
+    data = data_module()
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    write_atomic(Path(folder.name) / "images", images.numpy().tobytes())
+    data.write_atomic(Path(folder.name) / "images", images.numpy().tobytes())
 
     def read():
         path = Path(folder.name) / "images"  # the folder lives as long as this function
         if hasattr(os, "posix_fadvise"):
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return map_file(path, *images.shape)
+        return data.map_file(path, *images.shape)
 
     return read
 

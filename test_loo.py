@@ -688,7 +688,7 @@ def test_probabilities_are_parameters_of_the_samplers():
     assert not params["flip"]["flip"].any()
     assert params["crop"]["area"].min() >= 0.9
     config = CONFIG | dict(sampling=dict(rotation=dict(p=0)))
-    _, _, params = loo.training_views(images, None, config, 0)
+    _, _, params = loo.training_views(images, config, 0)
     assert (params["rotation"]["turns"] == 0).all()
 
 
