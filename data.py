@@ -44,22 +44,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin, Unidenti
 from torchvision.transforms.functional import pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.transforms.v2 import functional as v2
 
-from loo import (
-    STOPPING,
-    UserError,
-    check_images,
-    check_shapes,
-    check_tuples,
-    environ_count,
-    first_line,
-    grayscale,
-    lacks_memory,
-    make_generator,
-    normalize,
-    recipe_canvas,
-    typed,
-    uniform,
-)
+import loo
+from loo import UserError, first_line, make_generator, typed, uniform
 
 # ---------------------------------------------------------------- data sets by name
 
@@ -155,9 +141,9 @@ def open_dataset(
     split_seed: of the folder's own split. whole=False accepts an incomplete published set.
     Raises UserError when the data is not there."""
     source = DATASETS[check_choice("data", name, DATASETS)]
-    check_choice("split", split, (*(source.splits or SPLIT), "pretrain", "viewpoint"))
     if split == "pretrain" and split not in source.splits:
         split = "train"
+    check_choice("split", split, FACTORS if name == "factors" else source.splits or SPLIT)
     if name == "factors":
         if root:
             raise UserError(f"--root={root}: factors reads no folder; your images: --data=folder")
@@ -175,9 +161,8 @@ def open_dataset(
             files, labels, classes = published(name, split, root)
             if whole:
                 check_complete(name, split, files, labels)
-    side, share = canvas or round(size / source.crop_pct), None
-    if central:
-        side, share = size, source.crop_pct
+    canvas = canvas or round(size / source.crop_pct)
+    side, share = (size, source.crop_pct) if central else (canvas, None)
     advice = "download it again, an incomplete published set gives meaningless numbers"
     images = ImageFiles(files, read, side, share, advice if source.address else "")
     if not isinstance(labels, dict):
@@ -195,8 +180,7 @@ def dataset_splits(name, root=None, split_seed=0):
         found = {row["split"] for row in read_table(root, split_seed)[1].values()}
     else:
         found = split_folders(root) or ("train", "val")
-    others = tuple(split for split in ("val", "test") if split in found)
-    return ("train", *others)
+    return tuple(split for split in SPLIT if split in {"train", *found})
 
 
 def label_names(classes):
@@ -548,16 +532,14 @@ def table_folder(split, root, seed=0):
 def from_torchvision(name, split, root, download):
     """A data set of torchvision -> itself, labels, class names."""
     source, root = DATASETS[name], root or "downloads"
-    arguments = source.splits[check_choice("split", split, source.splits)]
     kind = getattr(torchvision.datasets, source.torchvision)
     try:
-        found = kind(root, download=download, **arguments)
+        found = kind(root, download=download, **source.splits[split])
     except Exception as error:  # a broken file raises various kinds
         problem = f"not found, or not whole, under {root} ({first_line(error)})"
         raise UserError(f"--data={name}: {problem}: use --root=DIR or --download") from None
     labels = next(getattr(found, a) for a in ("targets", "labels", "_labels") if hasattr(found, a))
-    labels = torch.as_tensor(labels).long()
-    return found, labels, getattr(found, "classes", range(int(labels.max()) + 1))
+    return found, labels, found.classes
 
 
 def read_item(dataset, i):
@@ -571,7 +553,7 @@ def open_image(path):
     if not os.path.isfile(path) and os.path.exists(path):
         raise ValueError("not a file")
     image = Image.open(path, formats=FORMATS)
-    most = environ_count("LOOC_MEGAPIXELS", MEGAPIXELS)
+    most = loo.environ_count("LOOC_MEGAPIXELS", MEGAPIXELS)
     megapixels = image.width * image.height / 1e6
     if megapixels > most:
         part = 2 ** math.ceil(math.log(megapixels / most, 4))
@@ -689,7 +671,7 @@ def central_crops(paths, size):
     """Image files, as `embed` sees them -> (n 3 size size) in [0, 1], for `encode`.
 
     UserError names a file that cannot be read."""
-    check_tuples(paths=paths)
+    loo.check_tuples(paths=paths)
     if not len(paths):
         raise UserError("paths is empty: expected the paths of images")
     images, _, errors = zip(*central_files(paths, size))
@@ -714,7 +696,7 @@ def decoding_workers(asked, batches, processes=1):
     if asked is None:
         own = hasattr(os, "sched_getaffinity")  # SLURM, for one, gives a job some of the cores
         cores = len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1
-        sharing = min(processes, environ_count("LOCAL_WORLD_SIZE", 1))
+        sharing = min(processes, loo.environ_count("LOCAL_WORLD_SIZE", 1))
         asked = min(32, max(1, cores // sharing))
     return min(asked, batches)
 
@@ -868,13 +850,10 @@ def file_stats(dataset, name):
     """A number that the file system has of each file of a set, -1 where it is gone -> (n,) int64.
 
     Empty where a set has no files of its own."""
-    source, numbers = getattr(dataset.images, "source", None), []
-    for path in source if isinstance(source, (tuple, list)) else ():
-        try:
-            numbers.append(getattr(path.stat(), name))
-        except OSError:
-            numbers.append(-1)
-    return torch.tensor(numbers, dtype=torch.int64)
+    source = getattr(dataset.images, "source", None)
+    paths = source if isinstance(source, (tuple, list)) else ()
+    stats = [path.stat() if os.path.exists(path) else None for path in paths]
+    return torch.tensor([getattr(stat, name, -1) for stat in stats], dtype=torch.int64)
 
 
 def to_uint8(images):
@@ -1050,7 +1029,7 @@ def published(name, split, root):
     """A published set as downloaded -> paths, labels, class names; the paths need not exist."""
     address = DATASETS[name].address
     try:
-        pairs, classes = READERS[name](check_choice("split", split, dataset_splits(name)), root)
+        pairs, classes = READERS[name](split, root)
     except UserError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -1217,8 +1196,8 @@ def corrupt(images, name, severity, generator):
     """images (b 3 h w) in [0, 1], severity 1 to 5 -> (b 3 h w) in [0, 1], in steps of 1 / 255.
 
     ValueError for other images, another severity or name."""
-    check_shapes({"c": 3}, images=(images, "b c h h"))
-    check_images(images, (torch.float32,))
+    loo.check_shapes({"c": 3}, images=(images, "b c h h"))
+    loo.check_images(images, (torch.float32,))
     if name not in CORRUPTIONS or severity not in range(1, 6):
         expected = f"expected 1 to 5 of {', '.join(CORRUPTIONS)}"
         raise ValueError(f"corruption {name}, severity {severity}: {expected}")
@@ -1337,10 +1316,8 @@ def warp(images, theta, padding, shift=0):
 
 def zoom_blur(images, generator, step, count):
     """The average of the image and `count` zooms into its center: by 1, 1 + step, 1 + 2 step ..."""
-    total = images
-    for i in range(count):
-        total = total + warp(images, torch.eye(2, 3) / (1 + i * step), "border")
-    return total / (count + 1)
+    zooms = (warp(images, torch.eye(2, 3) / (1 + i * step), "border") for i in range(count))
+    return sum(zooms, images) / (count + 1)
 
 
 def snow(images, generator, mean, std, zoom, threshold, radius, sigma, keep):
@@ -1351,7 +1328,7 @@ def snow(images, generator, mean, std, zoom, threshold, radius, sigma, keep):
     flakes = resize(F.threshold(flakes, threshold, 0).clamp(0, 1), images.shape[-1])
     angle = uniform(-135, -45, b, generator=generator)
     flakes = motion_blur_kernel(flakes, angle, radius, sigma)
-    bleached = torch.maximum(images, grayscale(images) * 1.5 + 0.5)
+    bleached = torch.maximum(images, loo.grayscale(images) * 1.5 + 0.5)
     return keep * images + (1 - keep) * bleached + flakes + flakes.rot90(2, (2, 3))
 
 
@@ -1604,7 +1581,7 @@ def random_features(images, filters=48):
 def vgg_features(net, images):
     """conv1_1, 2_1, 3_1, 4_1, 4_2 and 5_1 of torchvision's VGG-19 (Gatys et al. 2016):
     (b 3 h w) -> maps [(b f h w), ...], the content map's index (conv4_2)."""
-    maps, x = [], normalize(images)
+    maps, x = [], loo.normalize(images)
     for i, layer in enumerate(net.features[:30]):
         x = layer(x)
         if i in (1, 6, 11, 20, 22, 29):
@@ -1887,7 +1864,7 @@ def pack(
         raise UserError("--data=factors is drawn by code: there is nothing to decode")
     if data == "folder":
         forbid_inside(out, check_root(root))
-    canvas = canvas or recipe_canvas(data, size)
+    canvas = canvas or loo.recipe_canvas(data, size)
     where = dict(root=root, size=size, canvas=canvas, split_seed=split_seed)
     files = open_dataset(data, "pretrain", download=download, **where)
     begun = time.perf_counter()
@@ -1963,10 +1940,9 @@ def drawable(names, font):
 
 
 def image_grid(images, row_names, column_names, path, zoom=1):
-    """images (r k 3 h w) in [0, 1] or uint8 -> a PNG with a name at each row and column."""
+    """images (r k 3 h w) in [0, 1] -> a PNG with a name at each row and column."""
     rows, columns, _, h, w = images.shape
-    images = images if images.dtype == torch.uint8 else to_uint8(images)
-    images = images.cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
+    images = to_uint8(images).cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
     width, height = w * zoom + 3, h * zoom + 3
     font = ImageFont.load_default(10)
     row_names, column_names = drawable(row_names, font), drawable(column_names, font)
@@ -2067,7 +2043,7 @@ def sheet(out: str = "docs/factors.png", size: int = 48):
     found = factors("train", size)
     species = found.labels["species"]
     first = [int((species == i).nonzero()[0]) for i in range(len(OBJECTS) * HUES)]
-    images = found.images[first].unflatten(0, (len(OBJECTS), HUES))
+    images = found.images[first].unflatten(0, (len(OBJECTS), HUES)) / 255
     image_grid(images, found.classes["object"], found.classes["hue"], out)
     print(f"wrote {out}")
 
@@ -2217,24 +2193,23 @@ def outlive_readers(stream):
     """sys.stdout or sys.stderr, as a Stream where it is still the shell's."""
     if stream is None:  # closed by the shell
         return open(os.devnull, "w")
-    if stream not in (sys.__stdout__, sys.__stderr__):
-        return stream
-    stream.flush()
-    buffer = io.BufferedWriter(Stream(stream.fileno(), "w", closefd=False))
-    return io.TextIOWrapper(buffer, stream.encoding, line_buffering=True)
+    if stream in (sys.__stdout__, sys.__stderr__):
+        stream.flush()
+        buffer = io.BufferedWriter(Stream(stream.fileno(), "w", closefd=False))
+        stream = io.TextIOWrapper(buffer, stream.encoding, line_buffering=True)
+    if hasattr(stream, "reconfigure"):  # not Jupyter's
+        stream.reconfigure(errors="backslashreplace")  # a file's name may be in Latin-1
+    return stream
 
 
 def command_line(commands, argv=None):
     """Run commands[argv[0]], flags typed by its signature. UserError: one line and exit code 2."""
     rank = own_rank()
     sys.stdout, sys.stderr = outlive_readers(sys.stdout), outlive_readers(sys.stderr)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not Jupyter's
-            stream.reconfigure(errors="backslashreplace")  # a file's name may be in Latin-1
     in_main = threading.current_thread() is threading.main_thread()
     # So `finally` removes what is half written. Other ranks write nothing, and wait for rank 0.
     for number in signal.Signals if rank == "0" and in_main else ():
-        if number.name in STOPPING and signal.getsignal(number) == signal.SIG_DFL:
+        if number.name in loo.STOPPING and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & {*argv} or "help" in argv[:2]:
@@ -2259,7 +2234,7 @@ def command_line(commands, argv=None):
         raise SystemExit(130) from None
     except Exception as error:
         message = str(error)
-        if lacks_memory(error):
+        if loo.lacks_memory(error):
             what = first_line(message.rpartition("DefaultCPUAllocator: ")[2] or error)
             hint = "lower --batch, --size, --queue, --dim or --hidden, whichever is large"
             message = f"not enough memory ({what}): {hint}"

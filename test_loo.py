@@ -2967,8 +2967,8 @@ def test_what_is_no_file_is_not_written_over(here, capsys):
 def test_memory_that_cannot_be_had_is_a_line(flag, here, capsys):
     err = refused(capsys, loo, f"train --{flag}=2147483647")
     assert "error: not enough memory (can't allocate memory: you tried to allocate" in err
-    assert data.lacks_memory(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
-    assert not data.lacks_memory(RuntimeError("stopped here"))
+    assert loo.lacks_memory(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert not loo.lacks_memory(RuntimeError("stopped here"))
 
 
 def test_a_full_disk_leaves_what_was_there(here, monkeypatch):
