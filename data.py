@@ -159,8 +159,9 @@ def open_dataset(
             files, labels, classes = read_folder(split, root, split_seed)
         else:
             files, labels, classes = published(name, split, root)
-            if whole:
-                check_complete(name, split, files, labels)
+            if whole and (problems := incomplete(name, split, files, labels)):
+                more = f"`python data.py check --data={name} --root=DIR` says more"
+                raise UserError(f"{name} {problems[0]}; {more}; get it at {source.address}")
     canvas = canvas or round(size / source.crop_pct)
     side, share = (size, source.crop_pct) if central else (canvas, None)
     advice = "download it again, an incomplete published set gives meaningless numbers"
@@ -334,10 +335,9 @@ def folder(split, root, seed=0):
     # a class has the same number in every split
     classes = class_folders(train)
     here = classes if top == train else class_folders(top)
-    for name in here:
-        if name not in classes:
-            problem = f"{top / name}: a class that {train} does not have"
-            raise UserError(f"{problem}; add it there, or list all images in {TABLE}")
+    if new := sorted(set(here) - set(classes)):
+        problem = f"{top / new[0]}: a class that {train} does not have"
+        raise UserError(f"{problem}; add it there, or list all images in {TABLE}")
     if classes and not here:
         raise UserError(f"{top}: no sub-folders; it needs those of {train}, one for each class")
     # Classes are built alike: a look into three will do.
@@ -354,8 +354,8 @@ def folder(split, root, seed=0):
     images, others = list_files(top)
     files = defaultdict(list)
     for path in images:
-        *folders, _ = path.relative_to(top).parts
-        files[folders[0] if folders else "."].append(path)
+        name, *below = path.relative_to(top).parts
+        files[name if below else "."].append(path)
     flat = files.pop(".", []) if classes else []
     if len(flat) > max(1, sum(map(len, files.values())) // 100):
         problem = f"{len(flat)} images lie beside the folders {', '.join(here[:5])}"
@@ -1068,8 +1068,7 @@ def imagenet100(split, root):
     table = first_existing("imagenet100", root, *tables)
     text = table.read_text()
     if table.suffix == ".csv":  # image,WNID box ...
-        rows = [line.split(",") for line in text.splitlines()[1:]]
-        wnids = {row[0]: row[1].split()[0] for row in rows}
+        wnids = dict(re.findall(r"^(\w+),(n\d+)", text, re.MULTILINE))
     else:  # a class number for each image
         synsets = read_mat(table.with_name("meta.mat"))["synsets"].ravel()
         named = {int(one["ILSVRC2012_ID"].item()): one["WNID"].item() for one in synsets}
@@ -1152,19 +1151,16 @@ def read_mat(path):
         raise UserError(f"{path}: {problem}; download it again") from None
 
 
-def check_complete(name, split, paths, labels):
-    """UserError unless all images of the published set are there."""
-    source = DATASETS[name]
-    classes, count = source.splits[split]
+def incomplete(name, split, paths, labels):
+    """-> what is wrong with a split of a published set, in words; nothing where it is whole."""
+    problems, n, found = [], len(paths), len(set(labels))
+    classes, count = DATASETS[name].splits[split]
     if missing := [path for path in paths if not path.exists()]:
-        problem = f"{len(missing)} of {len(paths)} images are missing, the first is {missing[0]}"
-        raise UserError(f"{name} {split}: {problem}; get them at {source.address}")
-    found = len(set(labels))
-    if found != classes or count and len(paths) != count:
-        here = f"found {len(paths)} images of {found} classes under {paths[0].parent.parent}"
-        problem = f"{here}, published are {count or 'images'} of {classes}"
-        advice = f"`python data.py check --data={name} --root=DIR` says more"
-        raise UserError(f"{name} {split}: {problem}; {advice}")
+        problems.append(f"{len(missing)} of {n} images are missing, the first is {missing[0]}")
+    if found != classes or n != (count or n):
+        here = f"found {n} images of {found} classes under {paths[0].parent.parent}"
+        problems.append(f"{here}, published are {count or 'images'} of {classes}")
+    return [f"{split}: {problem}" for problem in problems]
 
 
 def fetch_archives(name, root):
@@ -1748,7 +1744,6 @@ def stylize(
         split_seed: of the folder's own split
     """
     check_choice("features", features, ("auto", "vgg19", "random"))
-    check_choice("split", split, SPLIT)
     if check_choice("data", data, DATASETS) == "factors" or DATASETS[data].torchvision:
         hint = "factors makes copies when trained on"
         raise UserError(f"--data={data} is no tree of images ({hint})")
@@ -1780,9 +1775,8 @@ def stylize(
                 unread += 1
                 print(f"warning: unreadable: {error}", file=sys.stderr)
             made = zip(paths, to_uint8(done).cpu(), aspects, errors)
-            saving = [pool.submit(save_copy, *copy) for *copy, error in made if not error]
-            for copy in saving:
-                copy.result()
+            for saved in [pool.submit(save_copy, *copy) for *copy, error in made if not error]:
+                saved.result()
             end = start + len(rows)
             if end * 10 // n > shown or sys.stdout.isatty():
                 shown = end * 10 // n
@@ -1808,8 +1802,8 @@ def check_same_copies(path, settings, out):
 def save_copy(path, image, aspect):
     """image (3 size size) uint8 -> a JPEG of its original aspect, `size` its shorter side."""
     size = image.shape[-1]
-    sides = round(size * max(aspect, 1)), round(size * max(1 / aspect, 1))
-    sides = [min(side, 65500) for side in sides]  # the longest JPEG
+    longest = 65500  # of a JPEG
+    sides = [min(longest, round(size * max(x, 1))) for x in (aspect, 1 / aspect)]
     image = to_pil_image(image).resize(sides, Image.Resampling.BICUBIC)
     write_atomic(path, functools.partial(image.save, format="JPEG", quality=95))
 
@@ -1911,13 +1905,8 @@ def check(data: str = "factors", root: str = None, sample: str = "64", download:
         good = f"{len(opened) - len(errors)} of {len(opened)}"
         counts = f"{seen} | {classes or '-'} | {n - len(missing)} | {count or '-'}"
         print(f"| {split} | {counts} | {len(missing)} | {good} |", flush=True)
-        if missing:
-            problem = f"{len(missing)} images are missing, the first is {missing[0]}"
-            problems.append(f"{split}: {problem}")
-        if classes not in (None, seen):
-            problems.append(f"{split}: {seen} classes, published are {classes}")
-        if count not in (None, n):
-            problems.append(f"{split}: {n} images, published are {count}")
+        if source.address:
+            problems += incomplete(data, split, files.source, labels.tolist())
         for error in errors:
             print(f"warning: unreadable: {error}", file=sys.stderr)
         problems += errors
@@ -1926,8 +1915,7 @@ def check(data: str = "factors", root: str = None, sample: str = "64", download:
         known = not source.address or source.address in problems[0]
         advice = "" if known else f"; get it at {source.address}"
         raise UserError(f"{data} is not whole: {problems[0]}{others}{advice}")
-    all_good = f"{data}: every file that was opened is an image"
-    print(f"{data} is whole" if source.address else all_good)
+    print(f"{data} is whole" if source.address else f"{data}: all files opened are images")
 
 
 def drawable(names, font):
@@ -2141,15 +2129,13 @@ def parse_words(function, words):
 
     Words that stand without a flag are its first arguments. UserError for a word that is no flag
     of it and no value of one."""
-    parameters, words = dict(inspect.signature(function).parameters), list(words)
-    parameters["megapixels"] = MEGAPIXELS_FLAG
+    parameters = inspect.signature(function).parameters | {"megapixels": MEGAPIXELS_FLAG}
     flags = [f"--{name}" for name in parameters]
     switches = [name for name, p in parameters.items() if p.annotation is bool]
     negated = {f"--no{name}": f"--{name}=false" for name in switches}
-    given, unnamed = {}, []
+    words, given, unnamed = [negated.get(word, word) for word in words], {}, []
     while words:
         word = words.pop(0)
-        word = negated.get(word, word)
         if not word.startswith("--"):
             if "=" in word or word[:1] == "-" and word[1:2].isalpha():
                 raise UserError(f"{word}: flags begin with two dashes, as in --{word.lstrip('-')}")

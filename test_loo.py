@@ -2329,7 +2329,7 @@ def test_check_counts_and_names_what_is_missing(few, tmp_path, capsys):
     assert "| val | 15 | 15 | 15 | 15 | 0 | 15 of 15 |" in capsys.readouterr().out
     (tmp_path / "val" / few[2]).rename(tmp_path / "aside")
     (tmp_path / "train" / few[0] / f"{few[0]}_0.JPEG").write_bytes(b"half a pict")
-    with pytest.raises(UserError, match="_0.JPEG.*and 2 more findings.*image-net.org"):
+    with pytest.raises(UserError, match="_0.JPEG.*and 1 more finding.*image-net.org"):
         data.check("imagenet100", str(tmp_path))
     out = capsys.readouterr().out
     assert "| val | 14 | 15 | 14 | 15 | 0 | 14 of 14 |" in out
