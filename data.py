@@ -2084,32 +2084,28 @@ def check_choice(flag, word, words):
     return word
 
 
-def parse_flag(flag, kind, value, limits=None):
+def parse_flag(flag, kind, value, limits):
     """A flag's value as its type, from the command line or from Python; UserError if it is none.
 
-    limits: a row of RANGES. A name that begins with ~ is one in the home folder."""
+    limits: of a number, a row of RANGES. A name that begins with ~ is one in the home folder."""
     expected = EXPECTED[kind]
-    try:
-        if isinstance(value, bool) and kind is not bool:
-            raise ValueError
+    with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
         if kind is str:
             if text := os.path.expanduser(os.fspath(value)):
                 return text
-            raise ValueError
-        if kind is tuple:
+        elif kind is tuple:
             words = value.split(",") if isinstance(value, str) else map(str, value)
             return tuple(os.path.expanduser(word.strip()) for word in words if word.strip())
-        if isinstance(value, str) and kind is bool:
-            return {"true": True, "false": False}[value.lower()]
-        typed = kind(value)
-        if not isinstance(value, str) and typed != value:  # int of 0.5
-            raise ValueError
-        if limits and not limits[0] <= typed <= limits[1]:
-            expected = limits[2]
-            raise ValueError
-        return typed
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise UserError(f"--{flag}={value}: expected {expected}") from None
+        elif kind is bool:
+            words = {"true": True, "false": False, True: True, False: False}
+            return words[value.lower() if isinstance(value, str) else value]
+        elif not isinstance(value, bool):
+            number = kind(value)
+            if isinstance(value, str) or number == value:  # int of 0.5 is another number
+                low, high, expected = limits
+                if low <= number <= high:
+                    return number
+    raise UserError(f"--{flag}={value}: expected {expected}")
 
 
 def parse_flags(function, flags):
