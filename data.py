@@ -728,7 +728,8 @@ def iter_batches(dataset, workers=None, batch=256, part=(0, 1), count=None, name
             if failures and files.advice:
                 raise UserError(f"{failures[0]}; {files.advice}")
             if good.any():
-                yield rows[good], torch.from_numpy(images)[good], torch.tensor(aspect)[good]
+                aspect = torch.tensor(aspect, dtype=torch.float64)
+                yield rows[good], torch.from_numpy(images)[good], aspect[good]
     except RuntimeError as error:  # a worker was killed
         hint = "take --workers=0, or free some memory"
         raise UserError(f"decoding stopped ({first_line(error)}): {hint}") from None
@@ -812,7 +813,7 @@ def decode(dataset, images, workers):
     n, lost = len(images), len(images) - end
     if lost > max(1, n // 100):
         raise UserError(f"{lost} of {n} images cannot be read, more than 1%: repair or remove them")
-    return torch.cat(done), torch.cat(aspects)
+    return torch.cat(done), torch.cat(aspects).float()
 
 
 def allocate(file, size):
@@ -1097,11 +1098,8 @@ def cub200(split, root):
         return dict(line.split(maxsplit=1) for line in lines)
 
     train, species = table("train_test_split.txt"), table("image_class_labels.txt")
-    pairs = [
-        (top / "images" / file, int(species[i]) - 1)
-        for i, file in table("images.txt").items()
-        if (train[i] == "1") == (split == "train")
-    ]
+    files, wanted = table("images.txt"), "1" if split == "train" else "0"
+    pairs = [(top / "images" / files[i], int(species[i]) - 1) for i in files if train[i] == wanted]
     classes = table("classes.txt")
     return pairs, [classes[i] for i in sorted(classes, key=int)]
 
@@ -1748,14 +1746,14 @@ def stylize(
         hint = "factors makes copies when trained on"
         raise UserError(f"--data={data} is no tree of images ({hint})")
     where = dict(root=root, size=size, canvas=size, split_seed=split_seed)
-    images = open_dataset(data, split, **where).images
+    files = open_dataset(data, split, **where).images
     top = check_root(root, data)
     if data == "folder":
         forbid_inside(out, top)
     device = resolve_device(device)
     style_of = style_reader(styles, size, seed)
     features, name = style_features(features, device)
-    targets = [copy_paths(path, top, out, copies) for path in images.source]
+    targets = [copy_paths(path, top, out, copies) for path in files.source]
     jobs = [(i, copy) for i, found in enumerate(targets) for copy in found if not copy.exists()]
     n, total = len(jobs), len(targets) * copies
     settings = dict(size=size, features=name, steps=steps, strength=strength, seed=seed)
@@ -1763,28 +1761,22 @@ def stylize(
     check_same_copies(Path(out) / ".stylize.json", settings, out)
     print(f"{total - n} of {total} copies are there", end="; ")
     print(f"styles from {styles or 'code'}, features {name}, {device}", flush=True)
-    begun, shown, unread = time.perf_counter(), 0, 0
+    begun, shown = time.perf_counter(), 0
+    files = ImageFiles([files.source[i] for i, _ in jobs], files.read, size)
+    inputs = iter_batches(ImageSet(files, None, {}, {}), None, batch, named=None) if jobs else ()
     with ThreadPoolExecutor() as pool:
-        for start in range(0, n, batch):
-            rows, paths = zip(*jobs[start : start + batch])
-            canvases, aspects, errors = zip(*pool.map(images.__getitem__, rows))
-            style = list(pool.map(style_of, [path.relative_to(out) for path in paths]))
-            content, style = (torch.stack(x).to(device) for x in (canvases, style))
-            done = style_transfer(content / 255, style, features, steps, strength=strength)
-            for error in filter(None, errors):
-                unread += 1
-                print(f"warning: unreadable: {error}", file=sys.stderr)
-            made = zip(paths, to_uint8(done).cpu(), aspects, errors)
-            for saved in [pool.submit(save_copy, *copy) for *copy, error in made if not error]:
-                saved.result()
-            end = start + len(rows)
+        for rows, content, aspects in inputs:
+            paths = [jobs[row][1] for row in rows]
+            style = torch.stack([*pool.map(style_of, [path.relative_to(out) for path in paths])])
+            content, style = content.to(device) / 255, style.to(device)
+            done = style_transfer(content, style, features, steps, strength=strength)
+            list(pool.map(save_copy, paths, to_uint8(done).cpu(), aspects.tolist()))
+            end = int(rows[-1]) + 1
             if end * 10 // n > shown or sys.stdout.isatty():
                 shown = end * 10 // n
                 rate = end / (time.perf_counter() - begun)
                 left = (n - end) / rate / 60
                 print(f"{end}/{n}  {rate:.1f} images/s  {left:.0f} minutes left", flush=True)
-    if n and unread == n:
-        raise UserError(f"none of the images of these {n} copies can be read")
     print(f"wrote {out}; train with --groups=color,rotation,texture --textures={out}")
 
 
