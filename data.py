@@ -429,9 +429,8 @@ def table_rows(path):
     """Yield the line number and the cells of each row that is not blank."""
     try:
         text = path.read_text("utf-8-sig")
-        delimiter = max(",;\t", key=text.lstrip().partition("\n")[0].count)
-        options = dict(delimiter=delimiter, skipinitialspace=True, strict=True)
-        reader = csv.reader(io.StringIO(text), **options)
+        comma = max(",;\t", key=text.lstrip().partition("\n")[0].count)
+        reader = csv.reader(io.StringIO(text), delimiter=comma, skipinitialspace=True, strict=True)
         for cells in reader:
             # Some systems write é as two characters.
             cells = [unicodedata.normalize("NFC", cell.strip()) for cell in cells]
@@ -1058,8 +1057,7 @@ def by_wnid(top):
 def imagenet100(split, root):
     """The 100 classes out of a tree of them or of all ImageNet, train/WNID/* and val/WNID/*.
 
-    val may also lie flat, as in its archive: then the devkit or Kaggle's table gives the classes.
-    """
+    val may lie flat, as in its archive: then the devkit or Kaggle's table gives the classes."""
     tops = split, f"ILSVRC/Data/CLS-LOC/{split}", f"Data/CLS-LOC/{split}", f"ILSVRC2012_img_{split}"
     top = first_existing("imagenet100", root, *tops)
     if split == "train" or any((top / wnid).is_dir() for wnid in IMAGENET100):
@@ -1948,8 +1946,7 @@ def draw_curves(panels, path, x_name, columns=None):
     """panels {title: {curve: [(x, y), ...]}} -> a PNG of line plots with one legend.
 
     A curve looks the same in all panels; what is not finite is left out. By default the panels
-    stand in one row. The drawing is halved at the end, to be smooth.
-    """
+    stand in one row. The drawing is halved at the end, to be smooth."""
     columns = columns or len(panels) or 1
     names = list(dict.fromkeys(itertools.chain(*panels.values())))
     styles = dict(zip(names, itertools.cycle(itertools.product((5, 2), COLORS))))
