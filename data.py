@@ -348,8 +348,7 @@ def folder(split, root, seed=0):
     if len(inner) > 1:
         hint = f"if its {len(inner)} folders are classes, --root={top / here[0]}"
         warn_once(f"{top}: {here[0]} is the only class; {hint}")
-    if len(here) < len(classes):
-        lost = len(classes) - len(here)
+    if lost := len(classes) - len(here):
         warn_once(f"{top}, label class: {lost} of the {len(classes)} classes have no image")
     images, others = list_files(top)
     files = defaultdict(list)
@@ -662,8 +661,7 @@ class ImageFiles(torch.utils.data.Dataset):
 
 def central_files(paths, size):
     """ImageFiles of your own images, as evaluations see them: the central crop of each."""
-    share = DATASETS["folder"].crop_pct
-    return ImageFiles([Path(path) for path in paths], read_image, size, share)
+    return ImageFiles([*map(Path, paths)], read_image, size, DATASETS["folder"].crop_pct)
 
 
 def central_crops(paths, size):
