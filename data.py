@@ -825,8 +825,7 @@ def map_file(path, *shape, dtype=torch.uint8):
     with open(path, "r+b" if shared else "rb") as file:
         # torch cannot read a name in Latin-1
         name = f"/dev/fd/{file.fileno()}" if os.name == "posix" else str(path)
-        flat = torch.from_file(name, shared=shared, size=math.prod(shape), dtype=dtype)
-    return flat.view(shape)
+        return torch.from_file(name, shared=shared, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 def fingerprint(dataset):
