@@ -44,22 +44,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin, Unidenti
 from torchvision.transforms.functional import pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.transforms.v2 import functional as v2
 
-from loo import (
-    STOPPING,
-    UserError,
-    check_images,
-    check_shapes,
-    check_tuples,
-    environ_count,
-    first_line,
-    grayscale,
-    lacks_memory,
-    make_generator,
-    normalize,
-    recipe_canvas,
-    typed,
-    uniform,
-)
+import loo
+from loo import UserError, first_line, make_generator, typed, uniform
 
 # ---------------------------------------------------------------- data sets by name
 
@@ -155,9 +141,9 @@ def open_dataset(
     split_seed: of the folder's own split. whole=False accepts an incomplete published set.
     Raises UserError when the data is not there."""
     source = DATASETS[check_choice("data", name, DATASETS)]
-    check_choice("split", split, (*(source.splits or SPLIT), "pretrain", "viewpoint"))
     if split == "pretrain" and split not in source.splits:
         split = "train"
+    check_choice("split", split, FACTORS if name == "factors" else source.splits or SPLIT)
     if name == "factors":
         if root:
             raise UserError(f"--root={root}: factors reads no folder; your images: --data=folder")
@@ -173,11 +159,11 @@ def open_dataset(
             files, labels, classes = read_folder(split, root, split_seed)
         else:
             files, labels, classes = published(name, split, root)
-            if whole:
-                check_complete(name, split, files, labels)
-    side, share = canvas or round(size / source.crop_pct), None
-    if central:
-        side, share = size, source.crop_pct
+            if whole and (problems := incomplete(name, split, files, labels)):
+                more = f"`python data.py check --data={name} --root=DIR` says more"
+                raise UserError(f"{name} {problems[0]}; {more}; get it at {source.address}")
+    canvas = canvas or round(size / source.crop_pct)
+    side, share = (size, source.crop_pct) if central else (canvas, None)
     advice = "download it again, an incomplete published set gives meaningless numbers"
     images = ImageFiles(files, read, side, share, advice if source.address else "")
     if not isinstance(labels, dict):
@@ -195,8 +181,7 @@ def dataset_splits(name, root=None, split_seed=0):
         found = {row["split"] for row in read_table(root, split_seed)[1].values()}
     else:
         found = split_folders(root) or ("train", "val")
-    others = tuple(split for split in ("val", "test") if split in found)
-    return ("train", *others)
+    return tuple(split for split in SPLIT if split in {"train", *found})
 
 
 def label_names(classes):
@@ -350,10 +335,9 @@ def folder(split, root, seed=0):
     # a class has the same number in every split
     classes = class_folders(train)
     here = classes if top == train else class_folders(top)
-    for name in here:
-        if name not in classes:
-            problem = f"{top / name}: a class that {train} does not have"
-            raise UserError(f"{problem}; add it there, or list all images in {TABLE}")
+    if new := sorted(set(here) - set(classes)):
+        problem = f"{top / new[0]}: a class that {train} does not have"
+        raise UserError(f"{problem}; add it there, or list all images in {TABLE}")
     if classes and not here:
         raise UserError(f"{top}: no sub-folders; it needs those of {train}, one for each class")
     # Classes are built alike: a look into three will do.
@@ -364,14 +348,13 @@ def folder(split, root, seed=0):
     if len(inner) > 1:
         hint = f"if its {len(inner)} folders are classes, --root={top / here[0]}"
         warn_once(f"{top}: {here[0]} is the only class; {hint}")
-    if len(here) < len(classes):
-        lost = len(classes) - len(here)
+    if lost := len(classes) - len(here):
         warn_once(f"{top}, label class: {lost} of the {len(classes)} classes have no image")
     images, others = list_files(top)
     files = defaultdict(list)
     for path in images:
-        *folders, _ = path.relative_to(top).parts
-        files[folders[0] if folders else "."].append(path)
+        name, *below = path.relative_to(top).parts
+        files[name if below else "."].append(path)
     flat = files.pop(".", []) if classes else []
     if len(flat) > max(1, sum(map(len, files.values())) // 100):
         problem = f"{len(flat)} images lie beside the folders {', '.join(here[:5])}"
@@ -445,9 +428,8 @@ def table_rows(path):
     """Yield the line number and the cells of each row that is not blank."""
     try:
         text = path.read_text("utf-8-sig")
-        delimiter = max(",;\t", key=text.lstrip().partition("\n")[0].count)
-        options = dict(delimiter=delimiter, skipinitialspace=True, strict=True)
-        reader = csv.reader(io.StringIO(text), **options)
+        comma = max(",;\t", key=text.lstrip().partition("\n")[0].count)
+        reader = csv.reader(io.StringIO(text), delimiter=comma, skipinitialspace=True, strict=True)
         for cells in reader:
             # Some systems write é as two characters.
             cells = [unicodedata.normalize("NFC", cell.strip()) for cell in cells]
@@ -553,16 +535,14 @@ def table_folder(split, root, seed=0):
 def from_torchvision(name, split, root, download):
     """A data set of torchvision -> itself, labels, class names."""
     source, root = DATASETS[name], root or "downloads"
-    arguments = source.splits[check_choice("split", split, source.splits)]
     kind = getattr(torchvision.datasets, source.torchvision)
     try:
-        found = kind(root, download=download, **arguments)
+        found = kind(root, download=download, **source.splits[split])
     except Exception as error:  # a broken file raises various kinds
         problem = f"not found, or not whole, under {root} ({first_line(error)})"
         raise UserError(f"--data={name}: {problem}: use --root=DIR or --download") from None
     labels = next(getattr(found, a) for a in ("targets", "labels", "_labels") if hasattr(found, a))
-    labels = torch.as_tensor(labels).long()
-    return found, labels, getattr(found, "classes", range(int(labels.max()) + 1))
+    return found, labels, found.classes
 
 
 def read_item(dataset, i):
@@ -576,7 +556,7 @@ def open_image(path):
     if not os.path.isfile(path) and os.path.exists(path):
         raise ValueError("not a file")
     image = Image.open(path, formats=FORMATS)
-    most = environ_count("LOOC_MEGAPIXELS", MEGAPIXELS)
+    most = loo.environ_count("LOOC_MEGAPIXELS", MEGAPIXELS)
     megapixels = image.width * image.height / 1e6
     if megapixels > most:
         part = 2 ** math.ceil(math.log(megapixels / most, 4))
@@ -686,15 +666,14 @@ class ImageFiles(torch.utils.data.Dataset):
 
 def central_files(paths, size):
     """ImageFiles of your own images, as evaluations see them: the central crop of each."""
-    share = DATASETS["folder"].crop_pct
-    return ImageFiles([Path(path) for path in paths], read_image, size, share)
+    return ImageFiles([*map(Path, paths)], read_image, size, DATASETS["folder"].crop_pct)
 
 
 def central_crops(paths, size):
     """Image files, as `embed` sees them -> (n 3 size size) in [0, 1], for `encode`.
 
     UserError names a file that cannot be read."""
-    check_tuples(paths=paths)
+    loo.check_tuples(paths=paths)
     if not len(paths):
         raise UserError("paths is empty: expected the paths of images")
     images, _, errors = zip(*central_files(paths, size))
@@ -719,7 +698,7 @@ def decoding_workers(asked, batches, processes=1):
     if asked is None:
         own = hasattr(os, "sched_getaffinity")  # SLURM, for one, gives a job some of the cores
         cores = len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1
-        sharing = min(processes, environ_count("LOCAL_WORLD_SIZE", 1))
+        sharing = min(processes, loo.environ_count("LOCAL_WORLD_SIZE", 1))
         asked = min(32, max(1, cores // sharing))
     return min(asked, batches)
 
@@ -751,7 +730,8 @@ def iter_batches(dataset, workers=None, batch=256, part=(0, 1), count=None, name
             if failures and files.advice:
                 raise UserError(f"{failures[0]}; {files.advice}")
             if good.any():
-                yield rows[good], torch.from_numpy(images)[good], torch.tensor(aspect)[good]
+                aspect = torch.tensor(aspect, dtype=torch.float64)
+                yield rows[good], torch.from_numpy(images)[good], aspect[good]
     except RuntimeError as error:  # a worker was killed
         hint = "take --workers=0, or free some memory"
         raise UserError(f"decoding stopped ({first_line(error)}): {hint}") from None
@@ -835,7 +815,7 @@ def decode(dataset, images, workers):
     n, lost = len(images), len(images) - end
     if lost > max(1, n // 100):
         raise UserError(f"{lost} of {n} images cannot be read, more than 1%: repair or remove them")
-    return torch.cat(done), torch.cat(aspects)
+    return torch.cat(done), torch.cat(aspects).float()
 
 
 def allocate(file, size):
@@ -850,8 +830,7 @@ def map_file(path, *shape, dtype=torch.uint8):
     with open(path, "r+b" if shared else "rb") as file:
         # torch cannot read a name in Latin-1
         name = f"/dev/fd/{file.fileno()}" if os.name == "posix" else str(path)
-        flat = torch.from_file(name, shared=shared, size=math.prod(shape), dtype=dtype)
-    return flat.view(shape)
+        return torch.from_file(name, shared=shared, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 def fingerprint(dataset):
@@ -873,13 +852,10 @@ def file_stats(dataset, name):
     """A number that the file system has of each file of a set, -1 where it is gone -> (n,) int64.
 
     Empty where a set has no files of its own."""
-    source, numbers = getattr(dataset.images, "source", None), []
-    for path in source if isinstance(source, (tuple, list)) else ():
-        try:
-            numbers.append(getattr(path.stat(), name))
-        except OSError:
-            numbers.append(-1)
-    return torch.tensor(numbers, dtype=torch.int64)
+    source = getattr(dataset.images, "source", None)
+    paths = source if isinstance(source, (tuple, list)) else ()
+    stats = [path.stat() if os.path.exists(path) else None for path in paths]
+    return torch.tensor([getattr(stat, name, -1) for stat in stats], dtype=torch.int64)
 
 
 def to_uint8(images):
@@ -1055,7 +1031,7 @@ def published(name, split, root):
     """A published set as downloaded -> paths, labels, class names; the paths need not exist."""
     address = DATASETS[name].address
     try:
-        pairs, classes = READERS[name](check_choice("split", split, dataset_splits(name)), root)
+        pairs, classes = READERS[name](split, root)
     except UserError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -1083,8 +1059,7 @@ def by_wnid(top):
 def imagenet100(split, root):
     """The 100 classes out of a tree of them or of all ImageNet, train/WNID/* and val/WNID/*.
 
-    val may also lie flat, as in its archive: then the devkit or Kaggle's table gives the classes.
-    """
+    val may lie flat, as in its archive: then the devkit or Kaggle's table gives the classes."""
     tops = split, f"ILSVRC/Data/CLS-LOC/{split}", f"Data/CLS-LOC/{split}", f"ILSVRC2012_img_{split}"
     top = first_existing("imagenet100", root, *tops)
     if split == "train" or any((top / wnid).is_dir() for wnid in IMAGENET100):
@@ -1094,8 +1069,7 @@ def imagenet100(split, root):
     table = first_existing("imagenet100", root, *tables)
     text = table.read_text()
     if table.suffix == ".csv":  # image,WNID box ...
-        rows = [line.split(",") for line in text.splitlines()[1:]]
-        wnids = {row[0]: row[1].split()[0] for row in rows}
+        wnids = dict(re.findall(r"^(\w+),(n\d+)", text, re.MULTILINE))
     else:  # a class number for each image
         synsets = read_mat(table.with_name("meta.mat"))["synsets"].ravel()
         named = {int(one["ILSVRC2012_ID"].item()): one["WNID"].item() for one in synsets}
@@ -1124,11 +1098,8 @@ def cub200(split, root):
         return dict(line.split(maxsplit=1) for line in lines)
 
     train, species = table("train_test_split.txt"), table("image_class_labels.txt")
-    pairs = [
-        (top / "images" / file, int(species[i]) - 1)
-        for i, file in table("images.txt").items()
-        if (train[i] == "1") == (split == "train")
-    ]
+    files, wanted = table("images.txt"), "1" if split == "train" else "0"
+    pairs = [(top / "images" / files[i], int(species[i]) - 1) for i in files if train[i] == wanted]
     classes = table("classes.txt")
     return pairs, [classes[i] for i in sorted(classes, key=int)]
 
@@ -1178,19 +1149,16 @@ def read_mat(path):
         raise UserError(f"{path}: {problem}; download it again") from None
 
 
-def check_complete(name, split, paths, labels):
-    """UserError unless all images of the published set are there."""
-    source = DATASETS[name]
-    classes, count = source.splits[split]
+def incomplete(name, split, paths, labels):
+    """-> what is wrong with a split of a published set, in words; nothing where it is whole."""
+    problems, n, found = [], len(paths), len(set(labels))
+    classes, count = DATASETS[name].splits[split]
     if missing := [path for path in paths if not path.exists()]:
-        problem = f"{len(missing)} of {len(paths)} images are missing, the first is {missing[0]}"
-        raise UserError(f"{name} {split}: {problem}; get them at {source.address}")
-    found = len(set(labels))
-    if found != classes or count and len(paths) != count:
-        here = f"found {len(paths)} images of {found} classes under {paths[0].parent.parent}"
-        problem = f"{here}, published are {count or 'images'} of {classes}"
-        advice = f"`python data.py check --data={name} --root=DIR` says more"
-        raise UserError(f"{name} {split}: {problem}; {advice}")
+        problems.append(f"{len(missing)} of {n} images are missing, the first is {missing[0]}")
+    if found != classes or n != (count or n):
+        here = f"found {n} images of {found} classes under {paths[0].parent.parent}"
+        problems.append(f"{here}, published are {count or 'images'} of {classes}")
+    return [f"{split}: {problem}" for problem in problems]
 
 
 def fetch_archives(name, root):
@@ -1222,8 +1190,8 @@ def corrupt(images, name, severity, generator):
     """images (b 3 h w) in [0, 1], severity 1 to 5 -> (b 3 h w) in [0, 1], in steps of 1 / 255.
 
     ValueError for other images, another severity or name."""
-    check_shapes({"c": 3}, images=(images, "b c h h"))
-    check_images(images, (torch.float32,))
+    loo.check_shapes({"c": 3}, images=(images, "b c h h"))
+    loo.check_images(images, (torch.float32,))
     if name not in CORRUPTIONS or severity not in range(1, 6):
         expected = f"expected 1 to 5 of {', '.join(CORRUPTIONS)}"
         raise ValueError(f"corruption {name}, severity {severity}: {expected}")
@@ -1342,10 +1310,8 @@ def warp(images, theta, padding, shift=0):
 
 def zoom_blur(images, generator, step, count):
     """The average of the image and `count` zooms into its center: by 1, 1 + step, 1 + 2 step ..."""
-    total = images
-    for i in range(count):
-        total = total + warp(images, torch.eye(2, 3) / (1 + i * step), "border")
-    return total / (count + 1)
+    zooms = (warp(images, torch.eye(2, 3) / (1 + i * step), "border") for i in range(count))
+    return sum(zooms, images) / (count + 1)
 
 
 def snow(images, generator, mean, std, zoom, threshold, radius, sigma, keep):
@@ -1356,7 +1322,7 @@ def snow(images, generator, mean, std, zoom, threshold, radius, sigma, keep):
     flakes = resize(F.threshold(flakes, threshold, 0).clamp(0, 1), images.shape[-1])
     angle = uniform(-135, -45, b, generator=generator)
     flakes = motion_blur_kernel(flakes, angle, radius, sigma)
-    bleached = torch.maximum(images, grayscale(images) * 1.5 + 0.5)
+    bleached = torch.maximum(images, loo.grayscale(images) * 1.5 + 0.5)
     return keep * images + (1 - keep) * bleached + flakes + flakes.rot90(2, (2, 3))
 
 
@@ -1609,7 +1575,7 @@ def random_features(images, filters=48):
 def vgg_features(net, images):
     """conv1_1, 2_1, 3_1, 4_1, 4_2 and 5_1 of torchvision's VGG-19 (Gatys et al. 2016):
     (b 3 h w) -> maps [(b f h w), ...], the content map's index (conv4_2)."""
-    maps, x = [], normalize(images)
+    maps, x = [], loo.normalize(images)
     for i, layer in enumerate(net.features[:30]):
         x = layer(x)
         if i in (1, 6, 11, 20, 22, 29):
@@ -1776,19 +1742,18 @@ def stylize(
         split_seed: of the folder's own split
     """
     check_choice("features", features, ("auto", "vgg19", "random"))
-    check_choice("split", split, SPLIT)
     if check_choice("data", data, DATASETS) == "factors" or DATASETS[data].torchvision:
         hint = "factors makes copies when trained on"
         raise UserError(f"--data={data} is no tree of images ({hint})")
     where = dict(root=root, size=size, canvas=size, split_seed=split_seed)
-    images = open_dataset(data, split, **where).images
+    files = open_dataset(data, split, **where).images
     top = check_root(root, data)
     if data == "folder":
         forbid_inside(out, top)
     device = resolve_device(device)
     style_of = style_reader(styles, size, seed)
     features, name = style_features(features, device)
-    targets = [copy_paths(path, top, out, copies) for path in images.source]
+    targets = [copy_paths(path, top, out, copies) for path in files.source]
     jobs = [(i, copy) for i, found in enumerate(targets) for copy in found if not copy.exists()]
     n, total = len(jobs), len(targets) * copies
     settings = dict(size=size, features=name, steps=steps, strength=strength, seed=seed)
@@ -1796,29 +1761,22 @@ def stylize(
     check_same_copies(Path(out) / ".stylize.json", settings, out)
     print(f"{total - n} of {total} copies are there", end="; ")
     print(f"styles from {styles or 'code'}, features {name}, {device}", flush=True)
-    begun, shown, unread = time.perf_counter(), 0, 0
+    begun, shown = time.perf_counter(), 0
+    files = ImageFiles([files.source[i] for i, _ in jobs], files.read, size)
+    inputs = iter_batches(ImageSet(files, None, {}, {}), None, batch, named=None) if jobs else ()
     with ThreadPoolExecutor() as pool:
-        for start in range(0, n, batch):
-            rows, paths = zip(*jobs[start : start + batch])
-            canvases, aspects, errors = zip(*pool.map(images.__getitem__, rows))
-            style = list(pool.map(style_of, [path.relative_to(out) for path in paths]))
-            content, style = (torch.stack(x).to(device) for x in (canvases, style))
-            done = style_transfer(content / 255, style, features, steps, strength=strength)
-            for error in filter(None, errors):
-                unread += 1
-                print(f"warning: unreadable: {error}", file=sys.stderr)
-            made = zip(paths, to_uint8(done).cpu(), aspects, errors)
-            saving = [pool.submit(save_copy, *copy) for *copy, error in made if not error]
-            for copy in saving:
-                copy.result()
-            end = start + len(rows)
+        for rows, content, aspects in inputs:
+            paths = [jobs[row][1] for row in rows]
+            style = torch.stack([*pool.map(style_of, [path.relative_to(out) for path in paths])])
+            content, style = content.to(device) / 255, style.to(device)
+            done = style_transfer(content, style, features, steps, strength=strength)
+            list(pool.map(save_copy, paths, to_uint8(done).cpu(), aspects.tolist()))
+            end = int(rows[-1]) + 1
             if end * 10 // n > shown or sys.stdout.isatty():
                 shown = end * 10 // n
                 rate = end / (time.perf_counter() - begun)
                 left = (n - end) / rate / 60
                 print(f"{end}/{n}  {rate:.1f} images/s  {left:.0f} minutes left", flush=True)
-    if n and unread == n:
-        raise UserError(f"none of the images of these {n} copies can be read")
     print(f"wrote {out}; train with --groups=color,rotation,texture --textures={out}")
 
 
@@ -1836,8 +1794,8 @@ def check_same_copies(path, settings, out):
 def save_copy(path, image, aspect):
     """image (3 size size) uint8 -> a JPEG of its original aspect, `size` its shorter side."""
     size = image.shape[-1]
-    sides = round(size * max(aspect, 1)), round(size * max(1 / aspect, 1))
-    sides = [min(side, 65500) for side in sides]  # the longest JPEG
+    longest = 65500  # of a JPEG
+    sides = [min(longest, round(size * max(x, 1))) for x in (aspect, 1 / aspect)]
     image = to_pil_image(image).resize(sides, Image.Resampling.BICUBIC)
     write_atomic(path, functools.partial(image.save, format="JPEG", quality=95))
 
@@ -1892,7 +1850,7 @@ def pack(
         raise UserError("--data=factors is drawn by code: there is nothing to decode")
     if data == "folder":
         forbid_inside(out, check_root(root))
-    canvas = canvas or recipe_canvas(data, size)
+    canvas = canvas or loo.recipe_canvas(data, size)
     where = dict(root=root, size=size, canvas=canvas, split_seed=split_seed)
     files = open_dataset(data, "pretrain", download=download, **where)
     begun = time.perf_counter()
@@ -1939,13 +1897,8 @@ def check(data: str = "factors", root: str = None, sample: str = "64", download:
         good = f"{len(opened) - len(errors)} of {len(opened)}"
         counts = f"{seen} | {classes or '-'} | {n - len(missing)} | {count or '-'}"
         print(f"| {split} | {counts} | {len(missing)} | {good} |", flush=True)
-        if missing:
-            problem = f"{len(missing)} images are missing, the first is {missing[0]}"
-            problems.append(f"{split}: {problem}")
-        if classes not in (None, seen):
-            problems.append(f"{split}: {seen} classes, published are {classes}")
-        if count not in (None, n):
-            problems.append(f"{split}: {n} images, published are {count}")
+        if source.address:
+            problems += incomplete(data, split, files.source, labels.tolist())
         for error in errors:
             print(f"warning: unreadable: {error}", file=sys.stderr)
         problems += errors
@@ -1954,8 +1907,7 @@ def check(data: str = "factors", root: str = None, sample: str = "64", download:
         known = not source.address or source.address in problems[0]
         advice = "" if known else f"; get it at {source.address}"
         raise UserError(f"{data} is not whole: {problems[0]}{others}{advice}")
-    all_good = f"{data}: every file that was opened is an image"
-    print(f"{data} is whole" if source.address else all_good)
+    print(f"{data} is whole" if source.address else f"{data}: all files opened are images")
 
 
 def drawable(names, font):
@@ -1968,10 +1920,9 @@ def drawable(names, font):
 
 
 def image_grid(images, row_names, column_names, path, zoom=1):
-    """images (r k 3 h w) in [0, 1] or uint8 -> a PNG with a name at each row and column."""
+    """images (r k 3 h w) in [0, 1] -> a PNG with a name at each row and column."""
     rows, columns, _, h, w = images.shape
-    images = images if images.dtype == torch.uint8 else to_uint8(images)
-    images = images.cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
+    images = to_uint8(images).cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
     width, height = w * zoom + 3, h * zoom + 3
     font = ImageFont.load_default(10)
     row_names, column_names = drawable(row_names, font), drawable(column_names, font)
@@ -1997,8 +1948,7 @@ def draw_curves(panels, path, x_name, columns=None):
     """panels {title: {curve: [(x, y), ...]}} -> a PNG of line plots with one legend.
 
     A curve looks the same in all panels; what is not finite is left out. By default the panels
-    stand in one row. The drawing is halved at the end, to be smooth.
-    """
+    stand in one row. The drawing is halved at the end, to be smooth."""
     columns = columns or len(panels) or 1
     names = list(dict.fromkeys(itertools.chain(*panels.values())))
     styles = dict(zip(names, itertools.cycle(itertools.product((5, 2), COLORS))))
@@ -2072,7 +2022,7 @@ def sheet(out: str = "docs/factors.png", size: int = 48):
     found = factors("train", size)
     species = found.labels["species"]
     first = [int((species == i).nonzero()[0]) for i in range(len(OBJECTS) * HUES)]
-    images = found.images[first].unflatten(0, (len(OBJECTS), HUES))
+    images = found.images[first].unflatten(0, (len(OBJECTS), HUES)) / 255
     image_grid(images, found.classes["object"], found.classes["hue"], out)
     print(f"wrote {out}")
 
@@ -2125,32 +2075,28 @@ def check_choice(flag, word, words):
     return word
 
 
-def parse_flag(flag, kind, value, limits=None):
+def parse_flag(flag, kind, value, limits):
     """A flag's value as its type, from the command line or from Python; UserError if it is none.
 
-    limits: a row of RANGES. A name that begins with ~ is one in the home folder."""
+    limits: of a number, a row of RANGES. A name that begins with ~ is one in the home folder."""
     expected = EXPECTED[kind]
-    try:
-        if isinstance(value, bool) and kind is not bool:
-            raise ValueError
+    with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
         if kind is str:
             if text := os.path.expanduser(os.fspath(value)):
                 return text
-            raise ValueError
-        if kind is tuple:
+        elif kind is tuple:
             words = value.split(",") if isinstance(value, str) else map(str, value)
             return tuple(os.path.expanduser(word.strip()) for word in words if word.strip())
-        if isinstance(value, str) and kind is bool:
-            return {"true": True, "false": False}[value.lower()]
-        typed = kind(value)
-        if not isinstance(value, str) and typed != value:  # int of 0.5
-            raise ValueError
-        if limits and not limits[0] <= typed <= limits[1]:
-            expected = limits[2]
-            raise ValueError
-        return typed
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise UserError(f"--{flag}={value}: expected {expected}") from None
+        elif kind is bool:
+            words = {"true": True, "false": False, True: True, False: False}
+            return words[value.lower() if isinstance(value, str) else value]
+        elif not isinstance(value, bool):
+            number = kind(value)
+            if isinstance(value, str) or number == value:  # int of 0.5 is another number
+                low, high, expected = limits
+                if low <= number <= high:
+                    return number
+    raise UserError(f"--{flag}={value}: expected {expected}")
 
 
 def parse_flags(function, flags):
@@ -2170,15 +2116,13 @@ def parse_words(function, words):
 
     Words that stand without a flag are its first arguments. UserError for a word that is no flag
     of it and no value of one."""
-    parameters, words = dict(inspect.signature(function).parameters), list(words)
-    parameters["megapixels"] = MEGAPIXELS_FLAG
+    parameters = inspect.signature(function).parameters | {"megapixels": MEGAPIXELS_FLAG}
     flags = [f"--{name}" for name in parameters]
     switches = [name for name, p in parameters.items() if p.annotation is bool]
     negated = {f"--no{name}": f"--{name}=false" for name in switches}
-    given, unnamed = {}, []
+    words, given, unnamed = [negated.get(word, word) for word in words], {}, []
     while words:
         word = words.pop(0)
-        word = negated.get(word, word)
         if not word.startswith("--"):
             if "=" in word or word[:1] == "-" and word[1:2].isalpha():
                 raise UserError(f"{word}: flags begin with two dashes, as in --{word.lstrip('-')}")
@@ -2222,24 +2166,23 @@ def outlive_readers(stream):
     """sys.stdout or sys.stderr, as a Stream where it is still the shell's."""
     if stream is None:  # closed by the shell
         return open(os.devnull, "w")
-    if stream not in (sys.__stdout__, sys.__stderr__):
-        return stream
-    stream.flush()
-    buffer = io.BufferedWriter(Stream(stream.fileno(), "w", closefd=False))
-    return io.TextIOWrapper(buffer, stream.encoding, line_buffering=True)
+    if stream in (sys.__stdout__, sys.__stderr__):
+        stream.flush()
+        buffer = io.BufferedWriter(Stream(stream.fileno(), "w", closefd=False))
+        stream = io.TextIOWrapper(buffer, stream.encoding, line_buffering=True)
+    if hasattr(stream, "reconfigure"):  # not Jupyter's
+        stream.reconfigure(errors="backslashreplace")  # a file's name may be in Latin-1
+    return stream
 
 
 def command_line(commands, argv=None):
     """Run commands[argv[0]], flags typed by its signature. UserError: one line and exit code 2."""
     rank = own_rank()
     sys.stdout, sys.stderr = outlive_readers(sys.stdout), outlive_readers(sys.stderr)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not Jupyter's
-            stream.reconfigure(errors="backslashreplace")  # a file's name may be in Latin-1
     in_main = threading.current_thread() is threading.main_thread()
     # So `finally` removes what is half written. Other ranks write nothing, and wait for rank 0.
     for number in signal.Signals if rank == "0" and in_main else ():
-        if number.name in STOPPING and signal.getsignal(number) == signal.SIG_DFL:
+        if number.name in loo.STOPPING and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & {*argv} or "help" in argv[:2]:
@@ -2264,7 +2207,7 @@ def command_line(commands, argv=None):
         raise SystemExit(130) from None
     except Exception as error:
         message = str(error)
-        if lacks_memory(error):
+        if loo.lacks_memory(error):
             what = first_line(message.rpartition("DefaultCPUAllocator: ")[2] or error)
             hint = "lower --batch, --size, --queue, --dim or --hidden, whichever is large"
             message = f"not enough memory ({what}): {hint}"

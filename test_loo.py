@@ -2192,7 +2192,7 @@ def test_check_counts_and_names_what_is_missing(few, tmp_path, capsys):
     assert "| val | 15 | 15 | 15 | 15 | 0 | 15 of 15 |" in capsys.readouterr().out
     (tmp_path / "val" / few[2]).rename(tmp_path / "aside")
     (tmp_path / "train" / few[0] / f"{few[0]}_0.JPEG").write_bytes(b"half a pict")
-    with pytest.raises(UserError, match="_0.JPEG.*and 2 more findings.*image-net.org"):
+    with pytest.raises(UserError, match="_0.JPEG.*and 1 more finding.*image-net.org"):
         data.check("imagenet100", str(tmp_path))
     out = capsys.readouterr().out
     assert "| val | 14 | 15 | 14 | 15 | 0 | 14 of 14 |" in out
@@ -2787,8 +2787,8 @@ def test_what_is_no_file_is_not_written_over(here, capsys):
 def test_memory_that_cannot_be_had_is_a_line(flag, here, capsys):
     err = refused(capsys, loo, f"train --{flag}=2147483647")
     assert "error: not enough memory (can't allocate memory: you tried to allocate" in err
-    assert data.lacks_memory(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
-    assert not data.lacks_memory(RuntimeError("stopped here"))
+    assert loo.lacks_memory(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert not loo.lacks_memory(RuntimeError("stopped here"))
 
 
 def test_a_full_disk_leaves_what_was_there(here, monkeypatch):
