@@ -540,24 +540,24 @@ SETTINGS = {"epochs", "lr", "area", "neighbours", "trials", "pictures"}
 
 def task(function):
     """Make a task a command, with its own flags, those of `open_run` and --json."""
-    own, common = (list(inspect.signature(f).parameters.values()) for f in (function, open_run))
-    common_names = {p.name for p in common}
+    own, common = (inspect.signature(f).parameters for f in (function, open_run))
 
     @functools.wraps(function)
     def command(json=False, **flags):
         begun = time.perf_counter()
-        common_flags = {k: flags.pop(k) for k in common_names & flags.keys()}
+        common_flags = {k: flags.pop(k) for k in common if k in flags}
         device = resolve_device(common_flags.get("device", "auto"))
         with loo.init_distributed(device) as leader_first:
             ctx = open_run(**common_flags)._replace(leader_first=leader_first)
-            changed = [p.name for p in own if flags.get(p.name, p.default) != p.default]
-            settings = [f"{name} {flags[name]}" for name in changed if name in SETTINGS]
+            changed = [k for k in flags if k in SETTINGS and flags[k] != own[k].default]
+            settings = [f"{k} {flags[k]}" for k in changed]
             report(ctx, function.__name__, function(ctx, **flags), settings, json, begun)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     json_flag = inspect.Parameter("json", keyword, default=False, annotation=bool)
-    own_flags = [p.replace(kind=keyword) for p in own[1:]]
-    command.__signature__ = inspect.Signature([common[0], *own_flags, *common[1:], json_flag])
+    _, *own_flags = (p.replace(kind=keyword) for p in own.values())
+    run, *others = common.values()
+    command.__signature__ = inspect.Signature([run, *own_flags, *others, json_flag])
     command.__doc__ = f"{function.__doc__.rstrip()}\n{open_run.__doc__}"
     return typed(command)
 
@@ -582,11 +582,10 @@ def is_labeled(ctx, label):
 def select_labels(ctx, label, more=(), least=1):
     """The named labels, or else all that tell images apart and `more`; UserError below `least`."""
     classes = ctx.split["train"].classes
-    labels = [check_choice("label", name, (*classes, *more)) for name in label]
-    for name in labels:
-        class_names(ctx, name)
+    for name in label:
+        class_names(ctx, check_choice("label", name, (*classes, *more)))
     known = [name for name in label_names(classes) if is_labeled(ctx, name)]
-    labels = labels or [*known, *more]
+    labels = list(label) or [*known, *more]
     if len(labels) < least:
         problem = f"the images of {ctx.root or ctx.data} have no labels"
         others = "without labels there are the tasks rotation, spaces and retrieve --turn"
@@ -675,8 +674,8 @@ def class_table(logits, y, classes):
         {"class": str(name), "n_test": int(n), "top1": float(share) if n else None}
         for name, n, share in zip(classes, counts, recall)
     ]
-    lines = [table_row([format_value(x) for x in row.values()]) for row in rows]
-    return dict(per_class=rows, note="\n".join([table_head(["class", "test", "top-1"]), *lines]))
+    lines = [table_head(["class", "test", "top-1"]), *(table_row(row.values()) for row in rows)]
+    return dict(per_class=rows, note="\n".join(lines))
 
 
 @task
@@ -779,17 +778,14 @@ def fewshot(
         known, y_known = labeled(test, y_test[name])
         logits = [known @ w[t] + b[t] for t in range(trials)]
         top1 = [accuracy(one, y_known) for one in logits]
-        top5 = [accuracy(one, y_known, 5) for one in logits]
-        found = dict(label=name, shots=n, top1=sum(top1) / trials, ci95=t_ci95(top1))
+        each = [result(one, y_known, name) for one in logits]
+        found = each[0] | dict(shots=n, top1=sum(top1) / trials, ci95=t_ci95(top1))
         if len(set(top1)) == 1:  # all draws give one figure, of these few test images
             right = [correct(one, y_known) * 100 for one in logits]
             found["ci95"] = ci95(torch.stack(right).mean(0))
-        found["top5"] = sum(top5) / trials if k > 5 else None
-        answers = [constant_answer(one, y_known) for one in logits]
-        found["largest"] = answers[0]["largest"]
-        found["balanced"] = sum(one["balanced"] for one in answers) / trials
-        found["protocol"] = "adam" if fast else protocol
-        yield found | dict(n_train=rows.shape[1], n_test=len(known))
+        for key in ("balanced", "top5") if k > 5 else ("balanced",):
+            found[key] = sum(one[key] for one in each) / trials
+        yield found | dict(protocol="adam" if fast else protocol, n_train=rows.shape[1])
 
 
 CELLS = list(itertools.product(CORRUPTIONS, range(1, 6)))
@@ -1310,7 +1306,7 @@ def report(ctx, task_name, results, settings, json, begun):
         if not columns:
             columns = [k for k in PRINTED if k not in OPTIONAL or line.get(k) is not None]
             print(table_head([HEADS.get(k, k) for k in columns]))
-        print(table_row([format_value(line[k]) for k in columns]), flush=True)
+        print(table_row([line[k] for k in columns]), flush=True)
         if note:
             notes.append(note)
     if notes:
@@ -1331,7 +1327,7 @@ def format_value(x):
 
 
 def table_row(cells):
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(format_value, cells))} |"
 
 
 def table_head(names):
@@ -1613,7 +1609,7 @@ def print_papers_tables(lines):
         for name, row in rows.items():
             cells = [name]
             for column, reported in itertools.zip_longest(columns, row[3:]):
-                cells += [format_value(reported), papers_cell(results, row, column)]
+                cells += [reported, papers_cell(results, row, column)]
             print(table_row(cells))
         print()
     print("* as reported by others, not confirmed; in parentheses: not the paper's protocol")
