@@ -314,6 +314,7 @@ def lbfgs_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
 
     x ((r n) d), y ((r n),) of k classes -> w (k d), b (k,). All turns of an image are held out.
     """
+    x, y = labeled(x, y)
     check_all_finite("inputs of the probe", x)
     n = len(x) // turns
     order = torch.randperm(n, generator=loo.make_generator("held out", seed))
@@ -329,22 +330,20 @@ def lbfgs_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
     return logistic(x, y, k, l2, 300, start)
 
 
-def sgd_probe(ctx, dataset, label, k, d, epochs, lr, area, batch=256):
+def sgd_probe(ctx, dataset, labels, k, d, epochs=None, lr=30.0, area=0.08, batch=256):
     """The paper's protocol: SGD on crops and flips of decoded images through the frozen encoder.
 
     lr x0.1 at 60% and 80%, no weight decay; area: of the smallest crop, as a share of the image.
-    k classes of `label`, features of d -> w (k d), b (k,)
+    labels (n,) of k classes, None for rotation; features of d -> w (k d), b (k,)
     """
-    labels = dataset.labels.get(label)  # none of rotation
+    epochs = epochs or (100 if ctx.data == "inat2019" else 200)
     usable = loo.training_rows(dataset, labels)
     n = len(usable)
     if n < batch:
         raise UserError(f"--protocol=paper takes {batch} images or more, not {n}: leave it out")
-    layer = torch.nn.Linear(d, k, device=ctx.device)
-    start = torch.randn(k, d, generator=loo.make_generator("probe", ctx.seed)) * 0.01
-    layer.weight.data.copy_(start)
-    layer.bias.data.zero_()
-    optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
+    w = torch.randn(k, d, generator=loo.make_generator("probe", ctx.seed)) * 0.01
+    w, b = w.to(ctx.device).requires_grad_(), torch.zeros(k, device=ctx.device, requires_grad=True)
+    optimizer = torch.optim.SGD([w, b], lr, momentum=0.9)
     on_gpu = ctx.device.type == "cuda"
     precision = "bfloat16" if on_gpu and loo.fast_bfloat16(ctx.device) else "float32"
     config = ctx.config | dict(device=ctx.device, precision=precision)
@@ -357,9 +356,9 @@ def sgd_probe(ctx, dataset, label, k, d, epochs, lr, area, batch=256):
             generator = loo.make_generator("probe", ctx.seed, epoch, i)
             y = None if labels is None else labels[rows]
             x, y = augmented_batch(ctx, config, images, aspect, y, area, generator)
-            loo.optimizer_step(optimizer, F.cross_entropy(layer(x), y))
-    check_all_finite("weights of the probe", layer.weight, layer.bias)
-    return layer.weight.detach(), layer.bias.detach()
+            loo.optimizer_step(optimizer, F.cross_entropy(F.linear(x, w, b), y))
+    check_all_finite("weights of the probe", w, b)
+    return w.detach(), b.detach()
 
 
 @torch.no_grad()
@@ -622,19 +621,16 @@ def class_recall(logits, y):
     return counts, right / counts * 100
 
 
-def probe(ctx, labels, turns, protocol, epochs, lr, area, per_class=False, save=None):
+def probe(ctx, labels, turns, protocol, per_class=False, save=None, **flags):
     """A linear classifier for each label, by either protocol -> results.
 
-    per_class: name the accuracy of each class. save: a file that keeps the classifier.
+    per_class: name the accuracy of each class. save: a file that keeps the classifier. flags: of
+    the paper's protocol, None for the default.
     """
-    check_choice("protocol", protocol, ("fast", "paper"))
-    fast = protocol == "fast"
-    if fast and (epochs, lr, area) != (None, None, None):
+    fast = check_choice("protocol", protocol, ("fast", "paper")) == "fast"
+    flags = {name: value for name, value in flags.items() if value is not None}
+    if fast and flags:
         raise UserError("--epochs, --lr and --area are of the paper's protocol: --protocol=paper")
-    if epochs is None:
-        epochs = 100 if ctx.data == "inat2019" else 200
-    lr = 30.0 if lr is None else lr
-    area = 0.08 if area is None else area
     test, y_test = load_features(ctx, "test", turns)
     if fast:
         train, y = load_features(ctx, "train", turns)
@@ -644,24 +640,23 @@ def probe(ctx, labels, turns, protocol, epochs, lr, area, per_class=False, save=
         with ctx.leader_first():
             shared = loo.world_size() > 1
             train = decode_cached(ctx.find("train"), ctx.workers, ctx.run.parent, shared)
+        y = train.labels
     for label in labels:
-        classes = class_names(ctx, label)
+        classes, y_train = class_names(ctx, label), y.get(label)  # None: images are turned later
         k = len(classes)
         if fast:
-            x, y_x = labeled(train, y[label])
-            n_train = len(x)
-            w, b = lbfgs_probe(x, y_x, k, ctx.seed, len(turns))
-            logits = F.linear(test, w, b)
-            w, b = w / deviation, b - w @ (mean / deviation)
+            w, b = lbfgs_probe(train, y_train, k, ctx.seed, len(turns))
         else:
-            n_train = len(loo.training_rows(train, train.labels.get(label)))
-            w, b = sgd_probe(ctx, train, label, k, test.shape[1], epochs, lr, area)
-            logits = F.linear(test, w, b)
+            w, b = sgd_probe(ctx, train, y_train, k, test.shape[1], **flags)
+        logits = F.linear(test, w, b)
+        n_train = len(loo.training_rows(train, y_train))
         found = result(logits, y_test[label], label, len(turns), n_train=n_train, protocol=protocol)
         if per_class:
             found |= class_table(*labeled(logits, y_test[label]), classes)
         yield found
         if save and loo.rank() == 0:
+            if fast:  # of features as they are
+                w, b = w / deviation, b - w @ (mean / deviation)
             head = dict(label=label, classes=list(map(str, classes)), w=w.cpu(), b=b.cpu())
             head |= dict(feature=ctx.feature, run=str(ctx.run), weights=ctx.weights)
             write_tensors(Path(save), head)
@@ -708,7 +703,8 @@ def linear(
         check_user_out(save, ())
         if Path(save).exists():
             read_tensors(save)  # UserError where it is another kind of file
-    yield from probe(ctx, labels, (0,), protocol, epochs, lr, area, per_class, save)
+    flags = dict(epochs=epochs, lr=lr, area=area)
+    yield from probe(ctx, labels, (0,), protocol, per_class, save, **flags)
 
 
 @task
@@ -721,7 +717,8 @@ def rotation(ctx, protocol: str = "fast", epochs: int = None, lr: float = None, 
         lr: of the paper's protocol
         area: of the paper's protocol
     """
-    yield from probe(ctx, ["rotation"], (0, 1, 2, 3), protocol, epochs, lr, area)
+    flags = dict(epochs=epochs, lr=lr, area=area)
+    yield from probe(ctx, ["rotation"], (0, 1, 2, 3), protocol, **flags)
 
 
 @task
