@@ -835,25 +835,27 @@ def robust(
     """
     # Every set is opened before hours are spent on the first.
     source, published, shifted = robust_datasets(ctx, source, corrupted, objectnet)
+    ctx = ctx._replace(split=ctx.split | shifted)
     labels = select_labels(ctx, label)
-    (train, y), (test, y_test) = load_features(ctx, "train"), load_features(ctx, "test")
+    train, y = load_features(ctx, "train")
     mean, deviation = standardize(train)
-    heads = {
-        name: lbfgs_probe(*labeled(train, y[name]), len(class_names(ctx, name)), ctx.seed)
-        for name in labels
-    }
+    heads = {}
+    for name in labels:
+        heads[name] = lbfgs_probe(train, y[name], len(class_names(ctx, name)), ctx.seed)
 
     def logits_of(name, x):
         return F.linear((x - mean) / deviation, *heads[name])
 
-    clean = [result(logits_of(name, test), y_test[name], name, on="clean") for name in labels]
+    note = None
     if not published:
         lengths = f"{ctx.config['size']} / {REFERENCE_SIZE}"
-        clean[-1]["note"] = f"the lengths in the corruptions' constants are scaled by {lengths}"
-    on_shifted = shifted_results(ctx, shifted, labels, logits_of)
+        note = f"the lengths in the corruptions' constants are scaled by {lengths}"
+    on_whole = whole_results(ctx, ("test", *shifted), labels, logits_of)
     on_corrupted = corrupted_results(ctx, published, labels, logits_of, pictures)
-    for found in itertools.chain(clean, on_shifted, on_corrupted):
-        yield found | dict(protocol=source, n_train=int((y[found["label"]] >= 0).sum()))
+    for found in itertools.chain(on_whole, on_corrupted):
+        n_train = int((y[found["label"]] >= 0).sum())
+        yield found | dict(protocol=source, n_train=n_train, note=note)
+        note = None  # once is enough
 
 
 def robust_datasets(ctx, source, corrupted, objectnet):
@@ -877,17 +879,17 @@ def robust_datasets(ctx, source, corrupted, objectnet):
     return source, published, shifted
 
 
-def shifted_results(ctx, shifted, labels, logits_of):
-    """Results under new viewpoints; on ObjectNet also with only its classes to choose from."""
-    for on, dataset in shifted.items():
-        v, z, rows = features(ctx.encoder, dataset, workers=ctx.workers)
-        x = select_feature(v, z, ctx.config, ctx.feature).to(ctx.device)
+def whole_results(ctx, splits, labels, logits_of):
+    """Results on images as they are; on ObjectNet also with only its classes to choose from."""
+    for split in splits:
+        on = "clean" if split == "test" else split
+        x, y = load_features(ctx, split)
         for name in labels:
-            logits, y = logits_of(name, x).cpu(), dataset.labels[name][rows]
-            yield result(logits, y, name, on=on)
+            logits = logits_of(name, x)
+            yield result(logits, y[name], name, on=on)
             if on == "objectnet13":
-                logits = restrict_classes(logits, y.unique())
-                yield result(logits, y, name, on=f"{on}, of its 13")
+                logits = restrict_classes(logits, y[name].unique())
+                yield result(logits, y[name], name, on=f"{on}, of its 13")
 
 
 def corrupted_results(ctx, published, labels, logits_of, count):
@@ -939,18 +941,28 @@ def spaces(ctx, label: tuple = (), layer: str = "output", margin: float = 1.0):
     sizes = range(len(groups) + 1)
     with_all = [("all", *some) for n in sizes for some in itertools.combinations(groups, n)]
     alone = [(group,) for group in groups]
+    on = None if ctx.config["method"] == "looc++" else layer
     for name in select_labels(ctx, label, ("rotation",)):
-        right = {}
-        for subset, right[subset], line in probe_spaces(ctx, name, [*with_all, *alone], layer):
-            if subset == alone[-1]:
-                every = with_all[-1]
-                says = []
-                for group in groups:
-                    others = tuple(space for space in every if space != group)
-                    gain, half = paired_ci95(right[every], right[others])
-                    says.append(verdict(group, gain, half, margin))
-                line = line | dict(note=f"{name} {', '.join(says)}")
-            yield line
+        turns = (0, 1, 2, 3) if name == "rotation" else (0,)
+        train, y = space_features(ctx, "train", turns, layer)
+        test, y_test = space_features(ctx, "test", turns, layer)
+        k, y = len(class_names(ctx, name)), y[name].to(ctx.device)
+        right = {}  # {subset of spaces: how often each image was classified right, (n,)}
+        for subset in with_all + alone:
+            x = torch.cat([train[space] for space in subset], 1).to(ctx.device)
+            x_test = torch.cat([test[space] for space in subset], 1).to(ctx.device)
+            standardize(x, x_test)
+            head = lbfgs_probe(x, y, k, ctx.seed, len(turns))
+            logits, y_logits = labeled(F.linear(x_test, *head).cpu(), y_test[name])
+            right[subset] = correct(logits, y_logits).view(len(turns), -1).mean(0)
+            gain, half = 0.0, 0.0  # of Z_0 over itself
+            if subset != ("all",):
+                gain, half = paired_ci95(right[subset], right[("all",)])
+            found = result(logits, y_logits, name, len(turns), gain=gain, gain95=half, on=on)
+            found |= dict(feature="+".join(subset), n_train=int((y >= 0).sum()))
+            if subset == with_all[-1]:
+                found["note"] = f"{name} {', '.join(verdicts(right, groups, margin))}"
+            yield found
 
 
 def check_spaces(ctx, layer):
@@ -966,31 +978,13 @@ def check_spaces(ctx, layer):
     return names[1:]
 
 
-def probe_spaces(ctx, name, subsets, layer):
-    """A linear classifier for each subset of spaces, ("all",) first.
-
-    Yields the subset, how often each image was classified right (n,), and the result."""
-    turns = (0, 1, 2, 3) if name == "rotation" else (0,)
-    on = None if ctx.config["method"] == "looc++" else layer
-    train, y = space_features(ctx, "train", turns, layer)
-    test, y_test = space_features(ctx, "test", turns, layer)
-    y, y_test = y[name].to(ctx.device), y_test[name]
-    baseline = None
-    for subset in subsets:
-        x = torch.cat([train[space] for space in subset], 1).to(ctx.device)
-        x_test = torch.cat([test[space] for space in subset], 1).to(ctx.device)
-        standardize(x, x_test)
-        x, y_x = labeled(x, y)
-        head = lbfgs_probe(x, y_x, len(class_names(ctx, name)), ctx.seed, len(turns))
-        logits, y_logits = labeled(F.linear(x_test, *head).cpu(), y_test)
-        right = correct(logits, y_logits).view(len(turns), -1).mean(0)
-        gain, half = 0.0, 0.0  # of Z_0 over itself
-        if baseline is None:
-            baseline = right
-        else:
-            gain, half = paired_ci95(right, baseline)
-        more = dict(n_train=len(x), feature="+".join(subset), on=on, gain=gain, gain95=half)
-        yield subset, right, result(logits, y_logits, name, len(turns), **more)
+def verdicts(right, groups, margin):
+    """Whether a label wants each of the groups, in words; `right` as in `spaces`."""
+    every = ("all", *groups)
+    for group in groups:
+        others = tuple(space for space in every if space != group)
+        gain, half = paired_ci95(right[every], right[others])
+        yield verdict(group, gain, half, margin)
 
 
 def verdict(group, gain, half, margin):
