@@ -84,12 +84,12 @@ class EvalContext(NamedTuple):
     config: dict
     data: str
     split: dict  # {"train", "test", "val" if there is one: ImageSet of central crops}, not decoded
+    find: functools.partial  # open_dataset of this data set
+    weights: str  # a hash of the run's
     feature: str
     seed: int
     workers: int
     root: str  # where the data is, or None
-    weights: str  # a hash of the run's
-    find: functools.partial  # open_dataset of this data set
     leader_first: object = contextlib.nullcontext  # a context that rank 0 enters first
 
     @property
@@ -135,19 +135,9 @@ def open_run(
     find = functools.partial(open_dataset, name, root=root, download=download, **settings)
     split = {s: find(s, central=True) for s in splits}
     split["test"] = split.pop("test", None) or split.pop(splits[-1])
-    return EvalContext(
-        run=Path(run).resolve(),
-        encoder=encoder,
-        config=config,
-        data=name,
-        split=split,
-        feature=feature,
-        seed=seed,
-        workers=workers,
-        root=root,
-        weights=hash_weights(run),
-        find=find,
-    )
+    run, weights = Path(run).resolve(), hash_weights(run)
+    flags = dict(feature=feature, seed=seed, workers=workers, root=root)
+    return EvalContext(run, encoder, config, name, split, find, weights, **flags)
 
 
 def open_encoder(run, feature, device):
@@ -368,16 +358,9 @@ def augmented_batch(ctx, config, images, aspect, y, area, generator):
     y: the labels, or None to give every image a random quarter turn, which is its label. The turn
     comes after the flip, which so leaves the label as it is.
     """
-    images, _, _ = loo.augment_groups(
-        images,
-        (),
-        torch.zeros(0, 0, dtype=torch.bool),
-        generator,
-        always=("crop", "flip"),
-        size=config["size"],
-        aspect=aspect,
-        sampling={"crop": {"area": area}},
-    )
+    no_views, always = torch.zeros(0, 0, dtype=torch.bool), ("crop", "flip")
+    crop = dict(size=config["size"], aspect=aspect, sampling={"crop": {"area": area}})
+    images, _, _ = loo.augment_groups(images, (), no_views, generator, always=always, **crop)
     if y is None:
         y = torch.randint(4, (len(images),), generator=generator)
         images = loo.resample(images, {"turns": y})
@@ -605,9 +588,7 @@ def result(logits, y, label, turns=1, **more):
 
 
 def constant_answer(logits, y):
-    """What top-1 is to be compared with: the share of the largest class, which a constant answer
-    gives, and the mean accuracy over classes; both in percent. logits (n k), y (n,).
-    """
+    """logits (n k), y (n,) -> percent that a constant answer has right, and the mean of classes."""
     counts, recall = class_recall(logits, y)
     largest = counts.max() / counts.sum() * 100
     return dict(largest=largest.item(), balanced=recall[counts > 0].mean().item())
@@ -1243,7 +1224,7 @@ def write_csv(content, file):
 
 
 def write_npz(content, file):
-    np.savez(file, **{name: np.asarray(column) for name, column in content.items()})
+    np.savez(file, **content)
 
 
 WRITERS = {".csv": write_csv, ".npz": write_npz, ".pt": torch.save}
@@ -1342,7 +1323,7 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
         paper: the paper's tables instead, what it reports beside what these runs give
     """
     lines = read_results(runs)
-    differs = differing_settings([config for config, _ in lines])
+    differs = list(differing_settings([config for config, _ in lines]))
     cells, shown = defaultdict(dict), {}
     for config, line in lines:
         row, column = row_key(config, line, differs), column_key(config, line)
@@ -1365,23 +1346,22 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
 
 
 def read_results(runs):
-    """(config, line) for each line of the results, oldest run first, so the last one counts."""
+    """(config, line) for each line of the results, oldest run first, so the last one counts.
+
+    Those on the same images have one root, wherever these were.
+    """
     found = find_files(runs, "results.jsonl")
     if not found:
         raise UserError(f"--runs={','.join(runs)}: no results; `python eval.py linear` writes some")
     folders = [path.parent for path in sorted(found, key=os.path.getmtime)]
-    return unify_roots(itertools.chain.from_iterable(map(results_of, folders)))
-
-
-def unify_roots(pairs):
-    """Give the (config, line) of results on the same images one root, wherever these were."""
-    pairs, known = list(pairs), {}
+    pairs = list(itertools.chain.from_iterable(map(results_of, folders)))
+    roots = {}  # {mark of the images: root}
 
     def unify(holder, mark):
-        if mark not in known:
-            taken = holder["root"] in known.values()  # the folder has changed since
-            known[mark] = holder["root"] + f" ({mark[:6]})" * taken
-        holder["root"] = known[mark]
+        if mark not in roots:
+            taken = holder["root"] in roots.values()  # the folder has changed since
+            roots[mark] = holder["root"] + f" ({mark[:6]})" * taken
+        holder["root"] = roots[mark]
 
     for config, line in pairs:
         if config["data"] == "folder" and "root" in config.get("held", {}):
@@ -1456,12 +1436,10 @@ def curves(runs: tuple = ("runs/*",), out: str = "curves.png"):
 
 
 def differing_settings(configs):
-    """The settings in which these configs differ, of those that no other column names."""
-    found = []
+    """Yield the settings in which these configs differ, of those that no other column names."""
     for key in sorted(set().union(*configs) - NAMED):
         if len({repr(setting(config, key)) for config in configs}) > 1:
-            found.append(key)
-    return found
+            yield key
 
 
 def setting(config, key):
@@ -1820,12 +1798,12 @@ def claimed_tables(data, labels):
     labels: {label of factors: its counterpart}. What has none there is left out, and on other sets
     than factors also shifts and runs with texture.
     """
-    columns, names = {}, {}  # names: {name on factors: name here}
+    here = {}  # {name on factors: (name, column) here}
     for name, (task, _, label, shots, on, value) in ON_FACTORS.items():
         if label == "rotation" or (label in labels and (data == "factors" or not on)):
             counterpart = labels.get(label, label)
-            names[name] = name.replace(label, counterpart)
-            columns[names[name]] = (task, data, counterpart, shots, on, value)
+            column = (task, data, counterpart, shots, on, value)
+            here[name] = (name.replace(label, counterpart), column)
     tables = []
     for (title, _, rows), (shown, said) in zip(TABLES, CLAIMS):
         if data != "factors":
@@ -1834,14 +1812,14 @@ def claimed_tables(data, labels):
         for claim, comparisons in said.items():
             kept = []
             for row, sign, others, some in comparisons:
-                some = [names[name] for name in some if name in names]
+                some = [here[name][0] for name in some if name in here]
                 if some and {row, *others} <= set(rows):
                     kept.append((row, sign, others, some))
             if len(kept) == len(comparisons):
                 claims[claim.replace("object", labels["object"])] = kept
         if claims:
-            shown = {names[name]: columns[names[name]] for name in shown if name in names}
-            tables.append((title, rows, shown, claims))
+            columns = dict(here[name] for name in shown if name in here)
+            tables.append((title, rows, columns, claims))
     return tables
 
 
