@@ -684,8 +684,7 @@ def linear(
         check_user_out(save, ())
         if Path(save).exists():
             read_tensors(save)  # UserError where it is another kind of file
-    flags = dict(epochs=epochs, lr=lr, area=area)
-    yield from probe(ctx, labels, (0,), protocol, per_class, save, **flags)
+    yield from probe(ctx, labels, (0,), protocol, per_class, save, epochs=epochs, lr=lr, area=area)
 
 
 @task
@@ -698,8 +697,7 @@ def rotation(ctx, protocol: str = "fast", epochs: int = None, lr: float = None, 
         lr: of the paper's protocol
         area: of the paper's protocol
     """
-    flags = dict(epochs=epochs, lr=lr, area=area)
-    yield from probe(ctx, ["rotation"], (0, 1, 2, 3), protocol, **flags)
+    yield from probe(ctx, ["rotation"], (0, 1, 2, 3), protocol, epochs=epochs, lr=lr, area=area)
 
 
 @task
@@ -761,8 +759,9 @@ def fewshot(
         if len(set(top1)) == 1:  # all draws give one figure, of these few test images
             right = [correct(one, y_known) * 100 for one in logits]
             found["ci95"] = ci95(torch.stack(right).mean(0))
-        for key in ("balanced", "top5") if k > 5 else ("balanced",):
-            found[key] = sum(one[key] for one in each) / trials
+        found["balanced"] = sum(one["balanced"] for one in each) / trials
+        if k > 5:
+            found["top5"] = sum(one["top5"] for one in each) / trials
         yield found | dict(protocol="adam" if fast else protocol, n_train=rows.shape[1])
 
 
@@ -827,10 +826,9 @@ def robust(
     def logits_of(name, x):
         return F.linear((x - mean) / deviation, *heads[name])
 
-    note = None
-    if not published:
-        lengths = f"{ctx.config['size']} / {REFERENCE_SIZE}"
-        note = f"the lengths in the corruptions' constants are scaled by {lengths}"
+    lengths = f"{ctx.config['size']} / {REFERENCE_SIZE}"
+    scaled = f"the lengths in the corruptions' constants are scaled by {lengths}"
+    note = None if published else scaled
     on_whole = whole_results(ctx, ("test", *shifted), labels, logits_of)
     on_corrupted = corrupted_results(ctx, published, labels, logits_of, pictures)
     for found in itertools.chain(on_whole, on_corrupted):
@@ -1375,13 +1373,12 @@ def read_config(run, *needed):
     """config.json of a run folder, `out` the folder; {}, with a warning, where `needed` lack."""
     try:
         config = loads((run / "config.json").read_text()) | {"out": str(run)}
-        lacks = [name for name in needed if name not in config]
-        why = f"it lacks {', '.join(lacks)}" if lacks else ""
+        if lacks := [name for name in needed if name not in config]:
+            raise ValueError(f"it lacks {', '.join(lacks)}")
+        return config
     except (OSError, ValueError, TypeError) as error:
-        why = first_line(error)
-    if why:
-        warn_once(f"{run}: its config.json is no run's ({why}); it is left out")
-    return {} if why else config
+        warn_once(f"{run}: its config.json is no run's ({first_line(error)}); it is left out")
+        return {}
 
 
 def results_of(run):
