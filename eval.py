@@ -84,12 +84,12 @@ class EvalContext(NamedTuple):
     config: dict
     data: str
     split: dict  # {"train", "test", "val" if there is one: ImageSet of central crops}, not decoded
+    find: functools.partial  # open_dataset of this data set
+    weights: str  # a hash of the run's
     feature: str
     seed: int
     workers: int
     root: str  # where the data is, or None
-    weights: str  # a hash of the run's
-    find: functools.partial  # open_dataset of this data set
     leader_first: object = contextlib.nullcontext  # a context that rank 0 enters first
 
     @property
@@ -135,19 +135,9 @@ def open_run(
     find = functools.partial(open_dataset, name, root=root, download=download, **settings)
     split = {s: find(s, central=True) for s in splits}
     split["test"] = split.pop("test", None) or split.pop(splits[-1])
-    return EvalContext(
-        run=Path(run).resolve(),
-        encoder=encoder,
-        config=config,
-        data=name,
-        split=split,
-        feature=feature,
-        seed=seed,
-        workers=workers,
-        root=root,
-        weights=hash_weights(run),
-        find=find,
-    )
+    run, weights = Path(run).resolve(), hash_weights(run)
+    flags = dict(feature=feature, seed=seed, workers=workers, root=root)
+    return EvalContext(run, encoder, config, name, split, find, weights, **flags)
 
 
 def open_encoder(run, feature, device):
@@ -314,6 +304,7 @@ def lbfgs_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
 
     x ((r n) d), y ((r n),) of k classes -> w (k d), b (k,). All turns of an image are held out.
     """
+    x, y = labeled(x, y)
     check_all_finite("inputs of the probe", x)
     n = len(x) // turns
     order = torch.randperm(n, generator=loo.make_generator("held out", seed))
@@ -329,22 +320,20 @@ def lbfgs_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
     return logistic(x, y, k, l2, 300, start)
 
 
-def sgd_probe(ctx, dataset, label, k, d, epochs, lr, area, batch=256):
+def sgd_probe(ctx, dataset, labels, k, d, epochs=None, lr=30.0, area=0.08, batch=256):
     """The paper's protocol: SGD on crops and flips of decoded images through the frozen encoder.
 
     lr x0.1 at 60% and 80%, no weight decay; area: of the smallest crop, as a share of the image.
-    k classes of `label`, features of d -> w (k d), b (k,)
+    labels (n,) of k classes, None for rotation; features of d -> w (k d), b (k,)
     """
-    labels = dataset.labels.get(label)  # none of rotation
+    epochs = epochs or (100 if ctx.data == "inat2019" else 200)
     usable = loo.training_rows(dataset, labels)
     n = len(usable)
     if n < batch:
         raise UserError(f"--protocol=paper takes {batch} images or more, not {n}: leave it out")
-    layer = torch.nn.Linear(d, k, device=ctx.device)
-    start = torch.randn(k, d, generator=loo.make_generator("probe", ctx.seed)) * 0.01
-    layer.weight.data.copy_(start)
-    layer.bias.data.zero_()
-    optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
+    w = torch.randn(k, d, generator=loo.make_generator("probe", ctx.seed)) * 0.01
+    w, b = w.to(ctx.device).requires_grad_(), torch.zeros(k, device=ctx.device, requires_grad=True)
+    optimizer = torch.optim.SGD([w, b], lr, momentum=0.9)
     on_gpu = ctx.device.type == "cuda"
     precision = "bfloat16" if on_gpu and loo.fast_bfloat16(ctx.device) else "float32"
     config = ctx.config | dict(device=ctx.device, precision=precision)
@@ -357,9 +346,9 @@ def sgd_probe(ctx, dataset, label, k, d, epochs, lr, area, batch=256):
             generator = loo.make_generator("probe", ctx.seed, epoch, i)
             y = None if labels is None else labels[rows]
             x, y = augmented_batch(ctx, config, images, aspect, y, area, generator)
-            loo.optimizer_step(optimizer, F.cross_entropy(layer(x), y))
-    check_all_finite("weights of the probe", layer.weight, layer.bias)
-    return layer.weight.detach(), layer.bias.detach()
+            loo.optimizer_step(optimizer, F.cross_entropy(F.linear(x, w, b), y))
+    check_all_finite("weights of the probe", w, b)
+    return w.detach(), b.detach()
 
 
 @torch.no_grad()
@@ -369,16 +358,9 @@ def augmented_batch(ctx, config, images, aspect, y, area, generator):
     y: the labels, or None to give every image a random quarter turn, which is its label. The turn
     comes after the flip, which so leaves the label as it is.
     """
-    images, _, _ = loo.augment_groups(
-        images,
-        (),
-        torch.zeros(0, 0, dtype=torch.bool),
-        generator,
-        always=("crop", "flip"),
-        size=config["size"],
-        aspect=aspect,
-        sampling={"crop": {"area": area}},
-    )
+    no_views, always = torch.zeros(0, 0, dtype=torch.bool), ("crop", "flip")
+    crop = dict(size=config["size"], aspect=aspect, sampling={"crop": {"area": area}})
+    images, _, _ = loo.augment_groups(images, (), no_views, generator, always=always, **crop)
     if y is None:
         y = torch.randint(4, (len(images),), generator=generator)
         images = loo.resample(images, {"turns": y})
@@ -540,24 +522,24 @@ SETTINGS = {"epochs", "lr", "area", "neighbours", "trials", "pictures"}
 
 def task(function):
     """Make a task a command, with its own flags, those of `open_run` and --json."""
-    own, common = (list(inspect.signature(f).parameters.values()) for f in (function, open_run))
-    common_names = {p.name for p in common}
+    own, common = (inspect.signature(f).parameters for f in (function, open_run))
 
     @functools.wraps(function)
     def command(json=False, **flags):
         begun = time.perf_counter()
-        common_flags = {k: flags.pop(k) for k in common_names & flags.keys()}
+        common_flags = {k: flags.pop(k) for k in common if k in flags}
         device = resolve_device(common_flags.get("device", "auto"))
         with loo.init_distributed(device) as leader_first:
             ctx = open_run(**common_flags)._replace(leader_first=leader_first)
-            changed = [p.name for p in own if flags.get(p.name, p.default) != p.default]
-            settings = [f"{name} {flags[name]}" for name in changed if name in SETTINGS]
+            changed = [k for k in flags if k in SETTINGS and flags[k] != own[k].default]
+            settings = [f"{k} {flags[k]}" for k in changed]
             report(ctx, function.__name__, function(ctx, **flags), settings, json, begun)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     json_flag = inspect.Parameter("json", keyword, default=False, annotation=bool)
-    own_flags = [p.replace(kind=keyword) for p in own[1:]]
-    command.__signature__ = inspect.Signature([common[0], *own_flags, *common[1:], json_flag])
+    _, *own_flags = (p.replace(kind=keyword) for p in own.values())
+    run, *others = common.values()
+    command.__signature__ = inspect.Signature([run, *own_flags, *others, json_flag])
     command.__doc__ = f"{function.__doc__.rstrip()}\n{open_run.__doc__}"
     return typed(command)
 
@@ -582,11 +564,10 @@ def is_labeled(ctx, label):
 def select_labels(ctx, label, more=(), least=1):
     """The named labels, or else all that tell images apart and `more`; UserError below `least`."""
     classes = ctx.split["train"].classes
-    labels = [check_choice("label", name, (*classes, *more)) for name in label]
-    for name in labels:
-        class_names(ctx, name)
+    for name in label:
+        class_names(ctx, check_choice("label", name, (*classes, *more)))
     known = [name for name in label_names(classes) if is_labeled(ctx, name)]
-    labels = labels or [*known, *more]
+    labels = list(label) or [*known, *more]
     if len(labels) < least:
         problem = f"the images of {ctx.root or ctx.data} have no labels"
         others = "without labels there are the tasks rotation, spaces and retrieve --turn"
@@ -607,9 +588,7 @@ def result(logits, y, label, turns=1, **more):
 
 
 def constant_answer(logits, y):
-    """What top-1 is to be compared with: the share of the largest class, which a constant answer
-    gives, and the mean accuracy over classes; both in percent. logits (n k), y (n,).
-    """
+    """logits (n k), y (n,) -> percent that a constant answer has right, and the mean of classes."""
     counts, recall = class_recall(logits, y)
     largest = counts.max() / counts.sum() * 100
     return dict(largest=largest.item(), balanced=recall[counts > 0].mean().item())
@@ -623,19 +602,16 @@ def class_recall(logits, y):
     return counts, right / counts * 100
 
 
-def probe(ctx, labels, turns, protocol, epochs, lr, area, per_class=False, save=None):
+def probe(ctx, labels, turns, protocol, per_class=False, save=None, **flags):
     """A linear classifier for each label, by either protocol -> results.
 
-    per_class: name the accuracy of each class. save: a file that keeps the classifier.
+    per_class: name the accuracy of each class. save: a file that keeps the classifier. flags: of
+    the paper's protocol, None for the default.
     """
-    check_choice("protocol", protocol, ("fast", "paper"))
-    fast = protocol == "fast"
-    if fast and (epochs, lr, area) != (None, None, None):
+    fast = check_choice("protocol", protocol, ("fast", "paper")) == "fast"
+    flags = {name: value for name, value in flags.items() if value is not None}
+    if fast and flags:
         raise UserError("--epochs, --lr and --area are of the paper's protocol: --protocol=paper")
-    if epochs is None:
-        epochs = 100 if ctx.data == "inat2019" else 200
-    lr = 30.0 if lr is None else lr
-    area = 0.08 if area is None else area
     test, y_test = load_features(ctx, "test", turns)
     if fast:
         train, y = load_features(ctx, "train", turns)
@@ -645,24 +621,23 @@ def probe(ctx, labels, turns, protocol, epochs, lr, area, per_class=False, save=
         with ctx.leader_first():
             shared = loo.world_size() > 1
             train = decode_cached(ctx.find("train"), ctx.workers, ctx.run.parent, shared)
+        y = train.labels
     for label in labels:
-        classes = class_names(ctx, label)
+        classes, y_train = class_names(ctx, label), y.get(label)  # None: images are turned later
         k = len(classes)
         if fast:
-            x, y_x = labeled(train, y[label])
-            n_train = len(x)
-            w, b = lbfgs_probe(x, y_x, k, ctx.seed, len(turns))
-            logits = F.linear(test, w, b)
-            w, b = w / deviation, b - w @ (mean / deviation)
+            w, b = lbfgs_probe(train, y_train, k, ctx.seed, len(turns))
         else:
-            n_train = len(loo.training_rows(train, train.labels.get(label)))
-            w, b = sgd_probe(ctx, train, label, k, test.shape[1], epochs, lr, area)
-            logits = F.linear(test, w, b)
+            w, b = sgd_probe(ctx, train, y_train, k, test.shape[1], **flags)
+        logits = F.linear(test, w, b)
+        n_train = len(loo.training_rows(train, y_train))
         found = result(logits, y_test[label], label, len(turns), n_train=n_train, protocol=protocol)
         if per_class:
             found |= class_table(*labeled(logits, y_test[label]), classes)
         yield found
         if save and loo.rank() == 0:
+            if fast:  # of features as they are
+                w, b = w / deviation, b - w @ (mean / deviation)
             head = dict(label=label, classes=list(map(str, classes)), w=w.cpu(), b=b.cpu())
             head |= dict(feature=ctx.feature, run=str(ctx.run), weights=ctx.weights)
             write_tensors(Path(save), head)
@@ -675,8 +650,8 @@ def class_table(logits, y, classes):
         {"class": str(name), "n_test": int(n), "top1": float(share) if n else None}
         for name, n, share in zip(classes, counts, recall)
     ]
-    lines = [table_row([format_value(x) for x in row.values()]) for row in rows]
-    return dict(per_class=rows, note="\n".join([table_head(["class", "test", "top-1"]), *lines]))
+    lines = [table_head(["class", "test", "top-1"]), *(table_row(row.values()) for row in rows)]
+    return dict(per_class=rows, note="\n".join(lines))
 
 
 @task
@@ -709,7 +684,7 @@ def linear(
         check_user_out(save, ())
         if Path(save).exists():
             read_tensors(save)  # UserError where it is another kind of file
-    yield from probe(ctx, labels, (0,), protocol, epochs, lr, area, per_class, save)
+    yield from probe(ctx, labels, (0,), protocol, per_class, save, epochs=epochs, lr=lr, area=area)
 
 
 @task
@@ -722,7 +697,7 @@ def rotation(ctx, protocol: str = "fast", epochs: int = None, lr: float = None, 
         lr: of the paper's protocol
         area: of the paper's protocol
     """
-    yield from probe(ctx, ["rotation"], (0, 1, 2, 3), protocol, epochs, lr, area)
+    yield from probe(ctx, ["rotation"], (0, 1, 2, 3), protocol, epochs=epochs, lr=lr, area=area)
 
 
 @task
@@ -779,17 +754,15 @@ def fewshot(
         known, y_known = labeled(test, y_test[name])
         logits = [known @ w[t] + b[t] for t in range(trials)]
         top1 = [accuracy(one, y_known) for one in logits]
-        top5 = [accuracy(one, y_known, 5) for one in logits]
-        found = dict(label=name, shots=n, top1=sum(top1) / trials, ci95=t_ci95(top1))
+        each = [result(one, y_known, name) for one in logits]
+        found = each[0] | dict(shots=n, top1=sum(top1) / trials, ci95=t_ci95(top1))
         if len(set(top1)) == 1:  # all draws give one figure, of these few test images
             right = [correct(one, y_known) * 100 for one in logits]
             found["ci95"] = ci95(torch.stack(right).mean(0))
-        found["top5"] = sum(top5) / trials if k > 5 else None
-        answers = [constant_answer(one, y_known) for one in logits]
-        found["largest"] = answers[0]["largest"]
-        found["balanced"] = sum(one["balanced"] for one in answers) / trials
-        found["protocol"] = "adam" if fast else protocol
-        yield found | dict(n_train=rows.shape[1], n_test=len(known))
+        found["balanced"] = sum(one["balanced"] for one in each) / trials
+        if k > 5:
+            found["top5"] = sum(one["top5"] for one in each) / trials
+        yield found | dict(protocol="adam" if fast else protocol, n_train=rows.shape[1])
 
 
 CELLS = list(itertools.product(CORRUPTIONS, range(1, 6)))
@@ -842,25 +815,26 @@ def robust(
     """
     # Every set is opened before hours are spent on the first.
     source, published, shifted = robust_datasets(ctx, source, corrupted, objectnet)
+    ctx = ctx._replace(split=ctx.split | shifted)
     labels = select_labels(ctx, label)
-    (train, y), (test, y_test) = load_features(ctx, "train"), load_features(ctx, "test")
+    train, y = load_features(ctx, "train")
     mean, deviation = standardize(train)
-    heads = {
-        name: lbfgs_probe(*labeled(train, y[name]), len(class_names(ctx, name)), ctx.seed)
-        for name in labels
-    }
+    heads = {}
+    for name in labels:
+        heads[name] = lbfgs_probe(train, y[name], len(class_names(ctx, name)), ctx.seed)
 
     def logits_of(name, x):
         return F.linear((x - mean) / deviation, *heads[name])
 
-    clean = [result(logits_of(name, test), y_test[name], name, on="clean") for name in labels]
-    if not published:
-        lengths = f"{ctx.config['size']} / {REFERENCE_SIZE}"
-        clean[-1]["note"] = f"the lengths in the corruptions' constants are scaled by {lengths}"
-    on_shifted = shifted_results(ctx, shifted, labels, logits_of)
+    lengths = f"{ctx.config['size']} / {REFERENCE_SIZE}"
+    scaled = f"the lengths in the corruptions' constants are scaled by {lengths}"
+    note = None if published else scaled
+    on_whole = whole_results(ctx, ("test", *shifted), labels, logits_of)
     on_corrupted = corrupted_results(ctx, published, labels, logits_of, pictures)
-    for found in itertools.chain(clean, on_shifted, on_corrupted):
-        yield found | dict(protocol=source, n_train=int((y[found["label"]] >= 0).sum()))
+    for found in itertools.chain(on_whole, on_corrupted):
+        n_train = int((y[found["label"]] >= 0).sum())
+        yield found | dict(protocol=source, n_train=n_train, note=note)
+        note = None  # once is enough
 
 
 def robust_datasets(ctx, source, corrupted, objectnet):
@@ -884,17 +858,17 @@ def robust_datasets(ctx, source, corrupted, objectnet):
     return source, published, shifted
 
 
-def shifted_results(ctx, shifted, labels, logits_of):
-    """Results under new viewpoints; on ObjectNet also with only its classes to choose from."""
-    for on, dataset in shifted.items():
-        v, z, rows = features(ctx.encoder, dataset, workers=ctx.workers)
-        x = select_feature(v, z, ctx.config, ctx.feature).to(ctx.device)
+def whole_results(ctx, splits, labels, logits_of):
+    """Results on images as they are; on ObjectNet also with only its classes to choose from."""
+    for split in splits:
+        on = "clean" if split == "test" else split
+        x, y = load_features(ctx, split)
         for name in labels:
-            logits, y = logits_of(name, x).cpu(), dataset.labels[name][rows]
-            yield result(logits, y, name, on=on)
+            logits = logits_of(name, x)
+            yield result(logits, y[name], name, on=on)
             if on == "objectnet13":
-                logits = restrict_classes(logits, y.unique())
-                yield result(logits, y, name, on=f"{on}, of its 13")
+                logits = restrict_classes(logits, y[name].unique())
+                yield result(logits, y[name], name, on=f"{on}, of its 13")
 
 
 def corrupted_results(ctx, published, labels, logits_of, count):
@@ -946,18 +920,28 @@ def spaces(ctx, label: tuple = (), layer: str = "output", margin: float = 1.0):
     sizes = range(len(groups) + 1)
     with_all = [("all", *some) for n in sizes for some in itertools.combinations(groups, n)]
     alone = [(group,) for group in groups]
+    on = None if ctx.config["method"] == "looc++" else layer
     for name in select_labels(ctx, label, ("rotation",)):
-        right = {}
-        for subset, right[subset], line in probe_spaces(ctx, name, [*with_all, *alone], layer):
-            if subset == alone[-1]:
-                every = with_all[-1]
-                says = []
-                for group in groups:
-                    others = tuple(space for space in every if space != group)
-                    gain, half = paired_ci95(right[every], right[others])
-                    says.append(verdict(group, gain, half, margin))
-                line = line | dict(note=f"{name} {', '.join(says)}")
-            yield line
+        turns = (0, 1, 2, 3) if name == "rotation" else (0,)
+        train, y = space_features(ctx, "train", turns, layer)
+        test, y_test = space_features(ctx, "test", turns, layer)
+        k, y = len(class_names(ctx, name)), y[name].to(ctx.device)
+        right = {}  # {subset of spaces: how often each image was classified right, (n,)}
+        for subset in with_all + alone:
+            x = torch.cat([train[space] for space in subset], 1).to(ctx.device)
+            x_test = torch.cat([test[space] for space in subset], 1).to(ctx.device)
+            standardize(x, x_test)
+            head = lbfgs_probe(x, y, k, ctx.seed, len(turns))
+            logits, y_logits = labeled(F.linear(x_test, *head).cpu(), y_test[name])
+            right[subset] = correct(logits, y_logits).view(len(turns), -1).mean(0)
+            gain, half = 0.0, 0.0  # of Z_0 over itself
+            if subset != ("all",):
+                gain, half = paired_ci95(right[subset], right[("all",)])
+            found = result(logits, y_logits, name, len(turns), gain=gain, gain95=half, on=on)
+            found |= dict(feature="+".join(subset), n_train=int((y >= 0).sum()))
+            if subset == with_all[-1]:
+                found["note"] = f"{name} {', '.join(verdicts(right, groups, margin))}"
+            yield found
 
 
 def check_spaces(ctx, layer):
@@ -973,31 +957,13 @@ def check_spaces(ctx, layer):
     return names[1:]
 
 
-def probe_spaces(ctx, name, subsets, layer):
-    """A linear classifier for each subset of spaces, ("all",) first.
-
-    Yields the subset, how often each image was classified right (n,), and the result."""
-    turns = (0, 1, 2, 3) if name == "rotation" else (0,)
-    on = None if ctx.config["method"] == "looc++" else layer
-    train, y = space_features(ctx, "train", turns, layer)
-    test, y_test = space_features(ctx, "test", turns, layer)
-    y, y_test = y[name].to(ctx.device), y_test[name]
-    baseline = None
-    for subset in subsets:
-        x = torch.cat([train[space] for space in subset], 1).to(ctx.device)
-        x_test = torch.cat([test[space] for space in subset], 1).to(ctx.device)
-        standardize(x, x_test)
-        x, y_x = labeled(x, y)
-        head = lbfgs_probe(x, y_x, len(class_names(ctx, name)), ctx.seed, len(turns))
-        logits, y_logits = labeled(F.linear(x_test, *head).cpu(), y_test)
-        right = correct(logits, y_logits).view(len(turns), -1).mean(0)
-        gain, half = 0.0, 0.0  # of Z_0 over itself
-        if baseline is None:
-            baseline = right
-        else:
-            gain, half = paired_ci95(right, baseline)
-        more = dict(n_train=len(x), feature="+".join(subset), on=on, gain=gain, gain95=half)
-        yield subset, right, result(logits, y_logits, name, len(turns), **more)
+def verdicts(right, groups, margin):
+    """Whether a label wants each of the groups, in words; `right` as in `spaces`."""
+    every = ("all", *groups)
+    for group in groups:
+        others = tuple(space for space in every if space != group)
+        gain, half = paired_ci95(right[every], right[others])
+        yield verdict(group, gain, half, margin)
 
 
 def verdict(group, gain, half, margin):
@@ -1256,7 +1222,7 @@ def write_csv(content, file):
 
 
 def write_npz(content, file):
-    np.savez(file, **{name: np.asarray(column) for name, column in content.items()})
+    np.savez(file, **content)
 
 
 WRITERS = {".csv": write_csv, ".npz": write_npz, ".pt": torch.save}
@@ -1310,7 +1276,7 @@ def report(ctx, task_name, results, settings, json, begun):
         if not columns:
             columns = [k for k in PRINTED if k not in OPTIONAL or line.get(k) is not None]
             print(table_head([HEADS.get(k, k) for k in columns]))
-        print(table_row([format_value(line[k]) for k in columns]), flush=True)
+        print(table_row([line[k] for k in columns]), flush=True)
         if note:
             notes.append(note)
     if notes:
@@ -1331,7 +1297,7 @@ def format_value(x):
 
 
 def table_row(cells):
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(format_value, cells))} |"
 
 
 def table_head(names):
@@ -1355,7 +1321,7 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
         paper: the paper's tables instead, what it reports beside what these runs give
     """
     lines = read_results(runs)
-    differs = differing_settings([config for config, _ in lines])
+    differs = list(differing_settings([config for config, _ in lines]))
     cells, shown = defaultdict(dict), {}
     for config, line in lines:
         row, column = row_key(config, line, differs), column_key(config, line)
@@ -1378,23 +1344,22 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
 
 
 def read_results(runs):
-    """(config, line) for each line of the results, oldest run first, so the last one counts."""
+    """(config, line) for each line of the results, oldest run first, so the last one counts.
+
+    Those on the same images have one root, wherever these were.
+    """
     found = find_files(runs, "results.jsonl")
     if not found:
         raise UserError(f"--runs={','.join(runs)}: no results; `python eval.py linear` writes some")
     folders = [path.parent for path in sorted(found, key=os.path.getmtime)]
-    return unify_roots(itertools.chain.from_iterable(map(results_of, folders)))
-
-
-def unify_roots(pairs):
-    """Give the (config, line) of results on the same images one root, wherever these were."""
-    pairs, known = list(pairs), {}
+    pairs = list(itertools.chain.from_iterable(map(results_of, folders)))
+    roots = {}  # {mark of the images: root}
 
     def unify(holder, mark):
-        if mark not in known:
-            taken = holder["root"] in known.values()  # the folder has changed since
-            known[mark] = holder["root"] + f" ({mark[:6]})" * taken
-        holder["root"] = known[mark]
+        if mark not in roots:
+            taken = holder["root"] in roots.values()  # the folder has changed since
+            roots[mark] = holder["root"] + f" ({mark[:6]})" * taken
+        holder["root"] = roots[mark]
 
     for config, line in pairs:
         if config["data"] == "folder" and "root" in config.get("held", {}):
@@ -1408,13 +1373,12 @@ def read_config(run, *needed):
     """config.json of a run folder, `out` the folder; {}, with a warning, where `needed` lack."""
     try:
         config = loads((run / "config.json").read_text()) | {"out": str(run)}
-        lacks = [name for name in needed if name not in config]
-        why = f"it lacks {', '.join(lacks)}" if lacks else ""
+        if lacks := [name for name in needed if name not in config]:
+            raise ValueError(f"it lacks {', '.join(lacks)}")
+        return config
     except (OSError, ValueError, TypeError) as error:
-        why = first_line(error)
-    if why:
-        warn_once(f"{run}: its config.json is no run's ({why}); it is left out")
-    return {} if why else config
+        warn_once(f"{run}: its config.json is no run's ({first_line(error)}); it is left out")
+        return {}
 
 
 def results_of(run):
@@ -1469,12 +1433,10 @@ def curves(runs: tuple = ("runs/*",), out: str = "curves.png"):
 
 
 def differing_settings(configs):
-    """The settings in which these configs differ, of those that no other column names."""
-    found = []
+    """Yield the settings in which these configs differ, of those that no other column names."""
     for key in sorted(set().union(*configs) - NAMED):
         if len({repr(setting(config, key)) for config in configs}) > 1:
-            found.append(key)
-    return found
+            yield key
 
 
 def setting(config, key):
@@ -1613,7 +1575,7 @@ def print_papers_tables(lines):
         for name, row in rows.items():
             cells = [name]
             for column, reported in itertools.zip_longest(columns, row[3:]):
-                cells += [format_value(reported), papers_cell(results, row, column)]
+                cells += [reported, papers_cell(results, row, column)]
             print(table_row(cells))
         print()
     print("* as reported by others, not confirmed; in parentheses: not the paper's protocol")
@@ -1833,12 +1795,12 @@ def claimed_tables(data, labels):
     labels: {label of factors: its counterpart}. What has none there is left out, and on other sets
     than factors also shifts and runs with texture.
     """
-    columns, names = {}, {}  # names: {name on factors: name here}
+    here = {}  # {name on factors: (name, column) here}
     for name, (task, _, label, shots, on, value) in ON_FACTORS.items():
         if label == "rotation" or (label in labels and (data == "factors" or not on)):
             counterpart = labels.get(label, label)
-            names[name] = name.replace(label, counterpart)
-            columns[names[name]] = (task, data, counterpart, shots, on, value)
+            column = (task, data, counterpart, shots, on, value)
+            here[name] = (name.replace(label, counterpart), column)
     tables = []
     for (title, _, rows), (shown, said) in zip(TABLES, CLAIMS):
         if data != "factors":
@@ -1847,14 +1809,14 @@ def claimed_tables(data, labels):
         for claim, comparisons in said.items():
             kept = []
             for row, sign, others, some in comparisons:
-                some = [names[name] for name in some if name in names]
+                some = [here[name][0] for name in some if name in here]
                 if some and {row, *others} <= set(rows):
                     kept.append((row, sign, others, some))
             if len(kept) == len(comparisons):
                 claims[claim.replace("object", labels["object"])] = kept
         if claims:
-            shown = {names[name]: columns[names[name]] for name in shown if name in names}
-            tables.append((title, rows, shown, claims))
+            columns = dict(here[name] for name in shown if name in here)
+            tables.append((title, rows, columns, claims))
     return tables
 
 
