@@ -97,18 +97,6 @@ def methods(groups, same=()):
     }
 
 
-def check_tuples(**flags):
-    """ValueError where one of the tuples of names is a string, which is iterable too."""
-    for flag, names in flags.items():
-        if isinstance(names, str):
-            raise ValueError(f"{flag} is {names!r}: expected a tuple of names, as ({names!r},)")
-
-
-def get_method(config):
-    """The Method that a configuration names."""
-    return methods(config["groups"], config["same"])[config["method"]]
-
-
 # ---------------------------------------- loss and queue
 
 
@@ -146,23 +134,13 @@ def space_logits(q, k, queue, role, tau):
     return own.masked_fill(unused, -math.inf), queued, positive
 
 
-def at_least_float32(x):
-    """x in float32; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def positive_view(role):
     """role (s v) or (s v b) -> (s,) the key view that is each space's positive, for every image.
 
-    ValueError unless there is one; on a GPU that is not checked, because it must not wait.
+    ValueError unless there is one, see check_role.
     """
+    check_role(role)
     positive = rearrange(role == 1, "s v ... -> s v (...)")  # (s v 1) or (s v b)
-    if positive.device.type == "cpu":
-        if role.dtype == torch.bool or not torch.isin(role, torch.tensor([-1, 0, 1])).all():
-            raise ValueError("role holds something else than 1, 0 and -1: see Method")
-        of_all = positive.all(2)
-        if not of_all.equal(positive.any(2)) or (of_all.sum(1) != 1).any():
-            raise ValueError("role needs one positive (1) in each space, for all images the same")
     return positive[..., 0].int().argmax(1)
 
 
@@ -254,15 +232,6 @@ def ema(encoder_k, encoder_q, momentum):
 # ---------------------------------------- views: sample parameters, then apply them
 
 
-class Rows(NamedTuple):
-    """Which part of a global batch of `total` images one process works on."""
-
-    total: int
-    images: torch.Tensor  # (m,) ascending: the rows that it has read
-    query: torch.Tensor  # (b,) the rows of its query views
-    key: torch.Tensor  # (b,) the rows of its key views
-
-
 def augment_groups(
     images,
     groups,
@@ -294,25 +263,13 @@ def augment_groups(
     row 0 the query's. ValueError for images that are not in [0, 1] or not float32 or float64, for
     an unknown name, a number out of range, texture without textures, shapes that do not fit.
     """
-    check_tuples(groups=groups, always=always)
     share = torch.as_tensor(share)
-    known = {"g": len(set(groups)), "b": len(images if rows is None else rows.images)}
-    known |= {"c": 3} if "color" in {*groups, *always} else {}
-    copies = (textures, "b copy c h w")
-    check_shapes(known, images=(images, "b c h w"), aspect=(aspect, "b"), textures=copies)
-    check_shapes(known, share=(share, "v g"))
-    check_images(images, FLOATS[:2])
-    if not (share.bool() == share).all():
-        raise ValueError("share holds something else than 0 and 1")
-    if aspect is not None and aspect.device.type == "cpu" and not (aspect > 0).all():
-        raise ValueError("aspect holds something else than numbers above 0")
-    if images.requires_grad and torch.is_grad_enabled():
-        raise ValueError("images require a gradient, which views do not pass on: images.detach()")
+    sampling = dict(sampling or {})
+    check_views(images, groups, share, always, aspect, textures, rows, sampling)
     if rows is None:
         every = torch.arange(len(images))
         rows = Rows(len(images), every, every, every)
     v, b = len(share), len(rows.query)
-    sampling = dict(sampling or {})
     if textures is not None:
         sampling["texture"] = {"copies": textures.shape[1]} | sampling.get("texture", {})
     params = sample_groups(rows.total, groups, share, generator, always, sampling)
@@ -331,16 +288,8 @@ def sample_groups(b, groups, share, generator, always, sampling):
 
     -> {group: {parameter: (1+v b ...)}} in the order of GROUPS, row 0 the query's.
     """
-    names = {*groups, *always}
-    if unknown := {*names, *sampling} - GROUPS.keys():
-        unknown = ", ".join(sorted(unknown))
-        raise ValueError(f"no such augmentation: {unknown}; there are {', '.join(GROUPS)}")
-    for name, arguments in sampling.items():
-        for key in {"p", "area", "gray"} & arguments.keys():
-            if not 0 <= arguments[key] <= 1:
-                raise ValueError(f"sampling: {name} {key} is {arguments[key]}, expected 0 to 1")
-    share, params = torch.as_tensor(share).bool().cpu(), {}
-    for name in [name for name in GROUPS if name in names]:
+    share, params = share.bool().cpu(), {}
+    for name in [name for name in GROUPS if name in {*groups, *always}]:
         sample, _ = GROUPS[name]
         flat = sample((1 + len(share)) * b, generator, **sampling.get(name, {}))
         params[name] = {key: rearrange(x, "(v b) ... -> v b ...", b=b) for key, x in flat.items()}
@@ -371,41 +320,13 @@ def apply_groups(images, index, params, size=None, aspect=None, textures=None):
     return x
 
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+class Rows(NamedTuple):
+    """Which part of a global batch of `total` images one process works on."""
 
-
-def check_shapes(lengths=(), **tensors):
-    """ValueError unless each of tensors {name: (tensor, axes)} has these axes, see the legend.
-
-    An axis has one length in all of them; lengths {axis: length} are known beforehand. An axis in
-    brackets, as in "s v [b]", may be absent, and so may a tensor (None).
-    """
-    lengths = dict(lengths)
-    for name, (x, axes) in tensors.items():
-        letters = axes.replace("[", "").replace("]", "").split()
-        if x is None:
-            continue
-        fits = len(letters) - axes.count("[") <= x.ndim <= len(letters)
-        if not fits or any(lengths.setdefault(a, n) != n for a, n in zip(letters, x.shape)):
-            known = " ".join(f"{a}={lengths[a]}" for a in letters if a in lengths)
-            found = f"{name} has the shape {tuple(x.shape)}"
-            raise ValueError(f"{found}, expected ({axes}){' with ' * bool(known)}{known}")
-
-
-def check_images(images, dtypes, margin=0.0, name="images"):
-    """ValueError unless images (b c h w) are of these dtypes, in [0, 1] up to the margin.
-
-    On a GPU only the dtype is checked, because it must not wait.
-    """
-    wrong = ""
-    if images.dtype not in dtypes:
-        wrong = f"{images.dtype}, expected {' or '.join(map(str, dtypes))}"
-    elif images.device.type == "cpu" and images.numel():
-        low, high = images.detach().aminmax()
-        if not (low >= -margin and high <= 1 + margin):  # nor is NaN
-            wrong = f"between {low:.3g} and {high:.3g}"
-    if wrong:
-        raise ValueError(f"{name} are {wrong}: give floats in [0, 1], as {name}.float() / 255")
+    total: int
+    images: torch.Tensor  # (m,) ascending: the rows that it has read
+    query: torch.Tensor  # (b,) the rows of its query views
+    key: torch.Tensor  # (b,) the rows of its key views
 
 
 def map_params(params, change):
@@ -479,6 +400,91 @@ def supervised_step(state, images, aspect, labels, config, textures=None):
     loss = F.cross_entropy(at_least_float32(logits), labels)
     optimizer_step(state.optimizer, loss)
     return state._replace(step=state.step + 1), (loss.detach()[None],)
+
+
+# ---------------------------------------- what is given: one clear ValueError if it does not fit
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_views(images, groups, share, always, aspect, textures, rows, sampling):
+    """ValueError for arguments of augment_groups that do not fit, as it says."""
+    check_tuples(groups=groups, always=always)
+    known = {"g": len(set(groups)), "b": len(images if rows is None else rows.images)}
+    known |= {"c": 3} if "color" in {*groups, *always} else {}
+    copies = (textures, "b copy c h w")
+    check_shapes(known, images=(images, "b c h w"), aspect=(aspect, "b"), textures=copies)
+    check_shapes(known, share=(share, "v g"))
+    check_images(images, FLOATS[:2])
+    if not (share.bool() == share).all():
+        raise ValueError("share holds something else than 0 and 1")
+    if aspect is not None and aspect.device.type == "cpu" and not (aspect > 0).all():
+        raise ValueError("aspect holds something else than numbers above 0")
+    if images.requires_grad and torch.is_grad_enabled():
+        raise ValueError("images require a gradient, which views do not pass on: images.detach()")
+    if unknown := {*groups, *always, *sampling} - GROUPS.keys():
+        unknown = ", ".join(sorted(unknown))
+        raise ValueError(f"no such augmentation: {unknown}; there are {', '.join(GROUPS)}")
+    for name, arguments in sampling.items():
+        for key in {"p", "area", "gray"} & arguments.keys():
+            if not 0 <= arguments[key] <= 1:
+                raise ValueError(f"sampling: {name} {key} is {arguments[key]}, expected 0 to 1")
+
+
+def check_tuples(**flags):
+    """ValueError where one of the tuples of names is a string, which is iterable too."""
+    for flag, names in flags.items():
+        if isinstance(names, str):
+            raise ValueError(f"{flag} is {names!r}: expected a tuple of names, as ({names!r},)")
+
+
+def check_shapes(lengths=(), **tensors):
+    """ValueError unless each of tensors {name: (tensor, axes)} has these axes, see the legend.
+
+    An axis has one length in all of them; lengths {axis: length} are known beforehand. An axis in
+    brackets, as in "s v [b]", may be absent, and so may a tensor (None).
+    """
+    lengths = dict(lengths)
+    for name, (x, axes) in tensors.items():
+        letters = axes.replace("[", "").replace("]", "").split()
+        if x is None:
+            continue
+        fits = len(letters) - axes.count("[") <= x.ndim <= len(letters)
+        if not fits or any(lengths.setdefault(a, n) != n for a, n in zip(letters, x.shape)):
+            known = " ".join(f"{a}={lengths[a]}" for a in letters if a in lengths)
+            found = f"{name} has the shape {tuple(x.shape)}"
+            raise ValueError(f"{found}, expected ({axes}){' with ' * bool(known)}{known}")
+
+
+def check_role(role):
+    """ValueError unless role (s v) or (s v b) has one positive a space, for all images the same.
+
+    On a GPU nothing is checked, because it must not wait.
+    """
+    if role.device.type != "cpu":
+        return
+    if role.dtype == torch.bool or not torch.isin(role, torch.tensor([-1, 0, 1])).all():
+        raise ValueError("role holds something else than 1, 0 and -1: see Method")
+    positive = rearrange(role == 1, "s v ... -> s v (...)")  # (s v 1) or (s v b)
+    of_all = positive.all(2)
+    if not of_all.equal(positive.any(2)) or (of_all.sum(1) != 1).any():
+        raise ValueError("role needs one positive (1) in each space, for all images the same")
+
+
+def check_images(images, dtypes, margin=0.0, name="images"):
+    """ValueError unless images (b c h w) are of these dtypes, in [0, 1] up to the margin.
+
+    On a GPU only the dtype is checked, because it must not wait.
+    """
+    wrong = ""
+    if images.dtype not in dtypes:
+        wrong = f"{images.dtype}, expected {' or '.join(map(str, dtypes))}"
+    elif images.device.type == "cpu" and images.numel():
+        low, high = images.detach().aminmax()
+        if not (low >= -margin and high <= 1 + margin):  # nor is NaN
+            wrong = f"between {low:.3g} and {high:.3g}"
+    if wrong:
+        raise ValueError(f"{name} are {wrong}: give floats in [0, 1], as {name}.float() / 255")
 
 
 # ---------------------------------------- encoder: a backbone, and a head for each space
@@ -656,6 +662,11 @@ def move_like(images, x):
     """x on the images' device, and in their precision if it is floating point."""
     dtype = images.dtype if x.is_floating_point() else x.dtype
     return x.to(images.device, dtype, non_blocking=True)
+
+
+def at_least_float32(x):
+    """x in float32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sample_texture(b, generator, p=0.5, copies=1):
@@ -1155,6 +1166,11 @@ def learning_rate(config, epoch):
     if config["schedule"] == "cosine":
         return config["lr"] * (1 + math.cos(math.pi * epoch / config["epochs"])) / 2
     return config["lr"] * 0.1 ** sum(epoch >= float(at) for at in config["schedule"].split(","))
+
+
+def get_method(config):
+    """The Method that a configuration names."""
+    return methods(config["groups"], config["same"])[config["method"]]
 
 
 def build_encoder(config, splits=1):
