@@ -1536,10 +1536,12 @@ def get_batches(dataset, config, batches):
 def prefetch(function, items):
     """map, but a thread computes the next result while this one is used."""
     with ThreadPoolExecutor(1) as pool:
-        started = (pool.submit(function, item) for item in items)
-        # A pair is complete when the next one has started.
-        for this, _ in itertools.pairwise(itertools.chain(started, [None])):
-            yield this.result()
+        waiting = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == 2:
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
 
 
 def place_dataset(dataset, config):
