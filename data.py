@@ -2138,11 +2138,16 @@ def parse_words(function, words):
             value = value if equals else "true"
         elif not following.startswith("--"):
             value = words.pop(0)
+            # A flag that takes many has all words up to the next one: the shell expands runs/*.
+            while parameters[name].annotation is tuple and words and words[0][:1] != "-":
+                value += f",{words.pop(0)}"
         elif not equals:
             kind = EXPECTED[parameters[name].annotation]
             raise UserError(f"--{name}: expected a value, {kind}, as in --{name}=VALUE")
         given[name] = value
     free = [n for n, p in parameters.items() if p.kind != p.KEYWORD_ONLY and n not in given]
+    if unnamed and free and parameters[free[0]].annotation is tuple:
+        unnamed = [",".join(unnamed)]
     if unnamed[len(free) :]:
         raise UserError(f"{unnamed[len(free)]}: one word too many; flags are --NAME=VALUE")
     return given | dict(zip(free, unnamed))
@@ -2187,7 +2192,11 @@ def command_line(commands, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & {*argv} or "help" in argv[:2]:
         named = [word for word in argv if word in commands]
-        fire.Fire(commands, [*named[:1], "--help"])
+        text = io.StringIO()
+        with contextlib.redirect_stderr(text), contextlib.suppress(SystemExit):
+            fire.Fire(commands, [*named[:1], "--help"])
+        print(re.sub(r"-\w, --", "--", text.getvalue()))  # our flags have no short names
+        raise SystemExit(0)
     try:
         word = argv[0] if argv else "nothing"
         if word not in commands:

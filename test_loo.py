@@ -2675,11 +2675,13 @@ def test_flags_are_typed_by_the_signature_and_commands_guessed(capsys):
 
     lines = ["--out=1e3 --groups=color --lr=3 --fresh", "--out runs/lr=3", "--out lr=.1 --fresh"]
     lines += ["color --fresh false --out=x", "--fresh x color --lr 2 --nofresh"]
+    lines += ["--groups a b --fresh", "a b --out x"]
     for line in lines:
         data.command_line({"go": command}, ["go", *line.split()])
     assert got[0] == ("1e3", ("color",), 3.0, True)
     assert got[1:3] == [("runs/lr=3", (), 1.0, False), ("lr=.1", (), 1.0, True)]
-    assert got[3:] == [("x", ("color",), 1.0, False), ("x", ("color",), 2.0, False)]
+    assert got[3:5] == [("x", ("color",), 1.0, False), ("x", ("color",), 2.0, False)]
+    assert got[5:] == [("x", ("a", "b"), 1.0, True), ("x", ("a", "b"), 1.0, False)]
     assert "did you mean looc" in refused(capsys, loo, "train --method=LooC")
     assert "did you mean train" in refused(capsys, loo, "trian")
 
@@ -2687,7 +2689,9 @@ def test_flags_are_typed_by_the_signature_and_commands_guessed(capsys):
 @pytest.mark.parametrize("line", ["train --epochs=5 --help", "--lr=x train -h", "help train"])
 def test_help_explains_the_command(line, capsys):
     raises(SystemExit, "^0$", run, loo, line)
-    assert "--weight_decay=" in capsys.readouterr().err
+    text = capsys.readouterr().out
+    assert "--weight_decay=" in text
+    assert "-m, --method" not in text
 
 
 def test_without_a_command_all_are_named(capsys):
