@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import signal
 import struct
@@ -674,7 +675,8 @@ def central_crops(paths, size):
 
     UserError names a file that cannot be read."""
     loo.check_tuples(paths=paths)
-    if not len(paths):
+    paths = list(paths)
+    if not paths:
         raise UserError("paths is empty: expected the paths of images")
     images, _, errors = zip(*central_files(paths, size))
     if problem := next(filter(None, errors), None):
@@ -2299,6 +2301,11 @@ def read_tensors(path, device="cpu"):
     """A file of torch.save; no code in it is run. UserError when it is incomplete."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except pickle.UnpicklingError:
+        hint = "expected tensors alone, as torch.save(model.state_dict(), FILE) writes them"
+        raise UserError(f"{path} is cut short, or holds other objects: {hint}") from None
     except Exception as error:  # torch raises various kinds
         raise UserError(f"{path} is cut short, or not ours ({first_line(error)})") from None
 

@@ -126,7 +126,7 @@ def space_logits(q, k, queue, role, tau):
     positive = positive_view(role).to(q.device)[:, None, None].expand(-1, q.shape[1], 1)
     # Divide q and not the logits, which are many more.
     q = at_least_float32(q) / tau
-    k, queue, role = k.to(q.dtype), queue.to(q.dtype), role.to(q.device)
+    k, queue, role = k.detach().to(q.dtype), queue.to(q.dtype), role.to(q.device)
     with torch.autocast(q.device.type, enabled=False):
         own = einsum(q, k, "s b c, s v b c -> s b v")
         queued = einsum(q, queue, "s b c, s n c -> s b n")
@@ -292,6 +292,7 @@ def sample_groups(b, groups, share, generator, always, sampling):
     for name in [name for name in GROUPS if name in {*groups, *always}]:
         sample, _ = GROUPS[name]
         flat = sample((1 + len(share)) * b, generator, **sampling.get(name, {}))
+        check_sampled(name, flat, (1 + len(share)) * b)
         params[name] = {key: rearrange(x, "(v b) ... -> v b ...", b=b) for key, x in flat.items()}
         if name in groups:
             copies = share[:, groups.index(name)]  # (v,)
@@ -315,6 +316,7 @@ def apply_groups(images, index, params, size=None, aspect=None, textures=None):
         for name in names:
             merged |= params[name]
         x = apply(x, merged, *extra.get(apply, ()))
+        check_shapes({"n": len(index)}, **{f"what GROUPS[{name!r}] makes": (x, "n c h w")})
     if size and x.shape[-2:] != (size, size):  # no group resampled
         x = resample(x, {}, size)
     return x
@@ -412,9 +414,10 @@ def check_views(images, groups, share, always, aspect, textures, rows, sampling)
     check_tuples(groups=groups, always=always)
     known = {"g": len(set(groups)), "b": len(images if rows is None else rows.images)}
     known |= {"c": 3} if "color" in {*groups, *always} else {}
-    copies = (textures, "b copy c h w")
-    check_shapes(known, images=(images, "b c h w"), aspect=(aspect, "b"), textures=copies)
-    check_shapes(known, share=(share, "v g"))
+    given = dict(images=(images, "b c h w"), share=(share, "v g"))
+    given |= {} if aspect is None else dict(aspect=(aspect, "b"))
+    given |= {} if textures is None else dict(textures=(textures, "b copy c h w"))
+    check_shapes(known, **given)
     check_images(images, FLOATS[:2])
     if not (share.bool() == share).all():
         raise ValueError("share holds something else than 0 and 1")
@@ -431,10 +434,18 @@ def check_views(images, groups, share, always, aspect, textures, rows, sampling)
                 raise ValueError(f"sampling: {name} {key} is {arguments[key]}, expected 0 to 1")
 
 
+def check_sampled(name, params, n):
+    """ValueError unless a group's sample function gave n rows of each parameter."""
+    of_tensors = isinstance(params, dict) and all(map(torch.is_tensor, params.values()))
+    if not of_tensors or any(x.shape[:1] != (n,) for x in params.values()):
+        expected = f"{{parameter: tensor}}, with {n} rows in each tensor"
+        raise ValueError(f"GROUPS[{name!r}]: expected its first function to return {expected}")
+
+
 def check_tuples(**flags):
-    """ValueError where one of the tuples of names is a string, which is iterable too."""
+    """ValueError where one of the tuples of names is a single one: a string is iterable too."""
     for flag, names in flags.items():
-        if isinstance(names, str):
+        if isinstance(names, (str, os.PathLike)):
             raise ValueError(f"{flag} is {names!r}: expected a tuple of names, as ({names!r},)")
 
 
@@ -442,13 +453,13 @@ def check_shapes(lengths=(), **tensors):
     """ValueError unless each of tensors {name: (tensor, axes)} has these axes, see the legend.
 
     An axis has one length in all of them; lengths {axis: length} are known beforehand. An axis in
-    brackets, as in "s v [b]", may be absent, and so may a tensor (None).
+    brackets, as in "s v [b]", may be absent.
     """
     lengths = dict(lengths)
     for name, (x, axes) in tensors.items():
         letters = axes.replace("[", "").replace("]", "").split()
-        if x is None:
-            continue
+        if not torch.is_tensor(x):
+            raise ValueError(f"{name} is a {type(x).__name__}: expected a tensor ({axes})")
         fits = len(letters) - axes.count("[") <= x.ndim <= len(letters)
         if not fits or any(lengths.setdefault(a, n) != n for a, n in zip(letters, x.shape)):
             known = " ".join(f"{a}={lengths[a]}" for a in letters if a in lengths)
@@ -500,7 +511,7 @@ def encode(encoder, images):
     ValueError for images that are not in [0, 1] or not floating point.
     """
     check_shapes({"c": 3}, images=(images, "b c h w"))
-    check_images(images, FLOATS, margin=0.5)  # views may leave [0, 1] a little
+    check_images(images, FLOATS, margin=0.25)  # views may leave [0, 1] a little
     images = images.to(next(encoder.parameters()).dtype)  # float64 of numpy, say
     return encoder(normalize(images))
 
@@ -1059,10 +1070,12 @@ def recipe_canvas(data, size, recipe=None):
 
 
 def check_groups(**flags):
-    """UserError where a flag, such as groups=("color",), names no augmentation."""
+    """UserError where a flag, such as groups=("color",), names no augmentation, or a feature."""
     for flag, names in flags.items():
         for name in names:
             data_module().check_choice(flag, name, GROUPS)
+            if name in ("all", "v", "z"):  # one of your own
+                raise UserError(f"--{flag}={name}: features have this name; rename it in GROUPS")
 
 
 def parse_sampling(words, drawn, default):
@@ -1384,13 +1397,14 @@ def train(
         if rank() == 0:
             prepare_folder(state, dataset, config, out)
             print_header(state, dataset, n, place, config, start)
-        begun = time.perf_counter()
+        begun, first = time.perf_counter(), state.step
         state = train_loop(state, dataset, labels, config, out, asked)
         if rank() == 0:
             export(state.encoder_q, out)
             files = "backbone.pt, heads.pt, checkpoint.pt, log.jsonl, curves.png, config.json"
             seconds = time.perf_counter() - begun
-            print(f"trained in {seconds:.0f} s; wrote {out}: {files}, views.png")
+            if state.step > first:
+                print(f"trained in {seconds:.0f} s; wrote {out}: {files}, views.png")
             task = "fewshot" if label_names(dataset.classes) else "rotation"
             latest = os.path.realpath(out) == os.path.realpath("runs/latest")
             print(f"next: python eval.py {task}" + ("" if latest else f" --run={out}"))

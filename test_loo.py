@@ -751,6 +751,22 @@ def test_views_of_shapes_that_cannot_be_are_refused(changed, says):
     raises(ValueError, says, loo.augment_groups, images, generator=make_generator(1), **given)
 
 
+BAD_GROUPS = {
+    "no dict": (lambda b, generator: torch.rand(b), lambda x, params: x, "to return {parameter"),
+    "one row": (lambda b, generator: {"p": torch.rand(1)}, lambda x, params: x, "32 rows in each"),
+    "no tensor": (lambda b, generator: {}, lambda x, params: None, "makes is a NoneType"),
+    "fewer": (lambda b, generator: {}, lambda x, params: x[1:], "makes has the shape"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GROUPS)
+def test_augmentations_of_your_own_that_do_not_fit_are_named(case, monkeypatch):
+    *own, says = BAD_GROUPS[case]
+    monkeypatch.setitem(loo.GROUPS, "own", tuple(own))
+    given = torch.rand(8, 3, 16, 16), ["own"], [[0], [0], [1]], make_generator(0)
+    raises(ValueError, rf"GROUPS\['own'\].*{says}", loo.augment_groups, *given)
+
+
 def test_other_functions_by_hand_name_what_does_not_fit():
     encoder, images = loo.Encoder("small", spaces=1, hidden=8, dim=8), torch.ones(2, 3, 32, 32)
     for shape in ((3, 32, 32), (2, 1, 32, 32), (2, 4, 32, 32)):
@@ -768,8 +784,12 @@ def test_other_functions_by_hand_name_what_does_not_fit():
         raises(ValueError, says, loo.train_step, state, torch.zeros(n, 3, 32, 32), None, config)
     for momentum in (-0.1, 1.1, math.nan):
         raises(ValueError, "momentum is .*: expected 0 to 1", loo.ema, encoder, encoder, momentum)
-    raises(ValueError, "paths is 'x.png': expected a tuple", data.central_crops, "x.png", 32)
-    raises(ValueError, "paths is empty", data.central_crops, [], 32)
+    for path in ("x.png", Path("x.png")):
+        raises(ValueError, "paths is .*x.png.*: expected a tuple", data.central_crops, path, 32)
+    says = r"images is a ndarray: expected a tensor \(b c h w\)"
+    raises(ValueError, says, loo.encode, encoder, images.numpy())
+    raises(ValueError, "between -0.5 and 0.5", loo.encode, encoder, images.cumsum(0) - 1.5)
+    raises(ValueError, "paths is empty", data.central_crops, iter(()), 32)
     raises(ValueError, "--split=trian: did you mean train", data.open_dataset, "factors", "trian")
     for shape in ((3, 32, 32), (2, 1, 32, 32), (2, 3, 32, 48)):
         inputs = torch.ones(shape), "fog", 1, make_generator(0)
