@@ -25,6 +25,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import signal
 import struct
 import sys
@@ -345,10 +346,11 @@ def folder(split, root, seed=0):
     for place in (top, *(top / name for name in here[:3])):
         if place not in splits.values() and len(split_folders(place)) > 1:
             raise UserError(f"{top}: its splits are one folder further: --root={place}")
-    inner = sub_folders(top / here[0]) if len(here) == 1 else []
-    if len(inner) > 1:
-        hint = f"if its {len(inner)} folders are classes, --root={top / here[0]}"
-        warn_once(f"{top}: {here[0]} is the only class; {hint}")
+    inner = [sub_folders(top / name) for name in here[:3]]
+    if inner and len(inner[0]) > 1 and inner == inner[:1] * len(inner):
+        found = f"{', '.join(here[:3])}, each with the folders {', '.join(inner[0][:3])}"
+        hint = f"if those are the classes, --root={top / here[0]}, or name splits train and test"
+        warn_once(f"{top}: read as classes: {found}; {hint}")
     if lost := len(classes) - len(here):
         warn_once(f"{top}, label class: {lost} of the {len(classes)} classes have no image")
     images, others = list_files(top)
@@ -356,6 +358,10 @@ def folder(split, root, seed=0):
     for path in images:
         name, *below = path.relative_to(top).parts
         files[name if below else "."].append(path)
+    for name in [name for name in here if re.search("(?i)mask|segm|annot", name)]:
+        stems = {path.stem for other in files if other != name for path in files[other]}
+        if stems.issuperset(path.stem for path in files[name]):
+            warn_once(f"{top}: {name} is read as a class; if it holds masks, move it elsewhere")
     flat = files.pop(".", []) if classes else []
     if len(flat) > max(1, sum(map(len, files.values())) // 100):
         problem = f"{len(flat)} images lie beside the folders {', '.join(here[:5])}"
@@ -412,8 +418,8 @@ TABLE = "labels.csv"  # at the top of a folder: a row for each image, a column f
 # how people spell the splits, as in Training, valid, test_set or train2017
 SPLITS = {
     "train": "train(ing|val)?",
-    "val": "val(id(ation)?)?|dev|eval(uation)?",
-    "test": "test(ing)?",
+    "val": "val(id(ation)?)?|dev",
+    "test": "test(ing)?|eval(uation)?",
 }
 
 
@@ -1658,9 +1664,10 @@ def with_textures(name, files, dataset, root, textures, cache, workers, device, 
         return dataset._replace(textures=factors_textures(dataset, cache, device))
     if DATASETS[name].torchvision:
         raise UserError(f"--data={name}: torchvision's sets have no stylized copies; use a folder")
-    command = f"`python data.py stylize --data={name} --root={root} --split_seed={split_seed}"
+    flags = [f"--data={name}", f"--root={root}", f"--split_seed={split_seed}"]
     if not textures:
-        raise UserError(f"--groups=texture needs --textures=DIR; {command}` writes it")
+        hint = f"`python data.py stylize {shlex.join(flags)}` writes it"
+        raise UserError(f"--groups=texture needs --textures=DIR; {hint}")
     side, top, unread = dataset.images.shape[-1], check_root(root, name), set(dataset.missing)
     paths = [path for i, path in enumerate(files.images.source) if i not in unread]
     count = 1
@@ -1668,8 +1675,9 @@ def with_textures(name, files, dataset, root, textures, cache, workers, device, 
         count += 1
     copies = [copy for path in paths for copy in copy_paths(path, top, textures, count)]
     if lost := [path for path in copies if not path.exists()]:
-        command += f" --out={textures} --copies={count}` (and its --styles) writes it"
-        raise UserError(f"{lost[0]}: no such file; {command}")
+        flags += [f"--out={textures}", f"--copies={count}"]
+        hint = f"`python data.py stylize {shlex.join(flags)}` (and its --styles) writes it"
+        raise UserError(f"{lost[0]}: no such file; {hint}")
     advice = "remove it: `python data.py stylize` writes it again"
     copies = ImageFiles(copies, read_image, side, advice=advice)
     copies = ImageSet(copies, torch.ones(len(copies)), {}, {})
@@ -1779,7 +1787,8 @@ def stylize(
                 rate = end / (time.perf_counter() - begun)
                 left = (n - end) / rate / 60
                 print(f"{end}/{n}  {rate:.1f} images/s  {left:.0f} minutes left", flush=True)
-    print(f"wrote {out}; train with --groups=color,rotation,texture --textures={out}")
+    flags = shlex.join(["--groups=color,rotation,texture", f"--textures={out}"])
+    print(f"wrote {out}; train with {flags}")
 
 
 def check_same_copies(path, settings, out):
@@ -1859,9 +1868,10 @@ def pack(
     images = decode_all(files, workers, out, shared=True).images
     n, _, side, _ = images.shape
     seconds, gib = time.perf_counter() - begun, images.numel() / 2**30
-    flags = " ".join(f"--{name}={value}" for name, value in where.items() if value)
+    where |= dict(data=data, packed=out)
+    flags = shlex.join(f"--{name}={value}" for name, value in where.items() if value)
     done = f"{n} images of {side} x {side} ({gib:.2f} GiB) in {out}, in {seconds:.0f} s"
-    print(f"{done}; train with --data={data} {flags} --packed={out}")
+    print(f"{done}; train with {flags}")
 
 
 @typed
@@ -2305,7 +2315,7 @@ def read_tensors(path, device="cpu"):
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except pickle.UnpicklingError:
         hint = "expected tensors alone, as torch.save(model.state_dict(), FILE) writes them"
-        raise UserError(f"{path} is cut short, or holds other objects: {hint}") from None
+        raise UserError(f"{path} is cut short, or not ours: {hint}") from None
     except Exception as error:  # torch raises various kinds
         raise UserError(f"{path} is cut short, or not ours ({first_line(error)})") from None
 

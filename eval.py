@@ -1255,6 +1255,10 @@ def report(ctx, task_name, results, settings, json, begun):
     common |= dict(feature=ctx.feature, seed=ctx.seed)
     if ctx.data == "folder":
         common["images"] = fingerprint(ctx.split["train"])
+        own = ctx.config.get("held", {}).get("root", [0, ""])
+        if ctx.root == ctx.config["root"] and own[1] not in ("", common["images"]):
+            changed = f"other training images than the run's {own[0]}, by name or size"
+            warn_once(f"{ctx.root} holds {changed}: it may have been trained on test images")
     common |= {key: ctx.config[key] for key in ("method", "groups")}
     for found in results:
         if loo.rank():

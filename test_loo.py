@@ -1485,7 +1485,8 @@ LAYOUTS += [(dict(train__x=2, valid__x=1), ("train", "val"), 1)]
 LAYOUTS += [(dict(TRAIN__x=2, dev__x=1, Test__x=1, more=1), ("train", "val", "test"), 1)]
 LAYOUTS += [(dict(dev=9, ops=9), ("train", "val"), 2)]
 LAYOUTS += [({"Train Set": 0, "Train Set/x": 2, "test_images/x": 1}, ("train", "test"), 1)]
-LAYOUTS += [(dict(train2017__x=2, eval__x=1), ("train", "val"), 1)]
+LAYOUTS += [(dict(train2017__x=2, eval__x=1), ("train", "test"), 1)]
+LAYOUTS += [(dict(training=2, validation=1, evaluation=1), ("train", "val", "test"), 1)]
 LAYOUTS += [(dict(seg_train__x=2, seg_train__y=2, seg_test__x=1), ("train", "test"), 2)]
 LAYOUTS += [(dict(bullet_train=9, eye_test=9), ("train", "val"), 2)]
 LAYOUTS += [(dict(box_train__x=2, box_test__x=1, more=1), ("train", "test"), 1)]
@@ -1525,10 +1526,23 @@ def test_folders_that_can_be_read_in_no_or_two_ways_are_refused(counts, split, h
     raises(UserError, hint, opened, folder_of(tmp_path / "p", **counts), split)
 
 
-def test_a_single_class_of_folders_and_classes_without_images_are_named(tmp_path, capsys):
-    opened(folder_of(tmp_path / "one", PetImages__Cat=9, PetImages__Dog=9))
-    hint = f"PetImages is the only class; if its 2 folders are classes, --root={tmp_path}/one/Pet"
+ODD_CLASSES = [
+    (dict(PetImages__Cat=9, PetImages__Dog=9), "PetImages, each with the folders Cat, Dog")
+]
+ODD_CLASSES += [
+    (dict(train__a=9, train__b=9, holdout__a=9, holdout__b=9), "or name splits train and")
+]
+ODD_CLASSES += [(dict(images=9, masks=9), "masks is read as a class; if it holds masks")]
+ODD_CLASSES += [(dict(JPEGImages=9, SegmentationClass=3), "SegmentationClass is read as a class")]
+
+
+@pytest.mark.parametrize("counts, hint", ODD_CLASSES)
+def test_folders_that_are_hardly_classes_are_named(counts, hint, tmp_path, capsys):
+    opened(folder_of(tmp_path, **counts))
     assert hint in capsys.readouterr().err
+
+
+def test_classes_without_images_are_named(tmp_path, capsys):
     root = folder_of(tmp_path / "two", train__a=1, train__b=1, train__c=1, val__a=5, val__c=5)
     # A class has the same number in every split.
     assert opened(root, "val")[1] == {"class": [0] * 5 + [2] * 5}
