@@ -1121,6 +1121,8 @@ def test_start_weights_that_do_not_fit_or_cannot_be_had_are_named(tmp_path, monk
     torch.save([1], tmp_path / "net.pt")
     nothing = "100 weights do not fit: conv1.weight is none"
     raises(UserError, nothing, loo.start_weights, config)
+    torch.save(nn.Linear(1, 1), tmp_path / "net.pt")
+    raises(UserError, "not ours: expected tensors alone", loo.start_weights, config)
     offline = unittest.mock.Mock(side_effect=urllib.error.URLError("no route"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -1555,6 +1557,8 @@ def test_a_folder_to_train_on_alone_is_checked_and_not_evaluated(untrained, caps
     assert "| train | 2 | - | 30 |" in capsys.readouterr().out
     err = refused(capsys, eval, "knn --data=folder --root=photos")
     assert "evaluations need val or test too" in err
+    train = f"train moco color folder --root=photos --epochs=1 --batch=16 --out=alone {TINY}"
+    assert "has no images for val or test" in printed(capsys, loo, train).err
 
 
 def test_pages_beyond_the_first_are_named(tmp_path, capsys):
@@ -2592,6 +2596,7 @@ def test_stylize_goes_on_and_training_reads_it(here, capsys):
     err, why = refused(capsys, loo, train), "by name, size or label other than the run's"
     assert f"moved with {n // 2} images, {why} {n // 2}" in err
     assert f"other with {n} images, {why} {n}" in err
+    assert "moved holds other training images than" in printed(capsys, eval, "knn --run=run").err
 
 
 def test_pack_is_read_by_training_and_whole_or_not_at_all(here, capsys, monkeypatch):
