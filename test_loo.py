@@ -1121,7 +1121,7 @@ def test_start_weights_that_do_not_fit_or_cannot_be_had_are_named(tmp_path, monk
     torch.save([1], tmp_path / "net.pt")
     nothing = "100 weights do not fit: conv1.weight is none"
     raises(UserError, nothing, loo.start_weights, config)
-    torch.save(nn.Linear(1, 1), tmp_path / "net.pt")
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "net.pt")
     raises(UserError, "not ours: expected tensors alone", loo.start_weights, config)
     offline = unittest.mock.Mock(side_effect=urllib.error.URLError("no route"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
