@@ -389,7 +389,8 @@ def folder(split, root, seed=0):
 
 def warn_left_out(root, paths):
     """Warn of files below root that are not read: how many of each suffix, and the first."""
-    paths = sorted(path for path in paths if not is_hidden(*path.relative_to(root).parts))
+    below = (path.relative_to(root) for path in paths if path != root / TABLE)
+    paths = sorted(root / path for path in below if not is_hidden(*path.parts))
     counts = Counter(path.suffix.lower() or path.name for path in paths).most_common(5)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts)
     if paths:
@@ -469,7 +470,6 @@ def read_table(root, seed=0):
         if name in ("rotation", "image"):
             refuse(f"evaluations use the name {name} themselves: rename this column")
     paths, others = list_files(root)
-    others.remove(root / TABLE)
     warn_left_out(root, others)
     table, lost = {path.relative_to(root).as_posix(): {} for path in paths}, []
     composed = {unicodedata.normalize("NFC", file): file for file in table}
