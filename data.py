@@ -2253,7 +2253,8 @@ def launcher_environ():
     # sbatch's script belongs to no step and salloc's shell to one beyond 2**31: they are one
     # process, whatever SLURM_NTASKS says.
     step, job = env.get("SLURM_STEP_ID", ""), env.get("SLURM_JOB_ID", "")
-    step = int(step) if step.isdigit() else 2**32 if job else 0
+    without = 2**32 if job else 0
+    step = int(step) if step.isdigit() else without
     size = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
     if "RANK" in env or "SLURM_PROCID" not in env or size == "1" or step >= 2**31:
         return env

@@ -550,7 +550,10 @@ class Encoder(nn.Module):
         linear = {name: x for name, x in nets[0].named_modules() if isinstance(x, nn.Linear)}
         self.classifier = list(linear)[-1]  # its name in the network; we have none
         d = linear[self.classifier].in_features
-        if heads == "conv5" or isinstance(nets[0], torchvision.models.ResNet):
+        is_resnet = isinstance(nets[0], torchvision.models.ResNet)
+        if heads == "conv5" and not is_resnet:
+            raise ValueError(f"heads=conv5 arch={arch}: expected a ResNet")
+        if is_resnet:
             *layers, _, _, _ = nets[0].named_children()  # without layer4, avgpool and fc
             self.trunk = nn.Sequential(collections.OrderedDict(layers))
             self.tops = nn.ModuleList(net.layer4 for net in nets)
@@ -2088,6 +2091,10 @@ def start_weights(config):
         tensors = imagenet_weights(config["arch"])
     elif Path(init).is_dir():
         other, saved = load_encoder(init)
+        for flag in ("arch", "stem"):
+            if saved[flag] != config[flag]:
+                problem = f"the run has --{flag}={saved[flag]}, not {config[flag]}"
+                raise UserError(f"--init={init}: {problem}: give this flag too")
         tensors, heads = split_state(other.state_dict())
         if any(saved[name] != config[name] for name in ("method", "groups", "hidden", "dim")):
             heads = {}
@@ -2109,7 +2116,9 @@ def imagenet_weights(arch):
         return torchvision.models.get_model(arch, weights="DEFAULT").state_dict()
     except Exception as error:  # offline, no weights, or a file that was cut short
         problem = f"torchvision has no weights of --arch={arch}, or cannot fetch them"
-        advice = "name a file that holds them, --init=FILE"
+        advice = (
+            "take another --arch, such as resnet18, or name a file that holds them, --init=FILE"
+        )
         raise UserError(f"--init=imagenet: {problem} ({first_line(error)}): {advice}") from None
 
 

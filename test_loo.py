@@ -775,6 +775,7 @@ def test_other_functions_by_hand_name_what_does_not_fit():
     raises(ValueError, "keys has", loo.queue_update, torch.zeros(QUEUE), 0, torch.zeros(2, 4, 7))
     raises(ValueError, "k has", loo.positive_keys, torch.zeros(Q), ROLE)
     raises(ValueError, "expected mlp or conv5", loo.Encoder, "small", heads="conv")
+    raises(ValueError, "expected a ResNet", loo.Encoder, "mobilenet_v2", heads="conv5")
     for names in (["color"], [("color", "rotation"), "rotation"]):
         says = f"expected a tuple of names, as .'{names[-1]}',."
         raises(ValueError, says, loo.methods, *names)
@@ -1145,6 +1146,8 @@ def test_a_run_starts_from_another_and_goes_on_without_it(here, capsys, monkeypa
 
     monkeypatch.setattr(loo, "train_loop", watched)
     first = loo.load_encoder("first")[0].state_dict()
+    err = refused(capsys, loo, f"{line} --out=second --init=first --stem=cifar")
+    assert "the run has --stem=imagenet, not cifar" in err
     run(loo, f"{line} --out=second --init=first")
     assert f"small (backbone and heads from {here / 'first'}) on views" in capsys.readouterr().out
     for state in begun:
