@@ -2207,7 +2207,8 @@ def command_line(commands, argv=None):
         text = io.StringIO()
         with contextlib.redirect_stderr(text), contextlib.suppress(SystemExit):
             fire.Fire(commands, [*named[:1], "--help"])
-        print(re.sub(r"-\w, --", "--", text.getvalue()))  # our flags have no short names
+        # Without fire's own command, and the short names that our flags do not have.
+        print(re.sub(r"INFO: .*\n+|-\w, (?=--)", "", text.getvalue()))
         raise SystemExit(0)
     try:
         word = argv[0] if argv else "nothing"
