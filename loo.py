@@ -5,6 +5,7 @@ One training step:
 
     query, keys, _ = augment_groups(images, method.groups, method.share, generator)
     q = encode(encoder_q, query)[1]                           # (s b c)
+    ema(encoder_k, encoder_q, momentum)
     k = encode(encoder_k, keys.flatten(0, 1))[1]              # (s (v b) c), no gradient
     k = rearrange(k, "s (v b) c -> s v b c", v=len(keys))
     loss = multi_space_loss(q, k, queue, method.role, tau)    # (s,), minimize the mean
@@ -17,7 +18,7 @@ One training step:
 The commands and `default_config` need data.py; the method, the encoder and train_step do not.
 
 Axes in every shape: b image (B of all processes, m of those read), v key view, g group, s space,
-d feature, c embedding or color channel, n queue slot, sample or view, t trial, h w pixel.
+d feature, c embedding or color channel, n queue slot or view, f filter, h w pixel.
 """
 
 import collections
@@ -76,7 +77,10 @@ class Method(NamedTuple):
 
 
 def methods(groups, same=()):
-    """The paper's methods (section 3, tables 1 and 4) -> {name: Method}. same: for moco_same."""
+    """The paper's methods (section 3, tables 1 and 4) -> {name: Method}.
+
+    same: the groups whose parameters moco_same's key copies from the query.
+    """
     check_tuples(groups=groups, same=same)
     n = len(groups)
     share_none = torch.zeros(1, n, dtype=torch.bool)
@@ -101,12 +105,13 @@ def methods(groups, same=()):
 
 
 def multi_space_loss(q, k, queue, role, tau):
-    """The contrastive loss of each space, averaged over images. Its mean is L_q of section 3.
+    """The contrastive loss of each space, averaged over images.
 
-    q (s b c), k (s v b c) without gradient, queue (s n c), all of unit norm; tau: 0.2 in the paper
-    role (s v), or (s v b) where it differs by image: 1 the positive, exactly one a space, -1 a
-        negative, 0 unused. LooC with one group has [[1, 0], [-1, 1]]
-    -> (s,), float32 at least, also under autocast.
+    q (s b c), k (s v b c), queue (s n c), all of unit norm; no gradient reaches k
+    role (s v), or (s v b) where it differs by image: 1 the positive, one in each space and the same
+        for all images; -1 a negative, 0 unused. LooC with one group has [[1, 0], [-1, 1]]
+    tau: 0.2 in the paper
+    -> (s,), float32 at least, also under autocast. Their mean is L_q of section 3.
     """
     own, queued, positive = space_logits(q, k, queue, role, tau)
     partition = torch.logaddexp(own.logsumexp(2), queued.logsumexp(2))  # (s b)
@@ -134,6 +139,11 @@ def space_logits(q, k, queue, role, tau):
     return own.masked_fill(unused, -math.inf), queued, positive
 
 
+def at_least_float32(x):
+    """x in float32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def positive_view(role):
     """role (s v) or (s v b) -> (s,) the key view that is each space's positive, for every image.
 
@@ -145,7 +155,10 @@ def positive_view(role):
 
 
 def positive_keys(k, role):
-    """k (s v b c), role (s v) or (s v b) -> (s b c) each space's positive, which its queue gets."""
+    """k (s v b c), role (s v) or (s v rows) -> (s b c) each space's positive, which its queue gets.
+
+    The images of role may be others than those of k: it has one positive for all.
+    """
     role = torch.as_tensor(role)
     check_shapes(k=(k, "s v b c"), role=(role, "s v [rows]"))
     return k[torch.arange(len(k), device=k.device), positive_view(role).to(k.device)]
@@ -155,6 +168,7 @@ def queue_update(queue, pointer, keys):
     """Replace the oldest slots of each space's queue (section 3).
 
     queue (s n c), pointer to the oldest slot, keys (s b c) -> queue, pointer. b may exceed n.
+    A first queue is F.normalize(torch.randn(s, n, c), dim=-1), its pointer 0.
     """
     check_shapes(queue=(queue, "s n c"), keys=(keys, "s b c"))
     n, b = queue.shape[1], keys.shape[1]
@@ -185,8 +199,10 @@ class State(NamedTuple):
 def train_step(state, images, aspect, config, textures=None):
     """One step of section 3, or of a contrastive baseline -> State, (loss, q, k, queue, role).
 
+    state: init_state(config) at first
     images (m c h w) in [0, 1]; aspect (m,) or None; textures (m copy c h w) or None. In one process
-    m is config["batch"]; of several, each has the images that rank_rows names.
+    m is config["batch"], which config["splits"] divides; of several, each has the images that
+        rank_rows names
     config: RECIPES["factors"] | dict(method="looc", groups=("color", "rotation"), same=(), seed=0,
         always=("crop", "flip", "blur", "color"), drop_equal=False, device="cpu",
         precision="float32", compile=False), or what default_config() makes of `train`'s flags.
@@ -200,21 +216,21 @@ def train_step(state, images, aspect, config, textures=None):
     with torch.inference_mode():
         parts = dict(aspect=aspect, textures=textures, rows=rows)
         query, keys, params = training_views(images, config, step, **parts)
-    # Not in inference_mode, which not every torch.compile knows.
+    # Not in inference_mode, which some versions of torch.compile do not support.
     with torch.no_grad(), autocast(config):
         k = encode(state.encoder_k, rearrange(keys, "v b c h w -> (v b) c h w"))[1]
     with autocast(config):
         q = encode(state.encoder_q, query)[1]
-    k = all_gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)))
-    k = k[:, :, move_like(images, key_permutation(config, step).argsort())]  # (s v B c), unshuffled
+    k_all = all_gather(rearrange(k, "s (v b) c -> s v b c", v=len(method.share)))  # (s v B c)
+    k_all = k_all[:, :, move_like(images, key_permutation(config, step).argsort())]  # unshuffled
     role = method.role
     if config["drop_equal"] and (role < 0).any():
         role = drop_equal(role, params, method.groups)
     role = move_like(images, role)
-    positives = positive_keys(k, role)  # (s B c) of all processes
-    k = k[:, :, move_like(images, rows.query)]
+    k = k_all[:, :, move_like(images, rows.query)]  # (s v b c), of this process's queries
     loss = multi_space_loss(q, k, state.queue, role, config["tau"])
     optimizer_step(state.optimizer, loss.mean())
+    positives = positive_keys(k_all, role)  # (s B c)
     queue, queue_ptr = queue_update(state.queue, state.queue_ptr, positives)
     compared = (loss.detach(), q.detach(), k, state.queue, role)
     return state._replace(queue=queue, queue_ptr=queue_ptr, step=step + 1), compared
@@ -248,18 +264,19 @@ def augment_groups(
     """The query view and the key views of section 3.
 
     images (b c h w) float in [0, 1]
-    groups: names in GROUPS
+    groups: names in GROUPS, such as color and rotation
     share (v g) bool: key view v copies the query's parameters of group g. LooC with two groups has
         [[0, 0], [1, 0], [0, 1]]: the first key shares nothing
     generator: torch.Generator() on the CPU, so that the views are the same on every device
-    always: names in GROUPS that are no groups, drawn independently for every view. Add "color" if
-        it is no group, as `train` does, or images can be matched by their colors
-    size: height and width of the views, by default h. A wider image is squashed
+    always: other names in GROUPS, drawn independently for every view; a group among them stays a
+        group. Add "color" if it is none, as `train` does, or images can be matched by their colors
+    size: height and width of the views. By default h, or that of the images if nothing resamples
     aspect (b,): width / height of each image before it was squashed into a square, by default 1
     textures (b copy c h w): stylized copies of the images, for the group "texture"
-    rows: a Rows, when `images` are a part (m c h w) of a global batch
+    rows: a Rows, when `images`, aspect and textures are m rows of a global batch; b is then the
+        number of its queries
     sampling: other arguments of the sample functions in GROUPS, as {"rotation": {"p": 0.75}}
-    -> query (b c size size), keys (v b c size size) and params {group: {parameter: (1+v b ...)}},
+    -> query (b c size size), keys (v b c size size), params {group: {parameter: (1+v, b, ...)}},
     row 0 the query's. ValueError for images that are not in [0, 1] or not float32 or float64, for
     an unknown name, a number out of range, texture without textures, shapes that do not fit.
     """
@@ -273,7 +290,7 @@ def augment_groups(
     if textures is not None:
         sampling["texture"] = {"copies": textures.shape[1]} | sampling.get("texture", {})
     params = sample_groups(rows.total, groups, share, generator, always, sampling)
-    # All views go through the operations as one batch of n = b + v b: the query's, then the keys'.
+    # All views go through the operations as one batch, n = (1 + v) b: the query's, then the keys'.
     row = torch.cat([rows.query, rows.key.repeat(v)])  # (n,) in the global batch
     view = torch.arange(1 + v).repeat_interleave(b)  # (n,)
     index = torch.searchsorted(rows.images, row)  # (n,) in `images`
@@ -283,17 +300,18 @@ def augment_groups(
     return query, keys, map_params(params, lambda x: x[:, rows.query])
 
 
-def sample_groups(b, groups, share, generator, always, sampling):
+def sample_groups(total, groups, share, generator, always, sampling):
     """The first half of augment_groups, arguments as there: numbers, no pixels.
 
-    -> {group: {parameter: (1+v b ...)}} in the order of GROUPS, row 0 the query's.
+    -> {group: {parameter: (1+v, total, ...)}} in the order of GROUPS, row 0 the query's.
     """
     share, params = share.bool().cpu(), {}
+    n = (1 + len(share)) * total
     for name in [name for name in GROUPS if name in {*groups, *always}]:
         sample, _ = GROUPS[name]
-        flat = sample((1 + len(share)) * b, generator, **sampling.get(name, {}))
-        check_sampled(name, flat, (1 + len(share)) * b)
-        params[name] = {key: rearrange(x, "(v b) ... -> v b ...", b=b) for key, x in flat.items()}
+        flat = sample(n, generator, **sampling.get(name, {}))
+        check_sampled(name, flat, n)
+        params[name] = {key: x.unflatten(0, (-1, total)) for key, x in flat.items()}
         if name in groups:
             copies = share[:, groups.index(name)]  # (v,)
             for x in params[name].values():
@@ -311,6 +329,7 @@ def apply_groups(images, index, params, size=None, aspect=None, textures=None):
     aspect = None if aspect is None else aspect[index]
     # What these two need beside their parameters.
     extra = {resample: (size, aspect), texture: (textures, index)}
+    # Neighbors with one function, as crop, flip and rotation, are applied at once.
     for apply, names in itertools.groupby(params, key=lambda name: GROUPS[name][1]):
         merged = {}
         for name in names:
@@ -320,6 +339,9 @@ def apply_groups(images, index, params, size=None, aspect=None, textures=None):
     if size and x.shape[-2:] != (size, size):  # no group resampled
         x = resample(x, {}, size)
     return x
+
+
+# ---------------------------------------- the parts of a step: its rows, its views, other baselines
 
 
 class Rows(NamedTuple):
@@ -418,7 +440,7 @@ def check_views(images, groups, share, always, aspect, textures, rows, sampling)
     given |= {} if aspect is None else dict(aspect=(aspect, "b"))
     given |= {} if textures is None else dict(textures=(textures, "b copy c h w"))
     check_shapes(known, **given)
-    check_images(images, FLOATS[:2])
+    check_images(images, (torch.float32, torch.float64))
     if not (share.bool() == share).all():
         raise ValueError("share holds something else than 0 and 1")
     if aspect is not None and aspect.device.type == "cpu" and not (aspect > 0).all():
@@ -505,9 +527,10 @@ IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviati
 
 
 def encode(encoder, images):
-    """images (b c h w) in [0, 1] -> feature v (b d), embeddings z (s b c) of unit norm.
+    """images (b c h w) in [0, 1] -> feature (b d), embeddings (s b c) of unit norm.
 
-    Normalizes by ImageNet's mean and deviation. LooC++'s v is its spaces' Conv5 outputs, (b (s d)).
+    Normalizes by ImageNet's mean and deviation. LooC++'s feature is its spaces' Conv5 outputs,
+    (b (s d)).
     ValueError for images that are not in [0, 1] or not floating point.
     """
     check_shapes({"c": 3}, images=(images, "b c h w"))
@@ -676,11 +699,6 @@ def move_like(images, x):
     """x on the images' device, and in their precision if it is floating point."""
     dtype = images.dtype if x.is_floating_point() else x.dtype
     return x.to(images.device, dtype, non_blocking=True)
-
-
-def at_least_float32(x):
-    """x in float32; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sample_texture(b, generator, p=0.5, copies=1):
