@@ -1254,7 +1254,7 @@ def report(ctx, task_name, results, settings, json, begun):
     common = dict(run=ctx.run.name, task=task_name, data=ctx.data, root=ctx.root, protocol="fast")
     common |= dict(feature=ctx.feature, seed=ctx.seed)
     if ctx.data == "folder":
-        common["images"] = fingerprint(ctx.split["train"])
+        common["images"], common["tested"] = (fingerprint(ctx.split[s]) for s in ("train", "test"))
         own = ctx.config.get("held", {}).get("root", [0, ""])
         if ctx.root == ctx.config["root"] and own[1] not in ("", common["images"]):
             changed = f"other training images than the run's {own[0]}, by name or size"
@@ -1350,7 +1350,7 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
 def read_results(runs):
     """(config, line) for each line of the results, oldest run first, so the last one counts.
 
-    Those on the same images have one root, wherever these were.
+    Those on the same images have one root, wherever these were; other test images are named there.
     """
     found = find_files(runs, "results.jsonl")
     if not found:
@@ -1358,6 +1358,7 @@ def read_results(runs):
     folders = [path.parent for path in sorted(found, key=os.path.getmtime)]
     pairs = list(itertools.chain.from_iterable(map(results_of, folders)))
     roots = {}  # {mark of the images: root}
+    tests = {}  # {root: mark of its test images}
 
     def unify(holder, mark):
         if mark not in roots:
@@ -1370,6 +1371,9 @@ def read_results(runs):
             unify(config, config["held"]["root"][1])
             if line.get("images"):
                 unify(line, line["images"])
+            if tested := line.get("tested"):
+                other = tested != tests.setdefault(line["root"], tested)
+                line["root"] += f" (test images {tested[:6]})" * other
     return pairs
 
 

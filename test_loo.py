@@ -3484,6 +3484,12 @@ def test_table_knows_a_folder_by_its_images(here, capsys):
     _, _, one, more = printed(capsys, eval, "table --runs=run1,run2").out.splitlines()
     assert one == "| looc | color | v | root y | 1 | 2.0 |"
     assert more == "| looc | color | v | root y (more) | 1 | 3.0 |"
+    line |= dict(images="one", tested="two")
+    write_run(
+        here / "run2", images | dict(held={"root": [9, "one"]}), line | dict(tested="2"), line
+    )
+    out = printed(capsys, eval, "table --runs=run2").out
+    assert "linear class on folder y (test images two)" in out
 
 
 def test_table_names_what_was_trained_unlike(here, capsys):
