@@ -248,6 +248,13 @@ def test_loss_is_the_papers_equation(name, tau):
     assert_close(ours, naive_loss(q, k, queue, role.tolist(), tau), rtol=1e-12, atol=1e-12)
 
 
+def test_no_gradient_reaches_the_keys():
+    q, k = unit(1, 4, 8).requires_grad_(), unit(1, 1, 4, 8, seed=1).requires_grad_()
+    loo.multi_space_loss(q, k, unit(1, 6, 8, seed=2), ONE_SPACE, 0.2).mean().backward()
+    assert q.grad.any()
+    assert k.grad is None
+
+
 def test_one_space_is_mocos_cross_entropy():
     q, k, queue = unit(1, 5, 16), unit(1, 1, 5, 16, seed=1), unit(1, 32, 16, seed=2)
     logits = torch.cat([(q[0] * k[0, 0]).sum(1, keepdim=True), q[0] @ queue[0].T], 1) / 0.2
@@ -765,6 +772,11 @@ def test_augmentations_of_your_own_that_do_not_fit_are_named(case, monkeypatch):
     monkeypatch.setitem(loo.GROUPS, "own", tuple(own))
     given = torch.rand(8, 3, 16, 16), ["own"], [[0], [0], [1]], make_generator(0)
     raises(ValueError, rf"GROUPS\['own'\].*{says}", loo.augment_groups, *given)
+
+
+def test_no_augmentation_of_your_own_has_a_features_name(monkeypatch):
+    monkeypatch.setitem(loo.GROUPS, "all", loo.GROUPS["flip"])
+    raises(UserError, "--groups=all: features have this name", loo.default_config, groups=["all"])
 
 
 def test_other_functions_by_hand_name_what_does_not_fit():
