@@ -333,6 +333,7 @@ def folder(split, root, seed=0):
     for name in ("train", split) if splits else ():
         if name not in splits:
             raise UserError(f"{root}: no folder {name}, beside {', '.join(splits)} it needs one")
+    warn_train_alone(root, splits.keys())
     train, top = (inner_folder(splits.get(name, root)) for name in ("train", split))
     # a class has the same number in every split
     classes = class_folders(train)
@@ -396,6 +397,12 @@ def warn_left_out(root, paths):
     if paths:
         count = f"{len(paths)} files ({kinds}), the first is {paths[0]}"
         warn_once(f"{root}: not every file is read; left out: {count}")
+
+
+def warn_train_alone(root, splits):
+    """Warn where the splits of a folder are that to train on alone."""
+    if splits == {"train"}:
+        warn_once(f"{root} has no images for val or test, which evaluations need")
 
 
 def warn_missing_classes(root, label, splits, names):
@@ -516,6 +523,7 @@ def table_folder(split, root, seed=0):
     splits = defaultdict(set)
     for row in table.values():
         splits[row.get("group")].add(row["split"])
+    warn_train_alone(root, set().union(*splits.values()))
     torn = [group for group, where in splits.items() if group and len(where) > 1]
     if torn:
         count = f"{len(torn)} groups in {TABLE} are in more than one split"
@@ -525,17 +533,17 @@ def table_folder(split, root, seed=0):
         if label in ("", "file", "split", "group"):
             continue
         labeled = [row for row in table.values() if row.get(label)]
-        count = len({row[label] for row in labeled})
-        if count > max(100, len(labeled) / 2):  # a number or a caption for each image
-            values = f"{count} different values for {len(labeled)} images"
+        names = {row[label] for row in labeled}
+        if len(names) > max(100, len(labeled) / 2):  # a number or a caption for each image
+            values = f"{len(names)} different values for {len(labeled)} images"
             warn_once(f"{root / TABLE}: column {label} is no label and left out: {values}")
-            labeled = []
-        names = [row[label] for row in labeled]
+            labeled, names = [], {}
         # of all splits, so that a class has the same number in each
-        classes[label] = sorted(set(names))
+        classes[label] = sorted(names)
         number = {name: i for i, name in enumerate(classes[label])}
         labels[label] = [number.get(table[file].get(label), -1) for file in files]
-        warn_missing_classes(root, label, [row["split"] for row in labeled], names)
+        where = [row["split"] for row in labeled]
+        warn_missing_classes(root, label, where, [row[label] for row in labeled])
     return [root / file for file in files], labels, classes
 
 
@@ -860,10 +868,13 @@ def file_stats(dataset, name):
     """A number that the file system has of each file of a set, -1 where it is gone -> (n,) int64.
 
     Empty where a set has no files of its own."""
-    source = getattr(dataset.images, "source", None)
-    paths = source if isinstance(source, (tuple, list)) else ()
-    stats = [path.stat() if os.path.exists(path) else None for path in paths]
-    return torch.tensor([getattr(stat, name, -1) for stat in stats], dtype=torch.int64)
+    source, numbers = getattr(dataset.images, "source", None), []
+    for path in source if isinstance(source, (tuple, list)) else ():
+        try:
+            numbers.append(getattr(path.stat(), name))
+        except OSError:
+            numbers.append(-1)
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def to_uint8(images):

@@ -1485,11 +1485,7 @@ def print_header(state, dataset, n, place, config, start):
         if steps < FEW_STEPS and not start:
             enough = f"--epochs={math.ceil(FEW_STEPS / (n // batch))}"
             print(f"{steps} steps are few to learn from scratch: {enough} makes {FEW_STEPS}")
-    warnings = list(odd_settings(config, n, dataset.aspect))
-    where = config["data"], config["root"], config["split_seed"]
-    if data_module().dataset_splits(*where) == ("train",):
-        warnings += [f"{config['root']} has no images for val or test, which evaluations need"]
-    for warning in warnings:
+    for warning in odd_settings(config, n, dataset.aspect):
         print(f"warning: {warning}", file=sys.stderr)
     sys.stdout.flush()
 
@@ -2134,9 +2130,7 @@ def imagenet_weights(arch):
         return torchvision.models.get_model(arch, weights="DEFAULT").state_dict()
     except Exception as error:  # offline, no weights, or a file that was cut short
         problem = f"torchvision has no weights of --arch={arch}, or cannot fetch them"
-        advice = (
-            "take another --arch, such as resnet18, or name a file that holds them, --init=FILE"
-        )
+        advice = "take another --arch, such as resnet18, or name a file of them, --init=FILE"
         raise UserError(f"--init=imagenet: {problem} ({first_line(error)}): {advice}") from None
 
 
