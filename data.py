@@ -333,7 +333,6 @@ def folder(split, root, seed=0):
     for name in ("train", split) if splits else ():
         if name not in splits:
             raise UserError(f"{root}: no folder {name}, beside {', '.join(splits)} it needs one")
-    warn_train_alone(root, splits.keys())
     train, top = (inner_folder(splits.get(name, root)) for name in ("train", split))
     # a class has the same number in every split
     classes = class_folders(train)
@@ -397,12 +396,6 @@ def warn_left_out(root, paths):
     if paths:
         count = f"{len(paths)} files ({kinds}), the first is {paths[0]}"
         warn_once(f"{root}: not every file is read; left out: {count}")
-
-
-def warn_train_alone(root, splits):
-    """Warn where the splits of a folder are that to train on alone."""
-    if splits == {"train"}:
-        warn_once(f"{root} has no images for val or test, which evaluations need")
 
 
 def warn_missing_classes(root, label, splits, names):
@@ -523,7 +516,6 @@ def table_folder(split, root, seed=0):
     splits = defaultdict(set)
     for row in table.values():
         splits[row.get("group")].add(row["split"])
-    warn_train_alone(root, set().union(*splits.values()))
     torn = [group for group, where in splits.items() if group and len(where) > 1]
     if torn:
         count = f"{len(torn)} groups in {TABLE} are in more than one split"

@@ -1485,7 +1485,11 @@ def print_header(state, dataset, n, place, config, start):
         if steps < FEW_STEPS and not start:
             enough = f"--epochs={math.ceil(FEW_STEPS / (n // batch))}"
             print(f"{steps} steps are few to learn from scratch: {enough} makes {FEW_STEPS}")
-    for warning in odd_settings(config, n, dataset.aspect):
+    warnings = list(odd_settings(config, n, dataset.aspect))
+    where = config["data"], config["root"], config["split_seed"]
+    if data_module().dataset_splits(*where) == ("train",):
+        warnings += [f"{config['root']} has no images for val or test, which evaluations need"]
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     sys.stdout.flush()
 
