@@ -21,7 +21,6 @@ import inspect
 import io
 import itertools
 import math
-import operator
 import os
 import shlex
 import subprocess
@@ -160,9 +159,9 @@ def hash_weights(run):
 
 
 def on_device(encoder, dataset, workers=None, batch=256, count=None, named=5):
-    """This rank's part of the (first `count`) images, on the encoder's device; see iter_batches.
+    """This rank's part of the (first `count`) images, on the encoder's device.
 
-    Yields rows (b,), images (b 3 h w) in [0, 1].
+    Yields rows (b,), images (b 3 h w) in [0, 1]. named: see iter_batches.
     """
     part = loo.rank(), loo.world_size()
     for rows, images, _ in iter_batches(dataset, workers, batch, part, count, named):
@@ -200,19 +199,19 @@ def cached_features(ctx, split, turns=(0,)):
     Computed once for a run, data set, split and turns.
     """
     dataset = ctx.split[split]
-    times = file_stats(dataset, "st_mtime_ns")
+    mtimes = file_stats(dataset, "st_mtime_ns")
     key = repr(((ctx.data, ctx.weights), split, turns, fingerprint(dataset)))
     key += os.environ.get("LOOC_MEGAPIXELS", "")
     name = hashlib.sha1(key.encode()).hexdigest()[:16]
     path = ctx.run / "features" / f"{ctx.data}-{split}-{name}.pt"
-    then = None
-    with contextlib.suppress(UserError):  # not there, or not whole
-        *cached, then = read_tensors(path)
-    if loo.all_reduce_max(then is None or not torch.equal(then, times)):
+    cached_mtimes = None
+    with contextlib.suppress(UserError):  # not there, or not whole: computed again
+        *cached, cached_mtimes = read_tensors(path)
+    if loo.all_reduce_max(cached_mtimes is None or not torch.equal(cached_mtimes, mtimes)):
         cached = features(ctx.encoder, dataset, turns, ctx.workers)
         if loo.rank() == 0:
             with optional_write(f"the features in {path.parent}"):
-                write_tensors(path, (*cached, times))
+                write_tensors(path, (*cached, mtimes))
     v, z, rows = cached
     check_features(split, select_feature(v, z, ctx.config, ctx.feature)[: len(rows)])
     labels = {name: y[rows].repeat(len(turns)) for name, y in dataset.labels.items()}
@@ -225,7 +224,9 @@ COLLAPSED = 1e-3  # of the mean; untrained encoders deviate by 0.2 and more
 
 
 def check_features(split, x):
-    """UserError where features x (n ...) are not finite; a warning where they are nearly equal."""
+    """UserError where features x (n ...) are not finite; a warning where those of test images are
+    nearly equal.
+    """
     check_all_finite(f"features of the {split} images", x)
     mean, deviation = x.mean(0).norm(), x.std(0, correction=0).norm()
     if split == "test" and len(x) > 1 and deviation <= COLLAPSED * mean:
@@ -277,11 +278,11 @@ def space_features(ctx, split, turns, layer):
 # ---------------------------------------------------------------- probes
 
 
-def logistic(x, y, k, l2, iterations=500, start=None):
+def logistic(x, y, k, l2, *, iterations=300, start=None):
     """Multinomial logistic regression by L-BFGS: x (n d), y (n,) of k classes -> w (k d), b (k,).
 
-    Minimizes mean cross-entropy + l2 / 2 * |w|^2, as scikit-learn's LogisticRegression at
-    C = 1 / (n l2), from `start` (w, b).
+    Minimizes mean cross-entropy + l2 / 2 * |w|^2 in at most so many iterations, from `start`
+    (w, b) or zero. At the minimum it is scikit-learn's LogisticRegression with C = 1 / (n l2).
     """
     w, b = start or (x.new_zeros(k, x.shape[1]), x.new_zeros(k))
     w, b = w.clone().requires_grad_(), b.clone().requires_grad_()
@@ -290,7 +291,7 @@ def logistic(x, y, k, l2, iterations=500, start=None):
 
     def closure():
         optimizer.zero_grad()
-        # With w (d k), four classes took three times as long.
+        # x @ w with w (d k) took three times as long for four classes.
         loss = F.cross_entropy(F.linear(x, w, b), y) + l2 / 2 * w.square().sum()
         loss.backward()
         return loss
@@ -300,35 +301,39 @@ def logistic(x, y, k, l2, iterations=500, start=None):
 
 
 def lbfgs_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
-    """Choose the L2 weight on a fifth of the training images, then train on all of them.
+    """Choose the L2 weight on a random fifth of the training images, then train on all of them.
 
-    x ((r n) d), y ((r n),) of k classes -> w (k d), b (k,). All turns of an image are held out.
+    x ((r n) d), y ((r n),) of k classes -> w (k d), b (k,). All turns of an image are on one side.
     """
     x, y = labeled(x, y)
     check_all_finite("inputs of the probe", x)
     n = len(x) // turns
     order = torch.randperm(n, generator=loo.make_generator("held out", seed))
     offsets = n * torch.arange(turns)[:, None]
-    held, rest = (order[: n // 5] + offsets).flatten(), (order[n // 5 :] + offsets).flatten()
+    fifth = max(n // 5, min(1, n - 1))
+    held, rest = (order[:fifth] + offsets).flatten(), (order[fifth:] + offsets).flatten()
     x_held, y_held, x_rest, y_rest = x[held], y[held], x[rest], y[rest]
-    tried, start = [], None
-    # From strong to weak, each from the solution before: the short way down.
+    tried, solution = [], None
+    # From strong to weak, each from the solution before. 60 iterations need not converge: they
+    # only tell which is best, of equals the strongest.
     for l2 in grid:
-        start = logistic(x_rest, y_rest, k, l2, 60, start)
-        tried.append((accuracy(F.linear(x_held, *start), y_held), l2, start))
-    _, l2, start = max(tried, key=operator.itemgetter(0))
-    return logistic(x, y, k, l2, 300, start)
+        solution = logistic(x_rest, y_rest, k, l2, iterations=60, start=solution)
+        tried.append((accuracy(F.linear(x_held, *solution), y_held), l2, solution))
+    _, l2, best = max(tried, key=lambda one: one[0])
+    return logistic(x, y, k, l2, start=best)
 
 
 def sgd_probe(ctx, dataset, labels, k, d, epochs=None, lr=30.0, area=0.08, batch=256):
     """The paper's protocol: SGD on crops and flips of decoded images through the frozen encoder.
 
+    labels (n,) of k classes, None for rotation; features of length d -> w (k d), b (k,).
     lr x0.1 at 60% and 80%, no weight decay; area: of the smallest crop, as a share of the image.
-    labels (n,) of k classes, None for rotation; features of d -> w (k d), b (k,)
+    Every rank does all of it. On a GPU the features of the crops are of bfloat16.
     """
-    epochs = epochs or (100 if ctx.data == "inat2019" else 200)
-    usable = loo.training_rows(dataset, labels)
-    n = len(usable)
+    if epochs is None:
+        epochs = 100 if ctx.data == "inat2019" else 200
+    labeled_rows = loo.training_rows(dataset, labels)
+    n = len(labeled_rows)
     if n < batch:
         raise UserError(f"--protocol=paper takes {batch} images or more, not {n}: leave it out")
     w = torch.randn(k, d, generator=loo.make_generator("probe", ctx.seed)) * 0.01
@@ -340,7 +345,7 @@ def sgd_probe(ctx, dataset, labels, k, d, epochs=None, lr=30.0, area=0.08, batch
     for epoch in range(epochs):
         drops = (epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)
         optimizer.param_groups[0]["lr"] = lr * 0.1**drops
-        batches = (usable[rows] for rows in epoch_batches(n, batch, ctx.seed, epoch))
+        batches = (labeled_rows[rows] for rows in epoch_batches(n, batch, ctx.seed, epoch))
         loaded = loo.get_batches(dataset, config, batches)
         for i, (rows, images, aspect, _) in enumerate(loaded):
             generator = loo.make_generator("probe", ctx.seed, epoch, i)
@@ -355,8 +360,8 @@ def sgd_probe(ctx, dataset, labels, k, d, epochs=None, lr=30.0, area=0.08, batch
 def augmented_batch(ctx, config, images, aspect, y, area, generator):
     """Features (b d) of cropped and flipped images, and their labels (b,), on their device.
 
-    y: the labels, or None to give every image a random quarter turn, which is its label. The turn
-    comes after the flip, which so leaves the label as it is.
+    y: the labels, or None to give every image a random quarter turn, which is its label. It is
+    flipped first: a flip after a turn by 90 degrees would make it one by 270.
     """
     no_views, always = torch.zeros(0, 0, dtype=torch.bool), ("crop", "flip")
     crop = dict(size=config["size"], aspect=aspect, sampling={"crop": {"area": area}})
@@ -372,8 +377,8 @@ def augmented_batch(ctx, config, images, aspect, y, area, generator):
 def fit_few_shot(x, y, k, iterations=250, lr=0.03, generator=None, batch=64):
     """All trials as one batched problem, Adam: x (t n d), y (t n) -> w (t d k), b (t 1 k).
 
-    Trials do not touch each other. Starts at zero and takes all samples at each step; with a
-    generator, starts as nn.Linear does and takes random batches.
+    Logits are x @ w + b. Trials do not touch each other. Starts at zero and takes all samples at
+    each step; with a generator, starts as nn.Linear does and takes random batches.
     """
     t, n, d = x.shape
     w, b = x.new_zeros(t, d, k), x.new_zeros(t, 1, k)
@@ -397,8 +402,8 @@ def fit_few_shot(x, y, k, iterations=250, lr=0.03, generator=None, batch=64):
 def sample_shots(y, k, shots, trials, seed, label="the label", names=()):
     """Rows of `shots` samples of each of k classes, drawn anew for each trial -> (t n).
 
-    n = k shots; a class without any image is left out. UserError if one has fewer than `shots`,
-    by its name in `names`.
+    n = shots x the classes that have images: one without any stays a class that is never right.
+    UserError if one has fewer than `shots`, by its name in `names`.
     """
     counts = torch.bincount(y[y >= 0], minlength=k)
     of_class = [(y == c).nonzero().squeeze(1) for c in range(k) if counts[c]]
@@ -417,11 +422,16 @@ def sample_shots(y, k, shots, trials, seed, label="the label", names=()):
 
 
 def knn_predict(x, y, k, test, neighbours=20, tau=0.07):
-    """kNN, weighted by exp(cosine similarity / tau): x (n d), y (n,), test (m d) -> votes (m k)."""
+    """kNN, weighted by exp(cosine similarity / tau): x (n d), y (n,), test (m d) -> votes (m k).
+
+    The nearest neighbor's vote is scaled to 1, which changes no order and never underflows.
+    """
+    if neighbours < 1 or not tau > 0:
+        raise ValueError(f"neighbours={neighbours} tau={tau}: expected 1 or more, and above 0")
     x, votes = F.normalize(x, dim=1), []
     for some in F.normalize(test, dim=1).split(1024):
         similarity, rows = (some @ x.T).topk(min(neighbours, len(x)), dim=1)
-        weights = ((similarity - 1) / tau).exp()
+        weights = ((similarity - similarity[:, :1]) / tau).exp()
         votes.append(x.new_zeros(len(some), k).scatter_add_(1, y[rows], weights))
     return torch.cat(votes)
 
@@ -461,29 +471,25 @@ def standardize(train, *others):
 # ---------------------------------------------------------------- intervals
 
 
-def ci95(values, more=(0.0, 0.0, 100.0, 100.0)):
+def ci95(values, pseudo_values=(0.0, 0.0, 100.0, 100.0)):
     """Half of the 95% interval of the mean of percentages, (n,); infinite for no values.
 
-    Six right of six are not 100.0 +- 0.0: where fewer than ten values differ from the most frequent
-    one, it reaches as far as with `more` beside them, by default two wrong and two right (Agresti
-    and Coull 1998).
+    Around the mean it reaches as far as the normal interval with these values beside them, by
+    default two wrong and two right (Agresti and Coull 1998): six right of six are not 100.0 +- 0.0.
+    It is too wide for values between 0 and 100 if there are only a few.
     """
-    n = len(values)
-    if n == 0:
+    if len(values) == 0:
         return math.inf
-    half = 1.96 * values.std(correction=min(1, n - 1)).item() / math.sqrt(n)
-    if (values != values.mode().values).sum() >= 10:
-        return half
-    wider = torch.cat([values, values.new_tensor(more)])
+    wider = torch.cat([values, values.new_tensor(pseudo_values)])
     shift = abs(wider.mean() - values.mean()).item()
-    return max(half, shift + 1.96 * wider.std().item() / math.sqrt(n + len(more)))
+    return shift + 1.96 * wider.std().item() / math.sqrt(len(wider))
 
 
-def t_ci95(values, of=1):
+def t_ci95(values, comparisons=1):
     """Half of Student's 95% interval of the mean of a list, infinite for one value.
 
-    Also for equal values: they do not say how far others are apart.
-    of: as one of so many intervals, all of which hold with 95% (Bonferroni).
+    Also for equal values: a few that are equal do not say that all are.
+    comparisons: as one of so many intervals, all of which hold with 95% (Bonferroni).
     """
     n = len(values)
     if n < 2:
@@ -491,14 +497,14 @@ def t_ci95(values, of=1):
     deviation = torch.tensor(values, dtype=torch.float64).std().item()
     if deviation < 1e-9:  # equal but for rounding
         return math.inf
-    return t_quantile(n - 1, 0.025 / of) * deviation / math.sqrt(n)
+    return t_quantile(n - 1, 0.025 / comparisons) * deviation / math.sqrt(n)
 
 
 @functools.cache
-def t_quantile(freedom, tail=0.025):
-    """The t beyond which Student's distribution has this much left."""
+def t_quantile(df, tail=0.025):
+    """The t above which Student's distribution of `df` degrees of freedom has this probability."""
     at = torch.linspace(0, math.pi / 2, 2_000_001, dtype=torch.float64)[:-1].tan()
-    density = torch.distributions.StudentT(torch.tensor(freedom, dtype=torch.float64)).log_prob(at)
+    density = torch.distributions.StudentT(torch.tensor(df, dtype=torch.float64)).log_prob(at)
     half = torch.cumulative_trapezoid(density.exp(), at)
     return at[int((half < 0.5 - tail).sum())].item()
 
@@ -506,8 +512,8 @@ def t_quantile(freedom, tail=0.025):
 def paired_ci95(right, other):
     """Difference in points and half of its 95% interval, image by image.
 
-    right, other: (n,) each, how often an image was classified right. Where nearly all images agree,
-    one more that differs each way is assumed, see ci95.
+    right, other: (n,) each, the share of an image's views that were classified right, 0 to 1. One
+    more image that differs each way is assumed, see ci95 (as Bonett and Price 2012).
     """
     difference = (right - other) * 100
     return difference.mean().item(), ci95(difference, (-100.0, 100.0))
@@ -576,9 +582,9 @@ def select_labels(ctx, label, more=(), least=1):
 
 
 def result(logits, y, label, turns=1, **more):
-    """logits ((r n) k), y ((r n),) -> a result; its interval is over images, all turns of each.
+    """logits ((r n) k), y ((r n),) -> a result. Images without the label do not count.
 
-    Images without the label do not count.
+    Its interval is over the n images, all turns of each; n_test counts every turn.
     """
     logits, y = labeled(logits, y)
     right = correct(logits, y).view(turns, -1).mean(0) * 100
@@ -588,7 +594,9 @@ def result(logits, y, label, turns=1, **more):
 
 
 def constant_answer(logits, y):
-    """logits (n k), y (n,) -> percent that a constant answer has right, and the mean of classes."""
+    """logits (n k), y (n,) -> percent of the largest class, which a constant answer has right, and
+    the mean accuracy over classes.
+    """
     counts, recall = class_recall(logits, y)
     largest = counts.max() / counts.sum() * 100
     return dict(largest=largest.item(), balanced=recall[counts > 0].mean().item())
@@ -722,7 +730,8 @@ def fewshot(
 ):
     """A linear classifier of all classes from a few images of each, from train + val (section 4).
 
-    Mean and 95% interval over trials. 250 steps of Adam, at a learning rate of 0.03.
+    Mean and 95% interval over trials, or over test images where all trials give one figure. 250
+    steps of Adam, at a learning rate of 0.03.
 
     Args:
         label: labels with commas between; every label if none is named
@@ -752,17 +761,14 @@ def fewshot(
         generator = None if fast else loo.make_generator("few shots", ctx.seed, n)
         w, b = fit_few_shot(x[rows], y[rows], k, generator=generator)
         known, y_known = labeled(test, y_test[name])
-        logits = [known @ w[t] + b[t] for t in range(trials)]
-        top1 = [accuracy(one, y_known) for one in logits]
-        each = [result(one, y_known, name) for one in logits]
-        found = each[0] | dict(shots=n, top1=sum(top1) / trials, ci95=t_ci95(top1))
-        if len(set(top1)) == 1:  # all draws give one figure, of these few test images
-            right = [correct(one, y_known) * 100 for one in logits]
-            found["ci95"] = ci95(torch.stack(right).mean(0))
-        found["balanced"] = sum(one["balanced"] for one in each) / trials
-        if k > 5:
-            found["top5"] = sum(one["top5"] for one in each) / trials
-        yield found | dict(protocol="adam" if fast else protocol, n_train=rows.shape[1])
+        each = [result(known @ w[t] + b[t], y_known, name) for t in range(trials)]
+        top1 = [one["top1"] for one in each]
+        found = each[0] | dict(shots=n, n_train=rows.shape[1])
+        for key in ("top1", "balanced", *["top5"] * (k > 5)):
+            found[key] = sum(one[key] for one in each) / trials
+        if len(set(top1)) > 1:  # else the test images are few, and the first trial's will do
+            found["ci95"] = t_ci95(top1)
+        yield found | dict(protocol="adam" if fast else protocol)
 
 
 CELLS = list(itertools.product(CORRUPTIONS, range(1, 6)))
@@ -776,8 +782,8 @@ for name, members in {**IMAGENETC, "all corruptions": CORRUPTIONS}.items():
 def corrupted_images(ctx, published, count=None):
     """Yields the index of one of CELLS, rows (b,), images (b 3 h w) in [0, 1], labels {name: (b,)}.
 
-    published: an ImageSet for each cell; where there are none, the (first `count`) test images are
-    corrupted here, a batch at a time.
+    published: an ImageSet for each cell; where there are none, the test images are corrupted here,
+    a batch at a time, with draws that depend on the batch's first row. count: images to see.
     """
     for i, dataset in enumerate(published or [ctx.split["test"]]):
         for rows, images in on_device(ctx.encoder, dataset, ctx.workers, count=count):
@@ -905,11 +911,11 @@ def spaces(ctx, label: tuple = (), layer: str = "output", margin: float = 1.0):
     Linear classifiers on Z_0 (the space named all), on Z_0 with any of the other spaces beside it,
     and on each space alone; every one is compared with Z_0 alone, on the same images.
 
-    The verdicts, a line for each label under the table, leave one space out: what all spaces know
-    more than all but the group's. A label "wants" a group if the whole paired 95% interval is above
-    zero, and is "better without" it if below. If the interval spans zero, it "does not care" where
-    all of it is within the margin, else one "cannot tell". Intervals are over test images, of one
-    run.
+    The verdicts, a line for each label under the table, leave one space out: the accuracy of all
+    spaces minus that of all but the group's. A label "wants" a group if the whole paired 95%
+    interval is above zero, however small the gain, and is "better without" it if below. If the
+    interval spans zero, it "does not care" where all of it is within the margin, else one "cannot
+    tell". Intervals are over test images, of one run; each verdict is at 95% by itself.
 
     Args:
         label: labels with commas between, rotation is one; all of them if none is named
@@ -1183,7 +1189,8 @@ def embed_files(encoder, config, feature, paths, part, workers, leader_first):
         x[rows] = embed_batch(images)
         seen[rows] = 1
     rows = loo.all_reduce_sum(seen).nonzero().squeeze(1)
-    if loo.rank() == 0:  # close the gaps
+    if loo.rank() == 0:
+        # Close the gaps, in place: the rows ascend, so no row is overwritten before it is read.
         for to, some in zip(torch.arange(len(rows)).split(4096), rows.split(4096)):
             x[to] = x[some]
     return rows, map_file(part, len(rows), d, dtype=torch.float32)
@@ -1211,7 +1218,7 @@ def classify_rows(head, x):
 def write_csv(content, file):
     """A column for each feature; nine digits give every float32 back."""
     text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-    _, *names, _ = content
+    names = [name for name in content if name not in ("files", "features")]
     *columns, x = content.values()
     writer = csv.writer(text)
     writer.writerow(["file", *names, *(f"f{i}" for i in range(x.shape[1]))])
@@ -1963,15 +1970,15 @@ def judge_claim(cells, comparisons):
     return decision, "; ".join(shown[:3]) + more
 
 
-def compare(gains, least, of):
-    """Decide one of `of` comparisons -> the decision, how far its bound is above `least`, the text.
+def compare(gains, least, comparisons):
+    """Decide one of so many comparisons -> decision, how far its bound is above `least`, text.
 
     gains: differences within a seed. The text has their mean, half of its 95% interval, and with
     how many seeds the gain is above `least`.
     """
     mean = sum(gains) / max(1, len(gains))
     # All must be above, so each is asked at 95%. One below is enough, which is likelier among many.
-    half, wide = t_ci95(gains), t_ci95(gains, of)
+    half, wide = t_ci95(gains), t_ci95(gains, comparisons)
     decision, bound = "cannot tell", mean - half
     if mean - half > least:
         decision = "holds"

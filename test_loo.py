@@ -2982,7 +2982,7 @@ def test_knn_is_a_naive_loop():
         similarity = [F.cosine_similarity(test[i], x[j], dim=0).item() for j in range(50)]
         want = [0.0, 0.0, 0.0]
         for s, label in sorted(zip(similarity, y.tolist()), reverse=True)[:7]:
-            want[label] += math.exp((s - 1) / 0.07)
+            want[label] += math.exp((s - max(similarity)) / 0.07)
         assert votes[i].tolist() == pytest.approx(want, rel=1e-3)
 
 
@@ -3018,22 +3018,29 @@ def test_interval_is_students():
     assert eval.t_ci95([5.0]) == math.inf
     assert eval.t_ci95([93.1] * 3) == math.inf  # they do not say how far others are apart
     assert eval.compare([5.0, 5.0], 0, 1)[::2] == ("cannot tell", "+5.0 (2 of 2 seeds)")
-    assert eval.t_ci95([1.0, 2.0, 3.0], of=5) == pytest.approx(9.924843 / math.sqrt(3), rel=1e-3)
+    assert eval.t_ci95([1.0, 2.0, 3.0], comparisons=5) == pytest.approx(
+        9.924843 / math.sqrt(3), rel=1e-3
+    )
     tables = {(4, 0.005): 4.604095, (4, 0.001): 7.173182, (2, 0.005): 9.924843}
     for given, t in (tables | {(1, 0.0005): 636.6192}).items():
         assert eval.t_quantile(*given) == pytest.approx(t, rel=1e-3)
 
 
-@pytest.mark.parametrize("right, n", [(6, 6), (1, 1), (0, 9), (19, 20), (200, 200), (95, 100)])
+RIGHT = [(6, 6), (1, 1), (0, 9), (19, 20), (200, 200), (95, 100), (60, 100), (991, 1000)]
+
+
+@pytest.mark.parametrize("right, n", RIGHT)
 def test_an_interval_at_the_ends_reaches_as_far_as_wilsons(right, n):
     share, z = right / n, 1.96
     root = z * math.sqrt(share * (1 - share) / n + (z / n / 2) ** 2)
     ends = [(share + z**2 / n / 2 + sign * root) / (1 + z**2 / n) for sign in (-1, 1)]
     wilson = 100 * max(abs(end - share) for end in ends)
     assert wilson - 0.1 < eval.ci95((torch.arange(n) < right) * 100.0) < 1.3 * wilson
-    # With ten right and ten wrong ones more it is the usual one.
-    many = (torch.arange(n + 20) < right + 10) * 100.0
-    assert eval.ci95(many) == 1.96 * many.std().item() / math.sqrt(n + 20)
+
+
+def test_more_errors_make_no_interval_narrower():
+    halves = [eval.ci95((torch.arange(1000) >= wrong) * 100.0) for wrong in range(50)]
+    assert halves == sorted(halves)
 
 
 FEW = [(6, 0, "cannot tell"), (100, 0, "cannot tell"), (400, 0, "does not care")]
