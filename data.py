@@ -6,8 +6,8 @@
     python data.py stylize --data=folder --root=DIR  # copies in another texture
 
 All random augmentation happens later, on the training device.
-Axes, in the whole project: b image, v key view, g group, s space, d feature, c embedding (or color
-channel), n queue slot or sample, t trial, h w pixel.
+Axes: b image of a batch, n image of a set, c color channel, f filter, h w pixel; in corruptions
+also k kernel, t point along a motion. A function's g is its torch.Generator.
 """
 
 import contextlib
@@ -55,12 +55,12 @@ from loo import UserError, first_line, make_generator, typed, uniform
 class ImageSet(NamedTuple):
     """Images with labels. `open_dataset` gives files, `decode_all` makes a tensor of them."""
 
-    # (n 3 h w) uint8, h == w: an image that is not square is squashed. Or ImageFiles.
+    # (n 3 h w) uint8, h == w: squashed if not square, or the central crop. Or ImageFiles.
     images: torch.Tensor
     aspect: torch.Tensor  # (n,) float, width / height before squashing; 1 until it is decoded
     labels: dict  # {label: (n,) int64}, -1 where an image does not have the label
     classes: dict  # {label: class names}
-    missing: tuple = ()  # indices of images that could not be read and were left out
+    unreadable: tuple = ()  # indices of images that could not be read and were left out
     textures: torch.Tensor = None  # (n copy 3 h w) uint8, stylized copies of the images
     held: dict = {}  # {flag of a folder: [number of files that were read from it, fingerprint]}
 
@@ -68,8 +68,8 @@ class ImageSet(NamedTuple):
 class Source(NamedTuple):
     """A row of the table of data sets."""
 
-    # {split: (classes, images)} as published, None for an unknown count;
-    # of a torchvision set, {split: arguments of its class}
+    # {split: (classes, images)} as published, None for an unknown count; {split: None} of factors;
+    # {split: arguments of its class} of a torchvision set
     splits: dict
     address: str = ""  # where to get a published set
     crop_pct: float = 0.875  # share of the short side that evaluations see
@@ -86,8 +86,8 @@ IMAGENETC = {
 }
 CORRUPTED = [f"{c}/{i}" for names in IMAGENETC.values() for c in names for i in range(1, 6)]
 TRAIN_FLAG = {"train": dict(train=True), "test": dict(train=False)}
-SPLIT = {split: dict(split=split) for split in ("train", "val", "test")}
-TRAIN_TEST = {split: SPLIT[split] for split in ("train", "test")}
+SPLIT_FLAG = {split: dict(split=split) for split in ("train", "val", "test")}
+TRAIN_TEST = {split: SPLIT_FLAG[split] for split in ("train", "test")}
 
 DATASETS = {
     "factors": Source(dict.fromkeys(("train", "val", "test")), crop_pct=1),
@@ -118,7 +118,7 @@ DATASETS = {
     "cifar100": Source(TRAIN_FLAG, crop_pct=1, torchvision="CIFAR100"),
     "fashion_mnist": Source(TRAIN_FLAG, crop_pct=1, torchvision="FashionMNIST"),
     "stl10": Source({"pretrain": dict(split="train+unlabeled")} | TRAIN_TEST, torchvision="STL10"),
-    "dtd": Source(SPLIT, torchvision="DTD"),
+    "dtd": Source(SPLIT_FLAG, torchvision="DTD"),
     "pets": Source(TRAIN_TEST | {"train": dict(split="trainval")}, torchvision="OxfordIIITPet"),
     "food101": Source(TRAIN_TEST, torchvision="Food101"),
 }
@@ -145,7 +145,7 @@ def open_dataset(
     source = DATASETS[check_choice("data", name, DATASETS)]
     if split == "pretrain" and split not in source.splits:
         split = "train"
-    check_choice("split", split, FACTORS if name == "factors" else source.splits or SPLIT)
+    check_choice("split", split, FACTORS if name == "factors" else source.splits or SPLITS)
     if name == "factors":
         if root:
             raise UserError(f"--root={root}: factors reads no folder; your images: --data=folder")
@@ -155,9 +155,11 @@ def open_dataset(
         files, labels, classes = from_torchvision(name, split, root, download)
     else:
         read = functools.partial(read_image, border=source.border)
-        root = check_root(fetch_archives(name, root) if download else root, name)
+        if download:
+            root = fetch_archives(name, root)
+        root = check_root(root, name)
         if name == "folder":
-            read_folder = table_folder if (root / TABLE).is_file() else folder
+            read_folder = table_folder if (root / TABLE).is_file() else image_folder
             files, labels, classes = read_folder(split, root, split_seed)
         else:
             files, labels, classes = published(name, split, root)
@@ -183,7 +185,7 @@ def dataset_splits(name, root=None, split_seed=0):
         found = {row["split"] for row in read_table(root, split_seed)[1].values()}
     else:
         found = split_folders(root) or ("train", "val")
-    return tuple(split for split in SPLIT if split in {"train", *found})
+    return tuple(split for split in SPLITS if split in {"train", *found})
 
 
 def label_names(classes):
@@ -198,8 +200,9 @@ def check_root(root, name="folder"):
         root = root or "downloads"
     if not root or not Path(root).is_dir():
         problem = f"--root={root}: no such folder; " if root else ""
-        content = source.address and f"what {source.address} gives"
-        content = content or f"one sub-folder of images for each class, or a {TABLE}"
+        content = f"one sub-folder of images for each class, or a {TABLE}"
+        if source.address:
+            content = f"what {source.address} gives"
         raise UserError(f"{problem}--data={name} needs --root=DIR with {content}")
     return Path(root)
 
@@ -251,7 +254,7 @@ def files_below(top, above=()):
 
 
 def is_image(path):
-    """Is this an image by its name? A broken link is one, so that reading names it; no device."""
+    """Is this an image by its name? Also a broken link, which reading then names; no device."""
     return path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())
 
 
@@ -277,8 +280,9 @@ def class_folders(top):
     """The folders in which something is an image, or nothing is anything."""
 
     def is_class(path):
-        images = map(is_image, files_below(path))
-        return next(images, True) or any(images)
+        found = map(is_image, files_below(path))
+        first = next(found, None)
+        return first is None or first or any(found)
 
     return [name for name in sub_folders(top) if is_class(top / name)]
 
@@ -325,13 +329,14 @@ def inner_folder(top):
     return top
 
 
-def folder(split, root, seed=0):
+def image_folder(split, root, seed=0):
     """An ImageFolder tree -> paths, labels, class names.
 
-    Either root/train and root/val, or one tree: a seeded hash of each path keeps 80% for train."""
+    Either root/train and root/val, or one tree: a seeded hash of each path keeps 80% for train, and
+    val and test are the same 20%."""
     splits = split_folders(root)
-    for name in ("train", split) if splits else ():
-        if name not in splits:
+    for name in ("train", split):
+        if splits and name not in splits:
             raise UserError(f"{root}: no folder {name}, beside {', '.join(splits)} it needs one")
     train, top = (inner_folder(splits.get(name, root)) for name in ("train", split))
     # a class has the same number in every split
@@ -347,7 +352,7 @@ def folder(split, root, seed=0):
         if place not in splits.values() and len(split_folders(place)) > 1:
             raise UserError(f"{top}: its splits are one folder further: --root={place}")
     inner = [sub_folders(top / name) for name in here[:3]]
-    if inner and len(inner[0]) > 1 and inner == inner[:1] * len(inner):
+    if inner and len(inner[0]) > 1 and all(names == inner[0] for names in inner):
         found = f"{', '.join(here[:3])}, each with the folders {', '.join(inner[0][:3])}"
         hint = f"if those are the classes, --root={top / here[0]}, or name splits train and test"
         warn_once(f"{top}: read as classes: {found}; {hint}")
@@ -384,7 +389,8 @@ def folder(split, root, seed=0):
         pairs = [pair for pair, its_side in zip(pairs, sides) if its_side == side]
     if not pairs:
         raise UserError(f"{root}: too few images to split into train and val")
-    return *zip(*pairs), classes
+    paths, labels = zip(*pairs)
+    return paths, labels, classes
 
 
 def warn_left_out(root, paths):
@@ -426,8 +432,8 @@ SPLITS = {
 
 def split_of(word):
     """The split that the name of a folder, or a cell of labels.csv, means, or None."""
+    more = r"[\W_]*(set|images|data|split)?[\W_]*((19|20)\d\d)?"
     for split, pattern in SPLITS.items():
-        more = r"[\W_]*(set|images|data|split)?[\W_]*((19|20)\d\d)?"
         if re.fullmatch(f"({pattern}){more}", word.lower()):
             return split
 
@@ -455,7 +461,7 @@ def read_table(root, seed=0):
     column's, else the folder's name."""
     rows = table_rows(root / TABLE)
 
-    def refuse(problem):
+    def refuse(line, problem):
         raise UserError(f"{root / TABLE}, line {line}: {problem}")
 
     line, columns = next(rows, (1, []))
@@ -463,19 +469,19 @@ def read_table(root, seed=0):
     columns = [name.lower() if name.lower() in own else name for name in columns]
     if "file" not in columns:
         found = ", ".join(columns) or "none"
-        refuse(f"expected a column file, found {found}; give the column of paths this name")
+        refuse(line, f"expected a column file, found {found}; give the column of paths this name")
     for name in filter(None, columns):
         if columns.count(name) > 1:
-            refuse(f"two columns are named {name}")
+            refuse(line, f"two columns are named {name}")
         if name in ("rotation", "image"):
-            refuse(f"evaluations use the name {name} themselves: rename this column")
+            refuse(line, f"evaluations use the name {name} themselves: rename this column")
     paths, others = list_files(root)
     warn_left_out(root, others)
     table, lost = {path.relative_to(root).as_posix(): {} for path in paths}, []
     composed = {unicodedata.normalize("NFC", file): file for file in table}
     for line, cells in rows:
         if len(cells) != len(columns):
-            refuse(f"{len(cells)} cells, the header has {len(columns)}")
+            refuse(line, f"{len(cells)} cells, the header has {len(columns)}")
         row = dict(zip(columns, cells))
         file = Path(row["file"].replace("\\", "/")).as_posix()
         if file not in composed:
@@ -483,17 +489,20 @@ def read_table(root, seed=0):
             file = below if below in composed else file
         file = composed.get(file, file)
         if table.get(file):
-            refuse(f"{file} is listed twice")
+            refuse(line, f"{file} is listed twice")
         if "split" in row:
             word = row["split"] or "train"
-            row["split"] = split_of(word) or refuse(f"split {word}: expected train, val or test")
+            row["split"] = split_of(word)
+            if not row["split"]:
+                refuse(line, f"split {word}: expected train, val or test")
         if file in table:
             table[file] = row
         else:
             lost.append((line, file))
     if lost:
         line, file = lost[0]
-        refuse(f"{file}: no such image in {root}; {len(lost)} files of this table are missing")
+        missing = f"{len(lost)} files of this table are missing"
+        refuse(line, f"{file}: no such image in {root}; {missing}")
     tops = {top.name: split for split, top in split_folders(root).items()}
     for file, row in table.items():
         folders, split = file.split("/")[:-1], "train"
@@ -508,7 +517,8 @@ def read_table(root, seed=0):
 
 
 def table_folder(split, root, seed=0):
-    """Images with a labels.csv -> paths, {label: (n,)}, -1 where not labeled, {label: classes}."""
+    """Images with a labels.csv -> paths, {label: n class indices}, -1 where not labeled, and
+    {label: class names}."""
     columns, table = read_table(root, seed)
     files = [file for file, row in table.items() if row["split"] == split]
     if not files:
@@ -615,7 +625,8 @@ def to_rgb(image):
     image.load()  # what fails after it is in the tags
     with contextlib.suppress(Exception):  # an orientation that cannot be read
         ImageOps.exif_transpose(image, in_place=True)
-    for depth, step in (("L;2", 85), ("L;4", 17)):  # Pillow scales the pixels alone
+    # Pillow scales pixels of 2 and 4 bits to 8, but not the transparent value.
+    for depth, step in (("L;2", 85), ("L;4", 17)):
         if depth in stored and "transparency" in image.info:
             image.info["transparency"] *= step
     clear = image.info.get("transparency")
@@ -713,7 +724,7 @@ def decoding_workers(asked, batches, processes=1):
 
 def iter_batches(dataset, workers=None, batch=256, part=(0, 1), count=None, named=5):
     """The (first `count`) images in order, decoded ahead in `workers` processes (None: one for
-    each core) and not kept.
+    each core; up to 256 images are decoded in this one) and not kept.
 
     Yields rows (b,), images (b 3 h w) uint8, aspect (b,). part (i, of): every of-th batch from the
     i-th on. Unreadable images are left out with a warning that names the first `named` (None: all);
@@ -757,12 +768,15 @@ def collate(items):
     return torch.stack(images).numpy(), aspect, errors
 
 
+IN_MEMORY = 4 << 30  # bytes of a set that stays in memory, unless processes share it
+
+
 def decode_all(dataset, workers=None, cache=None, shared=False):
     """ImageSet of files -> ImageSet of a tensor, images (n 3 side side) uint8.
 
     cache: a folder. It keeps sets over 4 GiB, or all if `shared`, as memory maps for the next run
-    and for other processes, until a file changes. UserError when more than 1% (and more than one)
-    cannot be read."""
+    and for other processes, until a file changes; what is written into such images stays there.
+    UserError when more than 1% (and more than one) cannot be read."""
     if torch.is_tensor(dataset.images):
         return dataset
     n, side = len(dataset.images), dataset.images.side
@@ -771,22 +785,22 @@ def decode_all(dataset, workers=None, cache=None, shared=False):
     key = repr((mark, side, dataset.images.share)) + os.environ.get("LOOC_MEGAPIXELS", "")
     name = hashlib.sha1(key.encode()).hexdigest()[:16]
     path = Path(cache) / f"{name}.canvases" if cache else None
-    if not cache or (size <= 4 << 30 and not shared and not path.exists()):
+    if not cache or (size <= IN_MEMORY and not shared and not path.exists()):
         images = torch.empty(shape, dtype=torch.uint8)
-        rows, aspect = decode(dataset, images, workers)
+        rows, aspect = decode_into(images, dataset, workers)
     else:
-        index, times = path.with_suffix(".pt"), file_stats(dataset, "st_mtime_ns")
+        index, mtimes = path.with_suffix(".pt"), file_stats(dataset, "st_mtime_ns")
 
         def write(file):
             allocate(file, size)
-            read = decode(dataset, map_file(file.name, *shape), workers)
-            write_tensors(index, (*read, times))
+            decoded = decode_into(map_file(file.name, *shape), dataset, workers)
+            write_tensors(index, (*decoded, mtimes))
 
-        then = None
-        with contextlib.suppress(UserError):  # not there, or not whole
-            *_, then = read_tensors(index)
-        whole = path.exists() and path.stat().st_size == size and then is not None
-        if not whole or not torch.equal(then, times):
+        cached_mtimes = None
+        with contextlib.suppress(UserError):  # not there, or not whole: decoded again
+            *_, cached_mtimes = read_tensors(index)
+        whole = path.exists() and path.stat().st_size == size and cached_mtimes is not None
+        if not whole or not torch.equal(cached_mtimes, mtimes):
             print(f"decoding {n} images, once: {path}", file=sys.stderr, flush=True)
             with contextlib.suppress(OSError):  # not there, or on a read-only disk
                 path.unlink()
@@ -795,24 +809,24 @@ def decode_all(dataset, workers=None, cache=None, shared=False):
             rate = n / (time.perf_counter() - begun)
             print(f"decoded {rate:.0f} images/s", file=sys.stderr, flush=True)
         images, (rows, aspect, _) = map_file(path, *shape), read_tensors(index)
-    missing = tuple(sorted(set(range(n)) - set(rows.tolist())))
+    unreadable = tuple(sorted(set(range(n)) - set(rows.tolist())))
     labels = {name: y[rows] for name, y in dataset.labels.items()}
     held = {"root": [len(rows), mark]}
-    return ImageSet(images[: len(rows)], aspect, labels, dataset.classes, missing, held=held)
+    return ImageSet(images[: len(rows)], aspect, labels, dataset.classes, unreadable, held=held)
 
 
 def decode_cached(dataset, workers, cache, shared):
-    """`decode_all`; where the cache cannot be written, a set of up to 4 GiB goes into memory."""
+    """`decode_all`; where the cache cannot be written, a small set goes into memory."""
     try:
         return decode_all(dataset, workers, cache, shared)
     except WriteError as error:
-        if len(dataset.images) * 3 * dataset.images.side**2 > 4 << 30:
+        if len(dataset.images) * 3 * dataset.images.side**2 > IN_MEMORY:
             raise
         warn_once(f"{error}; decoding into memory")
         return decode_all(dataset, workers)
 
 
-def decode(dataset, images, workers):
+def decode_into(images, dataset, workers):
     """Fill images (n 3 side side) without gaps -> rows (m,) that could be read, aspect (m,)."""
     done, aspects, end = [], [], 0
     for rows, batch, aspect in iter_batches(dataset, workers, 64):
@@ -906,8 +920,9 @@ def factors(split, size=32, count=None):
     Labels: object (12), hue (16 bins), texture (4), species = object x hue (192). Nuisances:
     position, scale, tilt, light, background, noise. Each object has details of its own (bent
     strokes, four gray marks): an image differs from all others without its color. Light comes from
-    above, so a rotation changes more than the outline. Splits are disjoint draws. "viewpoint" plays
-    ObjectNet's part: more tilt (standard deviation 40 degrees, not 11), colored backgrounds."""
+    above, so a rotation changes more than the outline. Splits are drawn independently; another
+    `count` draws other images. "viewpoint" plays ObjectNet's part: more tilt (standard deviation 40
+    degrees, not 11), colored backgrounds."""
     n, g = count or FACTORS[split], make_generator("factors", split)
     rand = functools.partial(uniform, generator=g)
 
@@ -964,8 +979,8 @@ def render(look, size, noise):
     """One image for each row of `look`, a dict of (n ...) parameters -> (n 3 size size) uint8."""
     # (n ... 1 1): parameters broadcast over pixels
     p = {name: value[..., None, None] for name, value in look.items()}
-    axis = (torch.arange(size) + 0.5) * 2 / size - 1
-    x, y = axis[None, None, :], -axis[None, :, None]  # y is up
+    line = (torch.arange(size) + 0.5) * 2 / size - 1
+    x, y = line[None, None, :], -line[None, :, None]  # y is up
     pixel = 2 / size / p["scale"]  # one pixel in the object's units: the width of an edge
     u, v = (x - p["center"][:, 0]) / p["scale"], (y - p["center"][:, 1]) / p["scale"]
     cos, sin = p["tilt"].cos(), p["tilt"].sin()
@@ -991,8 +1006,9 @@ def render(look, size, noise):
     spots = (0.5 - spots / pixel[:, None]).clamp(0, 1)
     height = (-outside / 0.3).clamp(-0.1, 1)  # a rounded relief, lit from above
     dy, dx = torch.gradient(height, spacing=2 / size, dim=(1, 2))
+    # The slope towards the light, in the object's own units; rows run down, so up is -dy.
     facing = -(dx * p["light"].sin() - dy * p["light"].cos()) * p["scale"] * 0.3
-    body = hsv(p["hue"], p["saturation"], p["value"] * (1 + p["fill_depth"] * fill))
+    body = hsv_to_rgb(p["hue"], p["saturation"], p["value"] * (1 + p["fill_depth"] * fill))
     for spot, shade in zip(spots.unbind(1), gray.unbind(1)):
         body = torch.lerp(body, shade[:, None], spot[:, None])
     body = body * (1 + p["relief"] * facing)[:, None]
@@ -1000,13 +1016,13 @@ def render(look, size, noise):
     sky = ((y - p["horizon"]) * 8).sigmoid()  # above a faint horizon
     under = F.pad(outside, (0, 0, size // 16, 0), value=1e3)[:, :size]
     shadow = (0.5 - under / pixel / 3).clamp(0, 1) * 0.15
-    ground = hsv(*p["ground"].unbind(1)) * (1 - shadow + p["haze"] * (sky - 0.5))[:, None]
+    ground = hsv_to_rgb(*p["ground"].unbind(1)) * (1 - shadow + p["haze"] * (sky - 0.5))[:, None]
     image = torch.lerp(ground, body, inside[:, None])
     image = image + 0.02 * torch.randn(image.shape, generator=noise)
     return (image * 255).round().clamp(0, 255).byte()
 
 
-def hsv(hue, saturation, value):
+def hsv_to_rgb(hue, saturation, value):
     """(n h w) each, broadcast against one another -> rgb (n 3 h w)."""
     k = (torch.tensor([5.0, 3.0, 1.0])[:, None, None] + (hue * 6)[:, None]) % 6
     return value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
@@ -1050,7 +1066,8 @@ def published(name, split, root):
         raise UserError(f"{root}: {problem}; get them at {address}") from None
     if not pairs:
         raise UserError(f"{root}: no images of {name} here; get it at {address}")
-    return *zip(*sorted(pairs, key=lambda pair: pair[0])), classes
+    paths, labels = zip(*sorted(pairs, key=lambda pair: pair[0]))
+    return paths, labels, classes
 
 
 def first_existing(name, root, *places):
@@ -1191,9 +1208,10 @@ def fetch_archives(name, root):
 
 # Hendrycks and Dietterich, ICLR 2019, in batches, on any device. The constants are the published
 # ones, for 224 x 224: for others, every length (radius, sigma, distance) is scaled by side / 224.
-# Each image has its own draws, made on the CPU. The published images were also saved as JPEG at
-# quality 85; ours are not. Each function: images (b c h w) in [0, 1], h == w, a CPU generator, its
-# constants -> (b c h w). Axes beside the project's: k kernel, t point along a motion.
+# Each image has its own draws, made on the CPU; they depend on the size of the batch. Unlike the
+# published images ours are not saved as JPEG at quality 85, values are rounded and not cut to 8
+# bits, and frost is drawn. Each function: images (b c h w) in [0, 1], h == w, a CPU generator, its
+# constants -> (b c h w).
 REFERENCE_SIZE = 224
 
 
@@ -1207,10 +1225,13 @@ def corrupt(images, name, severity, generator):
         expected = f"expected 1 to 5 of {', '.join(CORRUPTIONS)}"
         raise ValueError(f"corruption {name}, severity {severity}: {expected}")
     function, constants = CORRUPTIONS[name]
-    return function(images, generator, *constants[severity - 1]).clamp(0, 1).mul(255).round() / 255
+    return (
+        function(images, generator, *constants[int(severity) - 1]).clamp(0, 1).mul(255).round()
+        / 255
+    )
 
 
-def scale(images):
+def side_ratio(images):
     """How many pixels of these images one pixel of the constants is."""
     return images.shape[-1] / REFERENCE_SIZE
 
@@ -1237,31 +1258,37 @@ def bilinear_weights(points, reach):
 
 
 def convolve(images, kernels, border):
-    """images (b c h w), kernels (b k k) or (1 k k) -> (b c h w), by FFT: k is up to 83."""
+    """images (b c h w), kernels (b k k) or (1 k k) -> (b c h w), by FFT: k is 81 for the
+    longest motion at side 224."""
     k = kernels.shape[-1]
     padded = F.pad(images, (k // 2,) * 4, border)
     size = padded.shape[-2:]
     kernels = kernels / kernels.sum((1, 2), keepdim=True)
     spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(kernels, s=size)[:, None]
-    # what comes before mixes opposite borders
+    # The first rows and columns mix opposite borders: an FFT wraps around.
     return torch.fft.irfft2(spectrum, s=size)[..., k - 1 :, k - 1 :]
 
 
-def gaussian_filter(images, sigma):
-    """Gaussian blur, mirrored at the border, as two matrix products: sigma may exceed the image."""
+def gaussian_filter(images, sigma, mirrored=True):
+    """Gaussian blur as two matrix products; sigma may exceed the image.
+
+    Beyond the border the image goes on mirrored, or by its last pixel."""
     n, reach = images.shape[-1], math.ceil(4 * sigma)
     pixel = torch.arange(n, device=images.device)
     at = torch.arange(-reach, n + reach, device=images.device)
     weight = torch.softmax(-(((at - pixel[:, None]) / sigma) ** 2) / 2, 1)
-    # mirrored again and again, where it takes more than once
-    folded = torch.minimum(at % (2 * n), -(at + 1) % (2 * n))
+    folded = at.clamp(0, n - 1)
+    if mirrored:  # again and again, where it takes more than once
+        folded = torch.minimum(at % (2 * n), -(at + 1) % (2 * n))
     matrix = torch.zeros_like(weight[:, :n]).index_add_(1, folded, weight)
     return matrix @ images @ matrix.T
 
 
 def defocus_blur(images, generator, radius):
-    """The average over a disk, whose edge is smooth by half a pixel as the published one's."""
-    radius = radius * scale(images)
+    """The average over a disk with an antialiased edge.
+
+    The published disk is blurred, by a sigma of 0.1 pixels at severity 1 and of 0.5 above."""
+    radius = radius * side_ratio(images)
     points = (torch.linspace(-1, 1, 257, device=images.device)[:-1] + 1 / 256) * radius
     weights = bilinear_weights(points, math.ceil(radius))
     disk = (points[:, None] ** 2 + points**2 <= radius**2).float()
@@ -1275,10 +1302,10 @@ def glass_blur(images, generator, sigma, distance, times):
     As published: that code means to swap the two colors, but numpy copies one of them.
     A distance with a fraction is rounded up for that share of the pixels."""
     b, c, h, w = images.shape
-    whole, fraction = divmod(distance * scale(images), 1)
+    whole, fraction = divmod(distance * side_ratio(images), 1)
     edge = whole + (fraction > 0)  # the width of a border that keeps its colors
-    sigma = sigma * scale(images)
-    images = gaussian_filter(images, sigma).flatten(2)
+    sigma = sigma * side_ratio(images)
+    images = gaussian_filter(images, sigma, mirrored=False).flatten(2)
     own = torch.arange(h * w).view(h, w)
     y, x = own // w, own % w
     inside = (y > edge) & (y <= h - edge) & (x > edge) & (x <= w - edge)
@@ -1286,19 +1313,22 @@ def glass_blur(images, generator, sigma, distance, times):
         far = whole + (torch.rand(b, 2, h, w, generator=generator) < fraction)
         dy, dx = (uniform(-1, 1, b, 2, h, w, generator=generator) * far).floor().long().unbind(1)
         source = torch.where(inside, own + dy * w + dx, own).flatten(1).to(images.device)
-        # a source further on already has a color from elsewhere: doubled six times, 64 jumps back
+        # A source that comes later in the image has been overwritten by then, and stands for its
+        # own source. Doubling the jumps six times follows chains of up to 64.
         back = torch.maximum(source, own.flatten().to(source))
         for _ in range(6):
             back = back.gather(1, back)
         source = source.gather(1, back)
         images = images.gather(2, source[:, None].expand(b, c, h * w))
-    return gaussian_filter(images.view(b, c, h, w), sigma)
+    return gaussian_filter(images.view(b, c, h, w), sigma, mirrored=False)
 
 
-def motion_blur_kernel(images, angle, radius, sigma, border="replicate"):
-    """Blur along angle (b,) in degrees, to one side, by half a Gaussian cut at 2 radius."""
-    length, steps = 2 * radius * scale(images), 2 * radius * math.ceil(scale(images))
-    far = torch.linspace(0, 1, steps + 1, device=images.device)
+def blur_along(images, angle, radius, sigma, border="replicate"):
+    """Blur along angle (b,) in degrees, by half a Gaussian cut at 2 radius.
+
+    As in ImageMagick a pixel sees what lies in this direction, down for 90 degrees."""
+    length, steps = 2 * radius * side_ratio(images), 2 * radius * math.ceil(side_ratio(images))
+    far = -torch.linspace(0, 1, steps + 1, device=images.device)  # a kernel is mirrored
     weight = (-((far * 2 * radius / sigma) ** 2) / 2).exp()
     angle = angle.to(images).deg2rad()[:, None]
     rows = bilinear_weights(far * length * angle.sin(), math.ceil(length))
@@ -1308,12 +1338,13 @@ def motion_blur_kernel(images, angle, radius, sigma, border="replicate"):
 
 def motion_blur(images, generator, radius, sigma):
     angle = uniform(-45, 45, len(images), generator=generator)
-    return motion_blur_kernel(images, angle, radius, sigma)
+    return blur_along(images, angle, radius, sigma)
 
 
 def warp(images, theta, padding, shift=0):
-    """images (b c h w), every pixel from where theta (2 3) or (b 2 3) and then shift (b h w xy)
-    lead from it, in coordinates of [-1, 1] -> (b c h w)."""
+    """images (b c h w) -> (b c h w): the pixel at p comes from theta @ (p, 1) + shift.
+
+    p: x and y in [-1, 1]; theta (2 3) or (b 2 3); shift (b h w xy)."""
     theta = theta.expand(len(images), 2, 3).to(images)
     grid = F.affine_grid(theta, images.shape, align_corners=False) + shift
     return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
@@ -1332,7 +1363,7 @@ def snow(images, generator, mean, std, zoom, threshold, radius, sigma, keep):
     flakes = F.interpolate(cells, (REFERENCE_SIZE,) * 2, mode="bilinear", align_corners=True)
     flakes = resize(F.threshold(flakes, threshold, 0).clamp(0, 1), images.shape[-1])
     angle = uniform(-135, -45, b, generator=generator)
-    flakes = motion_blur_kernel(flakes, angle, radius, sigma)
+    flakes = blur_along(flakes, angle, radius, sigma)
     bleached = torch.maximum(images, loo.grayscale(images) * 1.5 + 0.5)
     return keep * images + (1 - keep) * bleached + flakes + flakes.rot90(2, (2, 3))
 
@@ -1369,10 +1400,10 @@ def frost(images, generator, keep, amount):
     b, side = len(images), images.shape[-1]
     size = 4 * b, 1, side, side
     dots = torch.rand(size, generator=generator)
-    dots = dots * (torch.rand(size, generator=generator) < 0.006 / scale(images) ** 2)
+    dots = dots * (torch.rand(size, generator=generator) < 0.006 / side_ratio(images) ** 2)
     angle = uniform(0, 360, 4 * b, generator=generator)
-    blades = motion_blur_kernel(dots.to(images), angle, 15, 10, "circular")
-    blades = motion_blur_kernel(blades, angle + 30, 6, 4, "circular")
+    blades = blur_along(dots.to(images), angle, 15, 10, "circular")
+    blades = blur_along(blades, angle + 30, 6, 4, "circular")
     blades = rearrange(blades, "(b n) 1 h w -> b n h w", n=4).amax(1, keepdim=True)
     clouds = plasma(b, side, 1.5, generator).to(images)
     relief = F.instance_norm(blades) * 0.9 + F.instance_norm(clouds) * 0.45
@@ -1398,11 +1429,11 @@ def elastic_transform(images, generator, alpha, sigma, shift):
     """An affine map that moves three points by up to `shift`, then blurred noise of +-alpha.
 
     alpha scales with the area, as blurred noise goes down with sigma: displacements as lengths."""
-    b, s = len(images), scale(images)
-    # of the way from the center to the corners
-    third = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]) * 2 / 3
-    moved = third + uniform(-shift, shift, b, 3, 2, generator=generator) * 2 / REFERENCE_SIZE
-    theta = torch.linalg.solve(F.pad(moved, (0, 1), value=1), third.expand(b, 3, 2)).mT
+    b, s = len(images), side_ratio(images)
+    # Three corners of a square that reaches a third of the side from the center, each way.
+    corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]) * 2 / 3
+    moved = corners + uniform(-shift, shift, b, 3, 2, generator=generator) * 2 / REFERENCE_SIZE
+    theta = torch.linalg.solve(F.pad(moved, (0, 1), value=1), corners.expand(b, 3, 2)).mT
     noise = uniform(-1, 1, b, 2, *images.shape[2:], generator=generator).to(images)
     local = gaussian_filter(noise, sigma * s) * alpha * s * 2 / REFERENCE_SIZE
     local = rearrange(local, "b xy h w -> b h w xy")
@@ -1462,6 +1493,7 @@ CORRUPTIONS = {  # name: (function, its constants at severity 1 to 5)
 
 # ---------------------------------------------------------------- style transfer, group `texture`
 
+STYLES = 56  # drawn by code
 COPIES = 4  # of an image: of one copy alone, two views would often have the same texture
 
 
@@ -1483,13 +1515,13 @@ def zigzag(t):
 def texture_relief(n, size, g):
     """Heights (n size size) of 14 patterns in turn, each with its own angle, scale and warp."""
     rand = functools.partial(uniform, generator=g)
-    axis = torch.linspace(-1, 1, size)
-    x, y = torch.meshgrid(axis, axis, indexing="xy")
-    angle, scale, warp = (rand(*r, n, 1, 1) for r in ((0, math.tau), (2.5, 9), (0, 0.25)))
+    line = torch.linspace(-1, 1, size)
+    x, y = torch.meshgrid(line, line, indexing="xy")
+    angle, zoom, bent = (rand(*r, n, 1, 1) for r in ((0, math.tau), (2.5, 9), (0, 0.25)))
     soft, fine, *bend = (fractal_noise(n, size, decay, g) for decay in (1.5, 0.5, 1.2, 1.2))
-    bend_x, bend_y = bend[0] * warp, bend[1] * warp
-    u = (angle.cos() * x + angle.sin() * y + bend_x) * scale
-    v = (angle.cos() * y - angle.sin() * x + bend_y) * scale
+    bend_x, bend_y = bend[0] * bent, bend[1] * bent
+    u = (angle.cos() * x + angle.sin() * y + bend_x) * zoom
+    v = (angle.cos() * y - angle.sin() * x + bend_y) * zoom
     wave_u, wave_v = (math.tau * u).sin(), (math.tau * v).sin()
     cell, brick = torch.hypot(u - u.round(), v - v.round()), u + 0.5 * (v.floor() % 2)
     joint = torch.minimum(0.5 - (brick - brick.round()).abs(), 0.5 - (v - v.floor() - 0.5).abs())
@@ -1524,7 +1556,7 @@ def procedural_textures(n, size, seed=0):
     height = texture_relief(n, size, g)
     rand = functools.partial(uniform, generator=g)
     hue, saturation, value = (rand(*r, n, 3) for r in ((0, 1), (0.1, 0.9), (0.1, 1)))
-    color = hsv(*(x.T.reshape(3 * n, 1, 1) for x in (hue, saturation, value)))
+    color = hsv_to_rgb(*(x.T.reshape(3 * n, 1, 1) for x in (hue, saturation, value)))
     dark, middle, light = color.view(3, n, 3, 1, 1)
     t = height[:, None] / 1.5
     lower = torch.lerp(dark / 2, middle, (t + 1).clamp(max=1))
@@ -1534,8 +1566,8 @@ def procedural_textures(n, size, seed=0):
     return (torch.where(t < 0, lower, upper) * shading).clamp(0, 1)
 
 
-def guided_filter(images, radius, flat=0.003, times=2):
-    """images (b c h w) without texture: He et al.'s guided filter, by luminance; edges stay."""
+def guided_filter(images, radius, eps=0.003, times=2):
+    """Smooth texture away and keep edges: He et al.'s guided filter, by luminance; (b c h w)."""
 
     def box(x):
         padded = F.pad(x, (radius,) * 4, mode="reflect")
@@ -1544,14 +1576,14 @@ def guided_filter(images, radius, flat=0.003, times=2):
     for _ in range(times):
         guide = rgb_to_grayscale(images)
         middle, mean = box(guide), box(images)
-        variance = box(guide * guide) - middle * middle + flat
+        variance = box(guide * guide) - middle * middle + eps
         slope = (box(guide * images) - middle * mean) / variance
         images = box(slope) * guide + box(mean - slope * middle)
     return images
 
 
 def match_color(images, style):
-    """images (b 3 h w) with the mean and covariance of the colors of style (b 3 h w)."""
+    """Give images (b 3 h w) the mean and covariance of the colors of style (b 3 h w)."""
 
     def moments(x):
         pixels = x.flatten(2)
@@ -1584,8 +1616,8 @@ def random_features(images, filters=48):
 
 
 def vgg_features(net, images):
-    """conv1_1, 2_1, 3_1, 4_1, 4_2 and 5_1 of torchvision's VGG-19 (Gatys et al. 2016):
-    (b 3 h w) -> maps [(b f h w), ...], the content map's index (conv4_2)."""
+    """conv1_1, 2_1, 3_1, 4_1, 4_2 and 5_1 of torchvision's VGG-19 after ReLU (Gatys et al. 2016):
+    (b 3 h w) -> maps [(b f h w), ...], content map's index (conv4_2; the style has it too)."""
     maps, x = [], loo.normalize(images)
     for i, layer in enumerate(net.features[:30]):
         x = layer(x)
@@ -1621,35 +1653,42 @@ def relative_error(x, goal):
 
 
 def style_transfer(
-    images, styles, features=random_features, steps=10, content=0.1, strength=0.7, keep_color=False
+    images,
+    styles,
+    features=random_features,
+    steps=10,
+    content_weight=0.1,
+    strength=0.7,
+    keep_color=False,
 ):
-    """Another texture, the same shape (Gatys et al. 2016): images, styles (b 3 h w) in [0, 1].
+    """Another texture, the same shape (Gatys et al. 2016): images, styles (b 3 s s) in [0, 1].
 
     Starts from the image's structure in the style's colors with the style's fine detail on it,
     where little is left to do, then follows the gradient of Gram matrices towards the style and of
     the content map towards that structure. keep_color: the style takes the image's colors instead.
+    random_features need s of 8 or more.
     """
     size = images.shape[-1]
     with torch.no_grad():
         styles = match_color(styles, images).clamp(0, 1) if keep_color else styles
-        plain = match_color(guided_filter(images, max(1, size // 32)), styles)
+        smooth = match_color(guided_filter(images, max(1, size // 32)), styles)
         coarse = F.avg_pool2d(styles, max(1, size // 8))
         coarse = F.interpolate(coarse, size=size, mode="bicubic", align_corners=False)
-        out = (plain + strength * (styles - coarse)).clamp(0, 1)
+        out = (smooth + strength * (styles - coarse)).clamp(0, 1)
         goals = [gram(m) for m in features(styles)[0]]
-        maps, at = features(plain.clamp(0, 1))
-        structure, push = maps[at], torch.zeros_like(out)
+        maps, content_index = features(smooth.clamp(0, 1))
+        structure, momentum = maps[content_index], torch.zeros_like(out)
     for i in range(steps):
         out.requires_grad_()
         with torch.autocast(out.device.type, torch.bfloat16, enabled=out.is_cuda):
             maps, _ = features(out)
         loss = sum(relative_error(gram(m), goal) for m, goal in zip(maps, goals))
-        loss = loss + content * relative_error(maps[at], structure)
+        loss = loss + content_weight * relative_error(maps[content_index], structure)
         (gradient,) = torch.autograd.grad(loss, out)
-        with torch.no_grad():  # steps of one size for each image, from 0.01 down to 0
+        with torch.no_grad():  # steps of one length for each image, which falls from 0.01
             norm = gradient.square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-12
-            push = 0.8 * push + 0.2 * gradient / norm
-            out = (out - 0.01 * (1 - i / steps) * push).clamp(0, 1)
+            momentum = 0.8 * momentum + 0.2 * gradient / norm
+            out = (out - 0.01 * (1 - i / steps) * momentum).clamp(0, 1)
     return out.detach()
 
 
@@ -1671,7 +1710,7 @@ def with_textures(name, files, dataset, root, textures, cache, workers, device, 
     if not textures:
         hint = f"`python data.py stylize {shlex.join(flags)}` writes it"
         raise UserError(f"--groups=texture needs --textures=DIR; {hint}")
-    side, top, unread = dataset.images.shape[-1], check_root(root, name), set(dataset.missing)
+    side, top, unread = dataset.images.shape[-1], check_root(root, name), set(dataset.unreadable)
     paths = [path for i, path in enumerate(files.images.source) if i not in unread]
     count = 1
     while copy_paths(paths[0], top, textures, count + 1)[-1].exists():
@@ -1695,13 +1734,13 @@ def factors_textures(dataset, cache, device):
     if not path.exists():
         n, side = len(dataset.images), dataset.images.shape[-1]
         print(f"making {COPIES} stylized copies of {n} images, once: {path}", flush=True)
-        styles = F.interpolate(procedural_textures(56, max(64, side)), size=side, mode="area")
+        styles = F.interpolate(procedural_textures(STYLES, max(64, side)), size=side, mode="area")
         copies = torch.zeros(n, COPIES, 3, side, side, dtype=torch.uint8)
         for rows in torch.arange(n).split(64):
             if rows[0] and rows[0] % 2048 == 0:
                 print(f"{int(rows[0])} of {n}", flush=True)
             generator = make_generator("style", int(rows[0]))
-            picks = torch.rand(len(rows), 56, generator=generator).argsort(1)[:, :COPIES]
+            picks = torch.rand(len(rows), STYLES, generator=generator).argsort(1)[:, :COPIES]
             images = dataset.images[rows].to(device) / 255
             for copy, pick in enumerate(picks.unbind(1)):
                 # the colors stay: hue is another group's
@@ -1778,11 +1817,11 @@ def stylize(
     files = ImageFiles([files.source[i] for i, _ in jobs], files.read, size)
     inputs = iter_batches(ImageSet(files, None, {}, {}), None, batch, named=None) if jobs else ()
     with ThreadPoolExecutor() as pool:
-        for rows, content, aspects in inputs:
+        for rows, images, aspects in inputs:
             paths = [jobs[row][1] for row in rows]
             style = torch.stack([*pool.map(style_of, [path.relative_to(out) for path in paths])])
-            content, style = content.to(device) / 255, style.to(device)
-            done = style_transfer(content, style, features, steps, strength=strength)
+            images, style = images.to(device) / 255, style.to(device)
+            done = style_transfer(images, style, features, steps, strength=strength)
             list(pool.map(save_copy, paths, to_uint8(done).cpu(), aspects.tolist()))
             end = int(rows[-1]) + 1
             if end * 10 // n > shown or sys.stdout.isatty():
@@ -1816,7 +1855,7 @@ def save_copy(path, image, aspect):
 
 def style_reader(styles, size, seed):
     """A folder of styles, or None for textures drawn by code -> function: copy's path -> style."""
-    choices = image_paths(Path(styles)) if styles else procedural_textures(56, size, seed)
+    choices = image_paths(Path(styles)) if styles else procedural_textures(STYLES, size, seed)
     if not len(choices):
         raise UserError(f"--styles={styles}: no images in this folder")
 
@@ -1990,10 +2029,14 @@ def draw_curves(panels, path, x_name, columns=None):
 def draw_panel(pen, box, curves, styles):
     """Draw curves {name: [(x, y), ...]} in box (left, top, right, bottom), on a grid."""
     left, top, right, bottom = box
-    points = [point for point in itertools.chain(*curves.values()) if math.isfinite(point[1])]
+
+    def finite(points):
+        return [point for point in points if all(map(math.isfinite, point))]
+
+    points = finite(itertools.chain(*curves.values()))
     if not points:
         return
-    (x_low, x_high, x_ticks), (y_low, y_high, y_ticks) = map(axis, zip(*points))
+    (x_low, x_high, x_ticks), (y_low, y_high, y_ticks) = map(axis_range, zip(*points))
 
     def place(x, y):
         across, up = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
@@ -2009,13 +2052,14 @@ def draw_panel(pen, box, curves, styles):
         pen.text((left - 12, y), f"{tick:g}", "black", anchor="rm")
     for name, curve in curves.items():
         thick, color = styles[name]
-        places = [place(x, y) for x, y in curve if math.isfinite(y)]
-        pen.line(places, color, thick, joint="curve")
-        for x, y in places[-1:]:  # a single point has no line
+        places = [place(x, y) for x, y in finite(curve)]
+        if places:
+            pen.line(places, color, thick, joint="curve")
+            x, y = places[-1]  # a single point has no line
             pen.ellipse((x - 6, y - 6, x + 6, y + 6), color)
 
 
-def axis(values):
+def axis_range(values):
     """The range of an axis, with room around the values -> low, high, a few round numbers."""
     low, high = min(values), max(values)
     room = (high - low) / 20 or abs(high) / 20 or 1
@@ -2027,7 +2071,7 @@ def axis(values):
 
 @typed
 def sheet(out: str = "docs/factors.png", size: int = 48):
-    """A labelled sheet of `factors`: a row for each object, a column for each hue.
+    """A labeled sheet of `factors`: a row for each object, a column for each hue.
 
     Args:
         out: the image file to write
@@ -2116,14 +2160,14 @@ def parse_flag(flag, kind, value, limits):
 
 def parse_flags(function, flags):
     """Each of these flags of a command as its type; None, the default of some, stays."""
-    parameters, typed = inspect.signature(function).parameters, {}
+    parameters, values = inspect.signature(function).parameters, {}
     for name, value in flags.items():
         kind, default = parameters[name].annotation, parameters[name].default
         of_flag = RANGES.get(f"{function.__name__} {name}") or RANGES.get(name)
         if value is not None or default is not None:
             value = parse_flag(name, kind, value, of_flag or RANGES.get(kind))
-        typed[name] = value
-    return typed
+        values[name] = value
+    return values
 
 
 def parse_words(function, words):
@@ -2252,7 +2296,7 @@ def own_rank():
 
 
 def launcher_environ():
-    """os.environ, with torchrun's variables also where `srun` started several processes."""
+    """os.environ, with torchrun's variables added where `srun` started several processes."""
     env = os.environ
     # sbatch's script belongs to no step and salloc's shell to one beyond 2**31: they are one
     # process, whatever SLURM_NTASKS says.

@@ -1632,7 +1632,7 @@ def train_loop(state, dataset, labels, config, out, asked):
             check_finite(state, out)
         if logging:
             record = make_record(state, compared, config, marks, steps, log_every)
-            record |= {"unreadable": len(dataset.missing)} if dataset.missing else {}
+            record |= {"unreadable": len(dataset.unreadable)} if dataset.unreadable else {}
             state = state._replace(total=torch.zeros_like(state.total))
             if rank() == 0:
                 with open(out / "log.jsonl", "a") as file:

@@ -1444,9 +1444,9 @@ def test_folder_splits_by_path_and_skips_what_it_cannot_read(tmp_path, capsys):
     assert train.classes["class"] == ["class0", "class1", "class2"]
     assert capsys.readouterr().err.count("warning: unreadable") == 1
     assert torch.equal(load_dataset("folder", "train", **where).images, train.images)
-    before = data.folder("train", root)[0]
+    before = data.image_folder("train", root)[0]
     broken.unlink()
-    train, val = (data.folder(split, root)[0] for split in ("train", "val"))
+    train, val = (data.image_folder(split, root)[0] for split in ("train", "val"))
     assert set(train) == set(before) - {broken}  # the others keep their split
     assert not set(train) & set(val)
 
@@ -1470,7 +1470,7 @@ def test_classes_without_images_in_a_split_are_counted(tmp_path, capsys):
 def test_runs_of_one_split_seed_have_the_same_test_images(here):
     root, run_folder = photo_tree(here / "photos"), here / "run"
     assert loo.default_config()["split_seed"] == 0
-    splits = [data.folder("val", Path("photos"), seed)[0] for seed in (0, 3)]
+    splits = [data.image_folder("val", Path("photos"), seed)[0] for seed in (0, 3)]
     assert splits[0] != splits[1]
     loo.export(loo.init_state(CONFIG).encoder_q, run_folder)
     of_folder = CONFIG | dict(data="folder", root="photos", canvas=None)
@@ -1693,7 +1693,7 @@ def test_a_table_beside_class_folders_adds_labels(tmp_path):
     others = opened(tmp_path, "val")[0]
     assert len(set(files + others)) == len(files + others) == 20
     # The split of a listed image is what it was without a table.
-    kept = {str(p.relative_to(tmp_path)) for p in data.folder("val", tmp_path)[0]}
+    kept = {str(p.relative_to(tmp_path)) for p in data.image_folder("val", tmp_path)[0]}
     assert set(others) == kept & {line.split(",")[0] for line in lines}
 
 
@@ -1842,11 +1842,11 @@ def test_images_with_too_many_pixels_are_named_or_reduced(here, monkeypatch):
     Image.new("RGB", (1500, 1000)).save(here / "x.jpg")
     assert read_image(here / "x.jpg").size == (750, 500)
     dataset = data.open_dataset("folder", "train", root=here / "photos")
-    assert len(data.decode_all(dataset, 0, here, shared=True).missing) == 1
+    assert len(data.decode_all(dataset, 0, here, shared=True).unreadable) == 1
     run(data, "check --data=folder --root=photos --megapixels 2")
     assert read_image(big).size == (1500, 1000)
     dataset = data.open_dataset("folder", "train", root=here / "photos")
-    assert not len(data.decode_all(dataset, 0, here, shared=True).missing)
+    assert not len(data.decode_all(dataset, 0, here, shared=True).unreadable)
     monkeypatch.setenv("LOOC_MEGAPIXELS", "abc")
     raises(UserError, "LOOC_MEGAPIXELS=abc: expected 1 or more", data.central_crops, [big], 8)
 
@@ -1921,7 +1921,7 @@ def test_a_stream_leaves_out_what_cannot_be_read(tmp_path):
         data.decode_all(dataset, cache=tmp_path)
     write_image(folder / "4.png", (120, 0, 0))
     decoded = data.decode_all(data.open_dataset("folder", "train", root=tmp_path))
-    assert len(decoded.missing) == 1
+    assert len(decoded.unreadable) == 1
     assert decoded.images[:, 0, 9, 9].tolist() == [0, 60, 90, 120, 150, 180]
 
 
@@ -1964,7 +1964,7 @@ def test_decoded_images_are_kept_until_a_file_changes(tmp_path, capsys):
     cached = dict(cache=tmp_path / "cache", shared=True)
     plain, first = load("one"), load("one", **cached)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    with unittest.mock.patch.object(data, "decode", None):  # not again
+    with unittest.mock.patch.object(data, "decode_into", None):  # not again
         again, copy = load("one", **cached), load("two", **cached)
     assert copy.held == first.held
     for other in (plain, again, copy):
@@ -2330,33 +2330,35 @@ def test_bilinear_weights_keep_position_and_mass():
     assert_close((torch.arange(-3, 4.0)[:, None] * weights).sum(-2), points)
 
 
+@pytest.mark.parametrize("mirrored", [True, False])
 @pytest.mark.parametrize("sigma", [0.1, 1.3, 40.0])
-def test_gaussian_filter_is_the_naive_sum(sigma):
+def test_gaussian_filter_is_the_naive_sum(sigma, mirrored):
     n, reach = 12, math.ceil(4 * sigma)
     line, naive = noise(1, n)[0], []
     for p in range(n):
         total = weights = 0
         for i in range(-reach, n + reach):
             weight = math.exp(-(((i - p) / sigma) ** 2) / 2)
-            mirrored = min(i % (2 * n), 2 * n - 1 - i % (2 * n))
-            total, weights = total + weight * line[mirrored].item(), weights + weight
+            place = min(i % (2 * n), 2 * n - 1 - i % (2 * n)) if mirrored else min(max(i, 0), n - 1)
+            total, weights = total + weight * line[place].item(), weights + weight
         naive.append(total / weights)
     # Constant along the columns: rows alone are blurred.
-    ours = data.gaussian_filter(line.expand(1, 1, n, n), sigma)[0, 0]
+    ours = data.gaussian_filter(line.expand(1, 1, n, n), sigma, mirrored)[0, 0]
     assert_close(ours, torch.tensor(naive).expand(n, n), atol=1e-5, rtol=0)
 
 
 def test_motion_blur_goes_one_way_along_the_angle():
+    """A pixel at an angle of 0 sees what is right of it, so a dot leaves its trail on the left."""
     dots = torch.zeros(2, 1, 224, 224)
     dots[..., 100, 100] = 1
-    right, diagonal = data.motion_blur_kernel(dots, torch.tensor([0.0, 45.0]), 10, 8)[:, 0]
+    left, diagonal = data.blur_along(dots, torch.tensor([0.0, 45.0]), 10, 8)[:, 0]
     fall = (-((torch.arange(1, 21.0) / 8) ** 2) / 2).exp()
-    assert_close(right[100, 101:121] / right[100, 100], fall, atol=1e-4, rtol=0)
-    assert right[100, :100].abs().max() < 1e-5
-    assert right[101:].abs().max() < 1e-5
-    assert diagonal[104, 104] > 0.01
+    assert_close(left[100, 80:100].flip(0) / left[100, 100], fall, atol=1e-4, rtol=0)
+    assert left[100, 101:].abs().max() < 1e-5
+    assert left[101:].abs().max() < 1e-5
+    assert diagonal[96, 96] > 0.01
     assert diagonal[104, 96].abs() < 1e-5
-    assert diagonal[100, 104].abs() < 1e-5
+    assert diagonal[104, 104].abs() < 1e-5
 
 
 @pytest.mark.parametrize("side, distance, far", [(224, 3, 3), (64, 4, 2)])
@@ -2518,7 +2520,7 @@ def test_optimization_comes_closer_to_the_style():
     images, styles = data.factors("val", 32, 16).images / 255, data.procedural_textures(16, 32)
     losses = []
     for steps in (0, 10):
-        done = data.style_transfer(images, styles, steps=steps, content=0.0)
+        done = data.style_transfer(images, styles, steps=steps, content_weight=0.0)
         pairs = zip(data.random_features(done)[0], data.random_features(styles)[0])
         losses.append(sum((data.gram(a) - data.gram(b)).square().mean((1, 2)) for a, b in pairs))
     assert (losses[1] < losses[0]).float().mean() > 0.9
@@ -2618,7 +2620,7 @@ def test_pack_is_read_by_training_and_whole_or_not_at_all(here, capsys, monkeypa
     root = photo_tree(here / "photos", each=12)
     run(data, "pack --root=photos --size=28 --out=packed")  # by another name of the same folder
     train = f"train --data=folder --root={root} --size=28 --epochs=1 --batch=16 {TINY}"
-    with unittest.mock.patch.object(data, "decode", None):
+    with unittest.mock.patch.object(data, "decode_into", None):
         for cache, place in (("auto", "on disk"), ("none", "on disk"), ("host", "in memory")):
             line = f"{train} --packed=packed --cache={cache} --out={cache}"
             assert place in printed(capsys, loo, line).out
@@ -2647,7 +2649,7 @@ def test_pack_and_train_have_one_canvas_and_an_old_run_keeps_its_own(here, few, 
     out, err = printed(capsys, data, pack)
     assert "60 images of 48 x 48" in out
     assert re.search(r"decoded \d+ images/s", err)
-    with unittest.mock.patch.object(data, "decode", None):  # not again
+    with unittest.mock.patch.object(data, "decode_into", None):  # not again
         run(loo, f"{train} --out=new --packed=packed")
     assert "old is trained already" in printed(capsys, loo, old).out
     canvases = [json.loads(Path(x, "config.json").read_text())["canvas"] for x in ("old", "new")]
@@ -2702,18 +2704,19 @@ def test_curves_are_where_their_points_are(tmp_path):
     assert y[single].mean() == pytest.approx((top + bottom) / 2, abs=1)
     assert (x[~single & (x > right)] > 840).all()  # the legend has room of its own
     assert size[0] > 840 + 60
-    for nothing in ({}, {"loss": {"all": [(1, math.nan)]}}):
-        data.draw_curves(nothing, path, "step")
+    lost = [(1, math.nan), (math.inf, 1)]
+    for panels in ({}, {"loss": {"all": lost}}, {"loss": {"a": step, "b": lost, "c": []}}):
+        data.draw_curves(panels, path, "step")
     assert Image.open(path).size > (420, 280)
 
 
 def test_axis_has_a_few_round_numbers_within():
     for values in ([0, 1], [3], [0], [-2e-9, 5e-9], [1e9, 1e9 + 7], [0.02, 0.03, 5]):
-        low, high, ticks = data.axis(values)
+        low, high, ticks = data.axis_range(values)
         assert low < min(values) <= max(values) < high
         assert low <= ticks[0] <= ticks[-1] <= high
         assert 2 <= len(ticks) <= 7
-    assert data.axis([0, 100])[2] == [0, 20, 40, 60, 80, 100]
+    assert data.axis_range([0, 100])[2] == [0, 20, 40, 60, 80, 100]
 
 
 def test_names_are_drawn_or_escaped():
@@ -2864,7 +2867,7 @@ def test_what_is_half_written_goes_when_it_is_stopped(number, here, monkeypatch)
         os.kill(os.getpid(), number)
 
     photo_tree(here / "photos")
-    monkeypatch.setattr(data, "decode", stop)
+    monkeypatch.setattr(data, "decode_into", stop)
     raises(SystemExit, str(128 + number), run, data, "pack --root=photos --size=28")
     with pytest.raises(SystemExit, match=str(128 + number)):
         data.write_atomic(here / "runs" / "x.pt", lambda file: stop(file.write(b"half")))
