@@ -328,7 +328,7 @@ def sgd_probe(ctx, dataset, labels, k, d, epochs=None, lr=30.0, area=0.08, batch
 
     labels (n,) of k classes, None for rotation; features of length d -> w (k d), b (k,).
     lr x0.1 at 60% and 80%, no weight decay; area: of the smallest crop, as a share of the image.
-    Every rank does all of it. On a GPU the features of the crops are of bfloat16.
+    Ranks share each batch. On a GPU the features of the crops are of bfloat16.
     """
     if epochs is None:
         epochs = 100 if ctx.data == "inat2019" else 200
@@ -336,6 +336,8 @@ def sgd_probe(ctx, dataset, labels, k, d, epochs=None, lr=30.0, area=0.08, batch
     n = len(labeled_rows)
     if n < batch:
         raise UserError(f"--protocol=paper takes {batch} images or more, not {n}: leave it out")
+    own = loo.rank_slice(batch)
+    part = loo.Rows(batch, own, own, own)
     w = torch.randn(k, d, generator=loo.make_generator("probe", ctx.seed)) * 0.01
     w, b = w.to(ctx.device).requires_grad_(), torch.zeros(k, device=ctx.device, requires_grad=True)
     optimizer = torch.optim.SGD([w, b], lr, momentum=0.9)
@@ -345,29 +347,35 @@ def sgd_probe(ctx, dataset, labels, k, d, epochs=None, lr=30.0, area=0.08, batch
     for epoch in range(epochs):
         drops = (epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)
         optimizer.param_groups[0]["lr"] = lr * 0.1**drops
-        batches = (labeled_rows[rows] for rows in epoch_batches(n, batch, ctx.seed, epoch))
+        batches = (labeled_rows[rows[own]] for rows in epoch_batches(n, batch, ctx.seed, epoch))
         loaded = loo.get_batches(dataset, config, batches)
         for i, (rows, images, aspect, _) in enumerate(loaded):
             generator = loo.make_generator("probe", ctx.seed, epoch, i)
             y = None if labels is None else labels[rows]
-            x, y = augmented_batch(ctx, config, images, aspect, y, area, generator)
-            loo.optimizer_step(optimizer, F.cross_entropy(F.linear(x, w, b), y))
+            x, y = augmented_batch(ctx, config, images, aspect, y, area, generator, part)
+            loss = F.cross_entropy(F.linear(x, w, b), y) * (len(y) / batch)
+            optimizer.zero_grad()
+            loss.backward()
+            for parameter in (w, b):
+                loo.all_reduce_sum(parameter.grad)
+            optimizer.step()
     check_all_finite("weights of the probe", w, b)
     return w.detach(), b.detach()
 
 
 @torch.no_grad()
-def augmented_batch(ctx, config, images, aspect, y, area, generator):
+def augmented_batch(ctx, config, images, aspect, y, area, generator, part):
     """Features (b d) of cropped and flipped images, and their labels (b,), on their device.
 
+    part: Rows, which images of the global batch these are; area: of the smallest crop.
     y: the labels, or None to give every image a random quarter turn, which is its label. It is
     flipped first: a flip after a turn by 90 degrees would make it one by 270.
     """
     no_views, always = torch.zeros(0, 0, dtype=torch.bool), ("crop", "flip")
-    crop = dict(size=config["size"], aspect=aspect, sampling={"crop": {"area": area}})
+    crop = dict(size=config["size"], aspect=aspect, sampling={"crop": {"area": area}}, rows=part)
     images, _, _ = loo.augment_groups(images, (), no_views, generator, always=always, **crop)
     if y is None:
-        y = torch.randint(4, (len(images),), generator=generator)
+        y = torch.randint(4, (part.total,), generator=generator)[part.query]
         images = loo.resample(images, {"turns": y})
     with loo.autocast(config):
         v, z = loo.encode(ctx.encoder, images)

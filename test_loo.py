@@ -3151,7 +3151,8 @@ def test_papers_protocol_flips_before_it_turns(untrained, monkeypatch):
     seen, ctx, images = [], eval.open_run(), noise(64)
     monkeypatch.setattr(loo, "encode", lambda _, x: (seen.append(x) or x.flatten(1), x))
     inputs = ctx, ctx.config, images, torch.ones(64), None, 1.0, make_generator("probe")
-    _, turns = eval.augmented_batch(*inputs)
+    every = torch.arange(64)
+    _, turns = eval.augmented_batch(*inputs, loo.Rows(64, every, every, every))
     back = torch.stack([x.rot90(-int(turn), (1, 2)) for x, turn in zip(seen[0], turns)])
     same, mirrored = ((back - x).abs().amax((1, 2, 3)) < 1e-4 for x in (images, images.flip(3)))
     assert (same ^ mirrored).all()
@@ -3824,6 +3825,13 @@ def some_steps(rank, size, port, out):
         encoder = loo.Encoder("small", spaces=3, hidden=16, dim=8)
         features = eval.features(encoder, data.factors("val", 32, 300), batch=64)
         torch.save(features, out / f"features-{rank}.pt")
+        config |= dict(hidden=16, dim=8, method="looc")
+        run = dict.fromkeys(eval.EvalContext._fields) | dict(encoder=encoder, config=config)
+        ctx = eval.EvalContext(**run | dict(feature="v", seed=0, data="factors"))
+        for task, y in (("turned", None), ("labels", torch.arange(48) % 3)):
+            dataset = data.ImageSet((images * 255).byte(), aspect, {}, {})
+            head = eval.sgd_probe(ctx, dataset, y, 4, 128, epochs=2, batch=16)
+            torch.save(head, out / f"{task}-{rank}.pt")
         paths = data.image_paths(out.parent / "photos")
         where = paths, out / "embedded", 0, leader_first
         eval.embed_files(encoder.eval(), dict(size=32), "v", *where)
@@ -3847,6 +3855,9 @@ def test_world_size_changes_nothing(tmp_path):
         gradients = (torch.load(folder / "gradients.pt") for folder in folders)
         assert_close(*momenta, rtol=1e-10, atol=1e-10)
         assert_close(*gradients, rtol=1e-10, atol=1e-10)
+    for task, size in itertools.product(("turned", "labels"), (2, 4)):
+        one, many = (torch.load(tmp_path / x) for x in (f"1/{task}-0.pt", f"{size}/{task}-1.pt"))
+        assert_close(many, one, rtol=1e-3, atol=1e-3)
     alone = torch.load(tmp_path / "1" / "features-0.pt")
     for rank in ("2/features-0.pt", "2/features-1.pt", "4/features-3.pt"):
         assert_close(torch.load(tmp_path / rank), alone)
