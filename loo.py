@@ -11,6 +11,8 @@ One training step:
     loss = multi_space_loss(q, k, queue, method.role, tau)    # (s,), minimize the mean
     queue, queue_ptr = queue_update(queue, queue_ptr, positive_keys(k, method.role))
 
+train_step also shuffles the keys, for BatchNorm: see key_permutation and SplitBatchNorm2d.
+
     python loo.py train                               # LooC (color, rotation) on generated images
     python loo.py train --data=folder --root=DIR      # on your own images
     python loo.py methods --groups=color,rotation     # every method of the paper as a small table
