@@ -1528,6 +1528,9 @@ COLUMNS = {
     "Flowers 10-shot": ("fewshot", "flowers102", "class", 10, None, "top1"),
     "ON-13 top-1": ("robust", "imagenet100", "class", None, "objectnet13", "top1"),
     "ON-13 top-5": ("robust", "imagenet100", "class", None, "objectnet13", "top5"),
+    "IN-100 top-5": ("linear", "imagenet100", "class", None, None, "top5"),
+    "iNat-1k top-5": ("linear", "inat2019", "class", None, None, "top5"),
+    "CUB-200 top-5": ("linear", "cub200", "class", None, None, "top5"),
 }
 CORRUPTED = []
 for on in list(SUMMARIES)[len(CORRUPTIONS) :]:
@@ -1575,12 +1578,13 @@ TABLE5 = {name: ("looc++", ALL3, name) for name in SPACES}
 
 FEW_SHOT = ("Flowers 5-shot", "Flowers 10-shot")
 TRANSFER = ("iNat-1k top-1", "CUB-200 top-1")
+TOP5 = ("IN-100 top-5", "iNat-1k top-5")
 TABLES = (  # title, columns, rows
-    ("Table 1: rotation", ("rotation", "IN-100 top-1"), TABLE1),
-    ("Table 2: transfer", (*TRANSFER, *FEW_SHOT, "IN-100 top-1"), TABLE2),
+    ("Table 1: rotation", ("rotation", "IN-100 top-1", "IN-100 top-5"), TABLE1),
+    ("Table 2: transfer", (*TRANSFER, *FEW_SHOT, "IN-100 top-1", *TOP5, "CUB-200 top-5"), TABLE2),
     ("Table 3: robustness", ("ON-13 top-1", "ON-13 top-5", *CORRUPTED), TABLE3),
-    ("Table 4: all augmentations", ("IN-100 top-1", "iNat-1k top-1", *FEW_SHOT), TABLE4),
-    ("Table 5: spaces of LooC++", ("rotation", "IN-100 top-1", *TRANSFER), TABLE5),
+    ("Table 4: all augmentations", ("IN-100 top-1", "iNat-1k top-1", *FEW_SHOT, *TOP5), TABLE4),
+    ("Table 5: spaces of LooC++", ("rotation", "IN-100 top-1", *TRANSFER, *TOP5), TABLE5),
 )
 
 
@@ -1625,7 +1629,7 @@ def by_protocol(lines, row, column):
         same = all(line.get(key) == wanted[key] for key in wanted)
         same_feature = set(line["feature"].split("+")) == set(feature.split("+"))
         same_groups = groups is None or set(groups) == set(line["groups"])
-        if same and same_feature and same_groups:
+        if same and same_feature and same_groups and line.get(value) is not None:
             found[line["protocol"]][line["seed"]] = line[value]
     return found
 
