@@ -167,9 +167,9 @@ def open_dataset(
                 more = f"`python data.py check --data={name} --root=DIR` says more"
                 raise UserError(f"{name} {problems[0]}; {more}; get it at {source.address}")
     canvas = canvas or round(size / source.crop_pct)
-    side, share = (size, source.crop_pct) if central else (canvas, None)
+    side, crop_pct = (size, source.crop_pct) if central else (canvas, None)
     advice = "download it again, an incomplete published set gives meaningless numbers"
-    images = ImageFiles(files, read, side, share, advice if source.address else "")
+    images = ImageFiles(files, read, side, crop_pct, advice if source.address else "")
     if not isinstance(labels, dict):
         labels, classes = {"class": labels}, {"class": list(classes)}
     labels = {label: torch.as_tensor(y).long() for label, y in labels.items()}
@@ -653,12 +653,12 @@ class ImageFiles(torch.utils.data.Dataset):
     """Images by index -> (3 side side) uint8, aspect, what was wrong ("" if nothing).
 
     read(source, i) gives a PIL image; source: paths, or a torchvision data set. The whole image is
-    squashed; with `share`, its central square of this share of the short side is taken instead.
+    squashed; with crop_pct, its central square of this share of the short side is taken instead.
     advice: what to do about an unreadable image, where every image must be readable."""
 
-    def __init__(self, source, read, side, share=None, advice=""):
+    def __init__(self, source, read, side, crop_pct=None, advice=""):
         self.source, self.read, self.side = source, read, side
-        self.share, self.advice = share, advice
+        self.crop_pct, self.advice = crop_pct, advice
 
     def __len__(self):
         return len(self.source)
@@ -673,10 +673,10 @@ class ImageFiles(torch.utils.data.Dataset):
             return blank, 1.0, str(error) or type(error).__name__
         w, h = image.size
         size = [self.side, self.side]
-        if not self.share:  # torch resizes photographs five times as fast as Pillow
+        if not self.crop_pct:  # torch resizes photographs five times as fast as Pillow
             image = v2.resize(pil_to_tensor(image), size, v2.InterpolationMode.BICUBIC)
             return image, w / h, ""
-        half = min(w, h) * self.share / 2
+        half = min(w, h) * self.crop_pct / 2
         box = (w / 2 - half, h / 2 - half, w / 2 + half, h / 2 + half)
         image = image.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3)
         return pil_to_tensor(image), 1.0, ""
@@ -782,7 +782,7 @@ def decode_all(dataset, workers=None, cache=None, shared=False):
     n, side = len(dataset.images), dataset.images.side
     shape, mark = (n, 3, side, side), fingerprint(dataset)
     size = math.prod(shape)
-    key = repr((mark, side, dataset.images.share)) + os.environ.get("LOOC_MEGAPIXELS", "")
+    key = repr((mark, side, dataset.images.crop_pct)) + os.environ.get("LOOC_MEGAPIXELS", "")
     name = hashlib.sha1(key.encode()).hexdigest()[:16]
     path = Path(cache) / f"{name}.canvases" if cache else None
     if not cache or (size <= IN_MEMORY and not shared and not path.exists()):
