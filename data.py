@@ -159,7 +159,7 @@ def open_dataset(
             root = fetch_archives(name, root)
         root = check_root(root, name)
         if name == "folder":
-            read_folder = table_folder if (root / TABLE).is_file() else image_folder
+            read_folder = table_folder if has_table(root) else image_folder
             files, labels, classes = read_folder(split, root, split_seed)
         else:
             files, labels, classes = published(name, split, root)
@@ -181,7 +181,7 @@ def dataset_splits(name, root=None, split_seed=0):
     if name != "folder":
         return tuple(split for split in DATASETS[name].splits if split != "pretrain")
     root = check_root(root)
-    if (root / TABLE).is_file():
+    if has_table(root):
         found = {row["split"] for row in read_table(root, split_seed)[1].values()}
     else:
         found = split_folders(root) or ("train", "val")
@@ -210,7 +210,7 @@ def check_root(root, name="folder"):
 def forbid_inside(out, root):
     """UserError where folder `out` lies in a tree of classes and would become one of them."""
     folder, tree = Path(out).resolve(), Path(root).resolve()
-    splits = {} if (tree / TABLE).is_file() else split_folders(tree)
+    splits = {} if has_table(tree) else split_folders(tree)
     for top in splits.values() if len(splits) > 1 else [tree]:
         if folder.is_relative_to(top) and not is_hidden(*folder.relative_to(top).parts):
             problem = f"--out={out} lies in --root={root} and would be read as a class"
@@ -222,8 +222,12 @@ def forbid_inside(out, root):
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # read_image says what is wrong
 Image.MAX_IMAGE_PIXELS = None  # open_image has a limit that can be lifted
 MEGAPIXELS = 64  # of an image; decoded, as RGBA and on white they take 1 GB
+# tags of TIFF files
 CHANNELS = TiffImagePlugin.SAMPLESPERPIXEL
 WHITE_IS_ZERO = TiffImagePlugin.PHOTOMETRIC_INTERPRETATION  # where it is 0
+NUMBERS = TiffImagePlugin.SAMPLEFORMAT  # of each channel: 1 unsigned, 2 signed, 3 floating point
+PLANES = TiffImagePlugin.PLANAR_CONFIGURATION  # 2: one after the other
+BITS = TiffImagePlugin.BITSPERSAMPLE
 Image.init()
 # no pixels of their own, or another program is started
 NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
@@ -232,7 +236,15 @@ SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if 
 SUFFIXES |= {".mpo"}  # opened as JPEG
 # what systems leave in folders, in lower case
 SYSTEM_FILES = {"@eadir", "#recycle", "__macosx", "$recycle.bin", "system volume information"}
-SYSTEM_FILES |= {"lost+found", "thumbs.db", "desktop.ini"}
+SYSTEM_FILES |= {
+    "lost+found",
+    "thumbs.db",
+    "desktop.ini",
+    "#snapshot",
+    "@recently-snapshot",
+    "@tmp",
+}
+SYSTEM_FILES |= {"recycler", "network trash folder", "temporary items"}
 
 
 def is_hidden(*names):
@@ -277,14 +289,19 @@ def sub_folders(top):
 
 
 def class_folders(top):
-    """The folders in which something is an image, or nothing is anything."""
+    """The folders in which something is an image, or nothing is anything -> {name: folder}."""
 
     def is_class(path):
         found = map(is_image, files_below(path))
         first = next(found, None)
         return first is None or first or any(found)
 
-    return [name for name in sub_folders(top) if is_class(top / name)]
+    return {composed(name): top / name for name in sub_folders(top) if is_class(top / name)}
+
+
+def composed(name):
+    """A name in which é is one character: some systems make two of it."""
+    return unicodedata.normalize("NFC", name)
 
 
 def split_folders(root):
@@ -303,9 +320,10 @@ def split_folders(root):
         sets = [named[""]]
     pairs = list(itertools.chain(*sets))
     splits = {split: root / name for split, name in pairs}
-    if len(splits) < len(pairs):
-        found = ", ".join(name for _, name in pairs)
-        raise UserError(f"{root}: {found}: two of them are one split; join them")
+    for split in splits:
+        same = [name for other, name in pairs if other == split]
+        if len(same) > 1:
+            raise UserError(f"{root}: {' and '.join(same)} are both for {split}: join them")
     return splits
 
 
@@ -323,10 +341,14 @@ def split_and_rest(name):
 
 
 def inner_folder(top):
-    """The folder, or, where there is nothing else in it, the one of the same name in it."""
-    while [path.name for path in top.iterdir() if not is_hidden(path.name)] == [top.name]:
-        top /= top.name
-    return top
+    """The folder of the classes: one in which nothing is but another one of folders is skipped."""
+    while True:
+        paths = [path for path in top.iterdir() if not is_hidden(path.name)]
+        if len(paths) != 1 or not paths[0].is_dir() or not sub_folders(paths[0]):
+            return top
+        if any(map(is_image, paths[0].iterdir())):
+            return top
+        top = paths[0]
 
 
 def image_folder(split, root, seed=0):
@@ -340,50 +362,44 @@ def image_folder(split, root, seed=0):
             raise UserError(f"{root}: no folder {name}, beside {', '.join(splits)} it needs one")
     train, top = (inner_folder(splits.get(name, root)) for name in ("train", split))
     # a class has the same number in every split
-    classes = class_folders(train)
-    here = classes if top == train else class_folders(top)
-    if new := sorted(set(here) - set(classes)):
-        problem = f"{top / new[0]}: a class that {train} does not have"
+    classes = sorted(class_folders(train))
+    here = class_folders(top)
+    if new := sorted(here.keys() - set(classes)):
+        problem = f"{here[new[0]]}: a class that {train} does not have"
         raise UserError(f"{problem}; add it there, or list all images in {TABLE}")
     if classes and not here:
         raise UserError(f"{top}: no sub-folders; it needs those of {train}, one for each class")
-    # Classes are built alike: a look into three will do.
-    for place in (top, *(top / name for name in here[:3])):
-        if place not in splits.values() and len(split_folders(place)) > 1:
-            raise UserError(f"{top}: its splits are one folder further: --root={place}")
-    inner = [sub_folders(top / name) for name in here[:3]]
-    if inner and len(inner[0]) > 1 and all(names == inner[0] for names in inner):
-        found = f"{', '.join(here[:3])}, each with the folders {', '.join(inner[0][:3])}"
-        hint = f"if those are the classes, --root={top / here[0]}, or name splits train and test"
-        warn_once(f"{top}: read as classes: {found}; {hint}")
+    check_further_splits(top, here, splits)
     if lost := len(classes) - len(here):
         warn_once(f"{top}, label class: {lost} of the {len(classes)} classes have no image")
+    warn_odd_classes(f"{top}, label class", classes)
     images, others = list_files(top)
     files = defaultdict(list)
     for path in images:
         name, *below = path.relative_to(top).parts
-        files[name if below else "."].append(path)
-    for name in [name for name in here if re.search("(?i)mask|segm|annot", name)]:
-        stems = {path.stem for other in files if other != name for path in files[other]}
-        if stems.issuperset(path.stem for path in files[name]):
-            warn_once(f"{top}: {name} is read as a class; if it holds masks, move it elsewhere")
+        files[composed(name) if below else "."].append(path)
     flat = files.pop(".", []) if classes else []
     if len(flat) > max(1, sum(map(len, files.values())) // 100):
-        problem = f"{len(flat)} images lie beside the folders {', '.join(here[:5])}"
+        problem = f"{len(flat)} images lie beside the folders {', '.join(list(here)[:5])}"
         raise UserError(f"{top}: {problem}: put them into a class, or move them or the folders")
+    check_class_folders(top, here, files)
     others += flat
     if splits and split == "train":
         for path in set(root.iterdir()) - set(splits.values()):
             others += files_below(path) if path.is_dir() else [path]
     warn_left_out(root, others)
     classes = classes or ["."]  # images without labels, enough to train on
-    for name in here or classes:
+    for name, place in (here or {".": top}).items():
         if not files[name]:
-            raise UserError(f"{top / name}: no images; put some there, or remove the folder")
+            kinds = count_kinds(path for path in others if path.is_relative_to(place))
+            found = f", but {kinds}; save them as JPEG or PNG" if kinds else "; put some there"
+            raise UserError(f"{place}: no images{found}, or remove the folder")
 
     pairs = [(path, i) for i, name in enumerate(classes) for path in files.get(name, ())]
     if not splits:
-        sides = [hashed_split(path.relative_to(root).as_posix(), seed) for path, _ in pairs]
+        keys = [path.relative_to(root).as_posix() for path, _ in pairs]
+        split_of_key = hashed_splits(keys, seed)
+        sides = [split_of_key[key] for key in keys]
         warn_missing_classes(root, "class", sides, [i for _, i in pairs])
         side = "train" if split == "train" else "val"
         pairs = [pair for pair, its_side in zip(pairs, sides) if its_side == side]
@@ -393,15 +409,84 @@ def image_folder(split, root, seed=0):
     return paths, labels, classes
 
 
+def check_further_splits(top, here, splits):
+    """UserError where a folder of splits was taken for one of classes {name: folder}."""
+    # Classes are built alike: a look into three will do.
+    places = [place for place in (top, *list(here.values())[:3]) if place not in splits.values()]
+    further = [place for place in places if len(split_folders(place)) > 1]
+    if len(further) > 1:
+        both = " and ".join(place.name for place in further[:2])
+        advice = f"put the classes into the splits, as train/{further[0].name}"
+        raise UserError(f"{top}: {both} have splits of their own: {advice}, or write a {TABLE}")
+    if further:
+        raise UserError(f"{top}: its splits are one folder further: --root={further[0]}")
+
+
+MASK = r"[ _-](mask|seg|gt|label)\w*$"  # how the name of a mask ends
+
+
+def check_class_folders(top, here, files):
+    """Warn of folders that are hardly classes; UserError for one that holds the others again.
+
+    here {name: folder}; files {name: images in it and below}."""
+    inner = {}  # {name: its folders of images}
+    for name, place in here.items():
+        parts = (path.relative_to(place).parts for path in files[name])
+        inner[name] = {composed(first) for first, *below in parts if below}
+        if again := sorted(inner[name] & here.keys() - {name}):
+            problem = f"{place} holds {', '.join(again[:3])} again, which are classes beside it"
+            raise UserError(f"{problem}: move it elsewhere, or name the splits train and test")
+        stems = {path.stem for other in files if other != name for path in files[other]}
+        is_named = re.search("(?i)mask|segm|annot|label|truth|^gt$|depth", name)
+        if is_named and stems.issuperset(path.stem for path in files[name]):
+            warn_once(f"{top}: {name} is read as a class; if it holds masks, move it elsewhere")
+    first, *more = inner.values() or [set()]
+    if len(first) > 1 and all(names == first for names in more):
+        found = f"{', '.join(list(here)[:3])}, each with the folders {', '.join(sorted(first)[:3])}"
+        place = here[next(iter(here))]
+        hint = f"if those are the classes, --root={place}, or name splits train and test"
+        warn_once(f"{top}: read as classes: {found}; {hint}")
+    plain = {path.with_suffix("") for images in files.values() for path in images}
+    masks = [path for path in plain if re.search(MASK, path.name)]
+    masks = sorted(path for path in masks if path.with_name(re.sub(MASK, "", path.name)) in plain)
+    if masks:
+        named = f"{len(masks)} images are named as masks of others, the first is {masks[0]}"
+        warn_once(f"{top}: {named}; move them elsewhere if they are")
+
+
+NO_LABEL = {"nan", "na", "n/a", "#n/a", "null"}  # how programs write that a label is not known
+
+
+def warn_odd_classes(where, names):
+    """Warn of classes that hardly differ, as Cat and cat or 1 and 1.0, and of one named NA."""
+    alike = defaultdict(list)
+    for name in names:
+        plain = unicodedata.normalize("NFKC", name).casefold()
+        plain = "".join(c for c in plain if unicodedata.category(c) != "Cf").strip()  # not seen
+        with contextlib.suppress(ValueError):
+            plain = float(plain)
+        alike[plain].append(name)
+        if name.lower() in NO_LABEL:
+            hint = "leave the cell empty where an image has no label"
+            warn_once(f"{where}: {name} is read as a class; {hint}")
+    for some in alike.values():
+        if len(some) > 1:
+            warn_once(f"{where}: {' and '.join(map(ascii, some))} are different classes", where)
+
+
 def warn_left_out(root, paths):
     """Warn of files below root that are not read: how many of each suffix, and the first."""
     below = (path.relative_to(root) for path in paths if path != root / TABLE)
     paths = sorted(root / path for path in below if not is_hidden(*path.parts))
-    counts = Counter(path.suffix.lower() or path.name for path in paths).most_common(5)
-    kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts)
     if paths:
-        count = f"{len(paths)} files ({kinds}), the first is {paths[0]}"
+        count = f"{len(paths)} files ({count_kinds(paths)}), the first is {paths[0]}"
         warn_once(f"{root}: not every file is read; left out: {count}")
+
+
+def count_kinds(paths):
+    """How many files of each suffix, in words."""
+    counts = Counter(path.suffix.lower() or "without a suffix" for path in paths).most_common(5)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts)
 
 
 def warn_missing_classes(root, label, splits, names):
@@ -414,11 +499,16 @@ def warn_missing_classes(root, label, splits, names):
         warn_once(f"{root}, label {label}: {counts}, {lost[1]} have no test image")
 
 
-def hashed_split(key, seed):
-    """ "train" for a fixed 80% of all keys, else "val"."""
-    name = f"{seed}/{key}".encode("utf-8", "surrogateescape")  # a file's name may be in Latin-1
-    place = int(hashlib.sha1(name).hexdigest()[:8], 16) / 2**32
-    return "train" if place < 0.8 else "val"
+def hashed_splits(keys, seed):
+    """A fixed 80% of all keys for "train", the rest for "val" -> {key: split}.
+
+    Of few keys the last one is for "val", where all would be for "train"."""
+    places = {}
+    for key in keys:
+        name = f"{seed}/{key}".encode("utf-8", "surrogateescape")  # a file's name may be in Latin-1
+        places[key] = int(hashlib.sha1(name).hexdigest()[:8], 16) / 2**32
+    border = min(0.8, max(places.values(), default=1)) if len(places) > 1 else 0.8
+    return {key: "train" if place < border else "val" for key, place in places.items()}
 
 
 TABLE = "labels.csv"  # at the top of a folder: a row for each image, a column for each label
@@ -428,6 +518,14 @@ SPLITS = {
     "val": "val(id(ation)?)?|dev",
     "test": "test(ing)?|eval(uation)?",
 }
+
+
+def has_table(root):
+    """Is there a labels.csv in the folder? UserError where it cannot be read."""
+    path = root / TABLE
+    if os.path.lexists(path) and not path.is_file():
+        raise UserError(f"{path} is a broken link, or no file: replace it, or remove it")
+    return path.is_file()
 
 
 def split_of(word):
@@ -440,25 +538,32 @@ def split_of(word):
 
 def table_rows(path):
     """Yield the line number and the cells of each row that is not blank."""
+    line = 0
+    csv.field_size_limit(2**31 - 1)
     try:
         text = path.read_text("utf-8-sig")
-        comma = max(",;\t", key=text.lstrip().partition("\n")[0].count)
+        first, _, rest = text.lstrip().partition("\n")
+        comma = max(",;\t|", key=first.count)
+        if excel := re.fullmatch("sep=(.)", first.rstrip("\r\n")):
+            comma, text, line = excel[1], rest, 1
         reader = csv.reader(io.StringIO(text), delimiter=comma, skipinitialspace=True, strict=True)
         for cells in reader:
-            # Some systems write é as two characters.
-            cells = [unicodedata.normalize("NFC", cell.strip()) for cell in cells]
+            cells = [composed(cell.strip()) for cell in cells]
             if any(cells):
-                yield reader.line_num, cells
-    except (UnicodeDecodeError, csv.Error) as error:
+                yield line + reader.line_num, cells
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: {first_line(error)}; save it as CSV in UTF-8") from None
+    except csv.Error as error:
+        where = f"{path}, line {line + reader.line_num}"
+        raise UserError(f"{where}: {error}; save it as CSV in UTF-8") from None
 
 
 def read_table(root, seed=0):
     """labels.csv -> its columns, {file: {column: cell}} of all images, listed or not.
 
-    A file is a path below root. "split" is the column's, else the folder's (train/, val/ or test/),
-    else a hash of "group" or of the path; images not listed are for training. "class" is the
-    column's, else the folder's name."""
+    A file is a path below root, or a name that only one of them has. "split" is the column's, else
+    the folder's (train/, val/ or test/), else a hash of "group" or of the path; images not listed
+    have their folder's split, else train. "class" is the column's, else the folder's name."""
     rows = table_rows(root / TABLE)
 
     def refuse(line, problem):
@@ -469,7 +574,8 @@ def read_table(root, seed=0):
     columns = [name.lower() if name.lower() in own else name for name in columns]
     if "file" not in columns:
         found = ", ".join(columns) or "none"
-        refuse(line, f"expected a column file, found {found}; give the column of paths this name")
+        hint = "give the column of paths this name, and put commas between columns"
+        refuse(line, f"expected a column file, found {found}; {hint}")
     for name in filter(None, columns):
         if columns.count(name) > 1:
             refuse(line, f"two columns are named {name}")
@@ -478,16 +584,16 @@ def read_table(root, seed=0):
     paths, others = list_files(root)
     warn_left_out(root, others)
     table, lost = {path.relative_to(root).as_posix(): {} for path in paths}, []
-    composed = {unicodedata.normalize("NFC", file): file for file in table}
+    known = names_of_files(table)
     for line, cells in rows:
         if len(cells) != len(columns):
             refuse(line, f"{len(cells)} cells, the header has {len(columns)}")
         row = dict(zip(columns, cells))
-        file = Path(row["file"].replace("\\", "/")).as_posix()
-        if file not in composed:
-            below = Path(os.path.relpath(file, root)).as_posix()
-            file = below if below in composed else file
-        file = composed.get(file, file)
+        if not row["file"]:
+            refuse(line, "no file is named")
+        file = Path(os.path.normpath(row["file"].replace("\\", "/"))).as_posix()
+        below = Path(os.path.relpath(file, root)).as_posix()
+        file = known.get(file) or known.get(below) or file
         if table.get(file):
             refuse(line, f"{file} is listed twice")
         if "split" in row:
@@ -502,18 +608,31 @@ def read_table(root, seed=0):
     if lost:
         line, file = lost[0]
         missing = f"{len(lost)} files of this table are missing"
-        refuse(line, f"{file}: no such image in {root}; {missing}")
+        expected = f"; expected paths in it, such as {next(iter(table))}" if table else ""
+        refuse(line, f"{file}: no such image in {root}; {missing}{expected}")
     tops = {top.name: split for split, top in split_folders(root).items()}
+    hashed = hashed_splits([row.get("group") or file for file, row in table.items() if row], seed)
     for file, row in table.items():
         folders, split = file.split("/")[:-1], "train"
         if tops:
             top, *folders = folders or [""]
             split = tops.get(top, "train")
         elif row:
-            split = hashed_split(row.get("group") or file, seed)
+            split = hashed[row.get("group") or file]
         row.setdefault("split", split)
         row.setdefault("class", folders[0] if folders and "class" not in columns else "")
     return columns, table
+
+
+def names_of_files(files):
+    """{name: file}, also without its folders or its suffix where only one file has this name."""
+    short = defaultdict(set)
+    for file in files:
+        path = Path(composed(file))
+        for name in (path.name, path.stem, path.with_suffix("").as_posix()):
+            short[name].add(file)
+    unique = {name: some.pop() for name, some in short.items() if len(some) == 1}
+    return unique | {composed(file): file for file in files}
 
 
 def table_folder(split, root, seed=0):
@@ -540,6 +659,7 @@ def table_folder(split, root, seed=0):
             values = f"{len(names)} different values for {len(labeled)} images"
             warn_once(f"{root / TABLE}: column {label} is no label and left out: {values}")
             labeled, names = [], {}
+        warn_odd_classes(f"{root / TABLE}, column {label}", sorted(names))
         # of all splits, so that a class has the same number in each
         classes[label] = sorted(names)
         number = {name: i for i, name in enumerate(classes[label])}
@@ -588,8 +708,7 @@ def read_image(paths, i, border=0):
     path = paths[i]
     try:
         with open_image(path) as image:
-            if getattr(image, "tag_v2", {}).get(CHANNELS, 0) > len(image.getbands()):
-                raise UnidentifiedImageError  # Pillow would drop the others
+            check_tiff(getattr(image, "tag_v2", {}), len(image.getbands()))
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 problem = f"{path} has several pages or frames: of such files the first is read"
                 warn_once(problem, kind="pages")
@@ -598,21 +717,41 @@ def read_image(paths, i, border=0):
             return image.crop(box) if border else image
     except Exception as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        channels = tiff_channels(path) if isinstance(error, UnidentifiedImageError) else None
-        if channels not in (None, 1, 3):
-            reason = f"{channels} channels, expected gray or RGB"
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no image that Pillow can read; save it as JPEG or PNG"
+            try:
+                check_tiff(tiff_tags(path))
+            except ValueError as why:
+                reason = why
         raise UserError(f"{path}: {reason}") from None
 
 
-def tiff_channels(path):
-    """How many channels a TIFF file has, also one that Pillow cannot read; None of other files."""
+def tiff_tags(path):
+    """The tags of a TIFF file, also of one that Pillow cannot read; none of other files."""
     with open(path, "rb") as file, contextlib.suppress(SyntaxError, struct.error):
         header = file.read(8)
         header += file.read(8) if header[2:3] == b"+" else b""  # BigTIFF
         directory = TiffImagePlugin.ImageFileDirectory_v2(header)
         file.seek(directory.next)
         directory.load(file)
-        return directory.get(CHANNELS)
+        return directory
+    return {}
+
+
+def check_tiff(tags, bands=None):
+    """ValueError for a TIFF file that Pillow does not read, or not as it is meant.
+
+    bands: how many channels Pillow sees; it drops the others."""
+    channels, numbers = tags.get(CHANNELS), tags.get(NUMBERS, ())
+    if channels not in (None, 1, 3, bands) or (bands and channels and channels > bands):
+        raise ValueError(f"{channels} channels, expected gray or RGB")
+    for number, kind in ((2, "signed"), (3, "floating point")):
+        if number in numbers:
+            raise ValueError(
+                f"{kind} pixels have no known white: save it with unsigned 8 or 16 bits"
+            )
+    if tags.get(PLANES) == 2 and max(tags.get(BITS, (8,))) > 8:
+        raise ValueError("16 bits a channel, one channel after the other: save them interleaved")
 
 
 def to_rgb(image):
@@ -621,7 +760,7 @@ def to_rgb(image):
     deep = image.mode.startswith("I") or ";16" in stored  # more than 8 bits a channel
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floating point" if image.mode == "F" else "32-bit integer"
-        raise ValueError(f"{kind} pixels have no known white: save it with 8 or 16 bits")
+        raise ValueError(f"{kind} pixels have no known white: save it with unsigned 8 or 16 bits")
     image.load()  # what fails after it is in the tags
     with contextlib.suppress(Exception):  # an orientation that cannot be read
         ImageOps.exif_transpose(image, in_place=True)
@@ -643,9 +782,12 @@ def to_rgb(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    if deep and sum(image.convert("L").histogram()[64:]) * 1000 < image.width * image.height:
-        problem = "16-bit images become almost black, as if they had fewer bits"
-        warn_once(f"{problem}: scale them to 0 to 65535")
+    if deep:
+        counts = image.convert("L").histogram()
+        used = [i for i, count in enumerate(counts) if count * 1000 > image.width * image.height]
+        if used[-1] - used[0] < 64:
+            problem = "16-bit images keep few of 256 gray levels, as if they had fewer bits"
+            warn_once(f"{problem}: scale them to 0 to 65535")
     return image
 
 
@@ -2264,6 +2406,7 @@ def command_line(commands, argv=None):
             raise UserError(f"{word}: expected a command; {hint}")
         WARNED.clear()
         Stream.lost = ""
+        loo.environ_count("LOOC_MEGAPIXELS", MEGAPIXELS)  # UserError if it is no count
         flags = parse_words(commands[word], argv[1:])
         if "megapixels" in flags:
             megapixels = parse_flag("megapixels", int, flags.pop("megapixels"), COUNT)

@@ -578,12 +578,15 @@ def is_labeled(ctx, label):
 def select_labels(ctx, label, more=(), least=1):
     """The named labels, or else all that tell images apart and `more`; UserError below `least`."""
     classes = ctx.split["train"].classes
+    label = (",".join(label),) if ",".join(label) in classes else label  # a name with commas
     for name in label:
         class_names(ctx, check_choice("label", name, (*classes, *more)))
     known = [name for name in label_names(classes) if is_labeled(ctx, name)]
     labels = list(label) or [*known, *more]
     if len(labels) < least:
         problem = f"the images of {ctx.root or ctx.data} have no labels"
+        if label_names(classes):
+            problem = f"no label of {ctx.root or ctx.data} is on images of both train and test"
         others = "without labels there are the tasks rotation, spaces and retrieve --turn"
         raise UserError(f"{problem}: give each class a sub-folder; {others}")
     return labels

@@ -1487,11 +1487,7 @@ def print_header(state, dataset, n, place, config, start):
         if steps < FEW_STEPS and not start:
             enough = f"--epochs={math.ceil(FEW_STEPS / (n // batch))}"
             print(f"{steps} steps are few to learn from scratch: {enough} makes {FEW_STEPS}")
-    warnings = list(odd_settings(config, n, dataset.aspect))
-    where = config["data"], config["root"], config["split_seed"]
-    if data_module().dataset_splits(*where) == ("train",):
-        warnings += [f"{config['root']} has no images for val or test, which evaluations need"]
-    for warning in warnings:
+    for warning in [*odd_settings(config, n, dataset.aspect), *unfit_splits(config)]:
         print(f"warning: {warning}", file=sys.stderr)
     sys.stdout.flush()
 
@@ -1516,6 +1512,27 @@ def odd_settings(config, n, aspect):
             meet = f"{share:.0%} of the queries meet an older key of their own image"
             advice = f"--queue={queue} is long for {n} images, take a shorter one"
             yield f"{meet} among the negatives: {advice}"
+
+
+def unfit_splits(config):
+    """What evaluations would refuse, which is better known before the training -> lines."""
+    data, name = data_module(), config["data"]
+    if name == "factors" or data.DATASETS[name].torchvision:
+        return
+    where = dict(root=config["root"], split_seed=config["split_seed"])
+    splits = data.dataset_splits(name, **where)
+    if splits == ("train",):
+        yield f"{config['root']} has no images for val or test, which evaluations need"
+    for split in splits[1:]:
+        try:
+            found = data.open_dataset(name, split, **where)
+        except UserError as error:
+            yield f"evaluations will not start: {error}"
+            return
+    if len(splits) > 1:
+        for label in data.label_names(found.classes):
+            if (found.labels[label] < 0).all():
+                yield f"no {split} image has the label {label}, which evaluations need"
 
 
 def own_key_share(n, batch, queue):

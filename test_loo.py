@@ -873,7 +873,10 @@ ON_GPU += [dict(method="supervised", label="rotation"), dict(method="looc++", dr
 ON_GPU += [dict(method="looc", precision="float32", cache="host", splits=1)]
 
 
-@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch built with CUDA")
+CAN_FAKE = torch.backends.cuda.is_built() and torch.__version__ >= "2.7"
+
+
+@pytest.mark.skipif(not CAN_FAKE, reason="needs torch 2.7 or later, built with CUDA")
 @pytest.mark.parametrize("changed", ON_GPU, ids=str)
 def test_a_step_on_a_gpu_never_waits(changed, fake_cuda):
     config = CONFIG | dict(groups=(*GROUPS, "texture"), same=("rotation",), label=None, size=40)
@@ -1505,6 +1508,10 @@ LAYOUTS += [({"Train Set": 0, "Train Set/x": 2, "test_images/x": 1}, ("train", "
 LAYOUTS += [(dict(train2017__x=2, eval__x=1), ("train", "test"), 1)]
 LAYOUTS += [(dict(training=2, validation=1, evaluation=1), ("train", "val", "test"), 1)]
 LAYOUTS += [(dict(seg_train__x=2, seg_train__y=2, seg_test__x=1), ("train", "test"), 2)]
+LAYOUTS += [(dict(PetImages__Cat=9, PetImages__Dog=9), ("train", "val"), 2)]
+LAYOUTS += [(dict(train__images__a=2, train__images__b=2, val__images__a=1), ("train", "val"), 2)]
+LAYOUTS += [({"train/caf\u00e9": 2, "val/cafe\u0301": 1}, ("train", "val"), 1)]
+LAYOUTS += [({"cat": 9, "dog": 9, "#snapshot/x": 1, "more": 1}, ("train", "val"), 3)]
 LAYOUTS += [(dict(bullet_train=9, eye_test=9), ("train", "val"), 2)]
 LAYOUTS += [(dict(box_train__x=2, box_test__x=1, more=1), ("train", "test"), 1)]
 LAYOUTS += [({"ISIC_Training_Input/x": 2, "ISIC_Test_Input/x": 1}, ("train", "test"), 1)]
@@ -1527,12 +1534,17 @@ def test_folders_named_like_splits_are_splits_beside_others(counts, splits, clas
     assert len(found["train"][2]["class"]) == classes
 
 
-REFUSED = [(dict(train__x=1, val__x=1, valid__x=1), "train", "two of them are one split")]
+REFUSED = [(dict(train__x=1, val__x=1, valid__x=1), "train", "val and valid are both for val")]
 REFUSED += [(dict(val__x=1, test__x=1), "train", "no folder train")]
-REFUSED += [(dict(trainA=1, trainB=1, testA=1, testB=1), "train", "two of them are one split")]
+REFUSED += [
+    (dict(trainA=1, trainB=1, testA=1, testB=1), "train", "testA and testB are both for test")
+]
 REFUSED += [(dict(a__train__x=1, a__val__x=1), "train", "one folder further: --root=.*a")]
 REFUSED += [(dict(p__train__x=1, p__val__x=1), "train", "one folder further: --root=.*p/p")]
 REFUSED += [({"day/train": 1, "day/val": 1, "night/train": 1}, "train", "--root=.*day")]
+REFUSED += [(dict(a__train=1, a__val=1, b__train=1, b__val=1), "train", "a and b have splits of")]
+REFUSED += [(dict(a=9, b=9, flowers__a=9, flowers__b=9), "train", "flowers holds a, b again")]
+REFUSED += [(dict(a=9, b=9, test__a=3), "train", "test holds a again.* name the splits train and")]
 REFUSED += [({".": 20, "thumbs": 3}, "train", "20 images lie beside the folders thumbs")]
 REFUSED += [(dict(train__x=1, val=1), "val", "no sub-folders; it needs those of .*train")]
 REFUSED += [(dict(train__x=1, val__y=1), "val", "y: a class that .*train does not have")]
@@ -1544,13 +1556,14 @@ def test_folders_that_can_be_read_in_no_or_two_ways_are_refused(counts, split, h
 
 
 ODD_CLASSES = [
-    (dict(PetImages__Cat=9, PetImages__Dog=9), "PetImages, each with the folders Cat, Dog")
-]
-ODD_CLASSES += [
     (dict(train__a=9, train__b=9, holdout__a=9, holdout__b=9), "or name splits train and")
 ]
 ODD_CLASSES += [(dict(images=9, masks=9), "masks is read as a class; if it holds masks")]
 ODD_CLASSES += [(dict(JPEGImages=9, SegmentationClass=3), "SegmentationClass is read as a class")]
+ODD_CLASSES += [(dict(images=9, labels=9), "labels is read as a class")]
+ODD_CLASSES += [(dict(Cat=9, cat=9), "'Cat' and 'cat' are different classes")]
+ODD_CLASSES += [({"1": 9, "1.0": 9}, "'1' and '1.0' are different classes")]
+ODD_CLASSES += [(dict(NA=9, b=9), "NA is read as a class; leave the cell empty")]
 
 
 @pytest.mark.parametrize("counts, hint", ODD_CLASSES)
@@ -1659,10 +1672,12 @@ def test_a_column_with_a_value_for_each_image_is_no_label(tmp_path, capsys):
     assert "column id is no label and left out: 101 different values" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("separator", ";\t,")
-def test_tables_of_spreadsheets_are_read(separator, tmp_path):
+@pytest.mark.parametrize("first", ["", "sep=SEPARATOR\r\n"])
+@pytest.mark.parametrize("separator", ";\t,|")
+def test_tables_of_spreadsheets_are_read(separator, first, tmp_path):
     lines = "file , kind,", "", ".\\a.png, x,", ",,", '"./b.png","y",'
-    text = "\r\n".join(lines).replace(",", separator)
+    text = first.replace("SEPARATOR", separator)
+    text += "\r\n".join(lines).replace(",", separator)
     write_table(tmp_path, text, images="ab", encoding="utf-8-sig")
     columns, table = data.read_table(tmp_path)
     assert columns == ["file", "kind", ""]
@@ -1675,10 +1690,67 @@ def test_tables_know_files_by_any_path_and_accent_and_columns_in_capitals(tmp_pa
     write_table(tmp_path, "File,Kind,SPLIT", *rows, images="ab")
     assert data.read_table(tmp_path)[0] == ["file", "Kind", "split"]
     assert opened(tmp_path, "test")[:2] == (["b.png"], {"class": [-1], "Kind": [1]})
+    assert opened(folder_of(tmp_path / "tree", x=2, y__z=1), "train")
+    write_table(tmp_path / "tree", "file,kind", "z/0.png,0", "1,1", "q/../y/z/0,2", images="")
+    with pytest.raises(UserError, match="line 2: z/0.png: no such image .* such as x/0.png"):
+        data.read_table(tmp_path / "tree")
+    write_table(tmp_path / "tree", "file,kind", "1,1", "q/../y/z/0,2", images="")
+    found = data.read_table(tmp_path / "tree")[1]
+    assert [row.get("kind") for row in found.values()] == [None, "1", "2"]
     decomposed, composed = "cafe\u0301", "caf\u00e9"  # as macOS has it, and as others
     for name, listed in ((decomposed, composed), (composed, decomposed)):
         root = write_table(tmp_path / name, "file,kind", f"{listed}.png,x", images=[name])
         assert data.read_table(root)[1][f"{name}.png"]["kind"] == "x"
+
+
+def test_cells_that_may_mean_no_label_or_the_same_are_named(tmp_path, capsys):
+    write_table(tmp_path, "file,kind,size", "a.png,True,1", "b.png,TRUE,1.0", "c.png,NaN,2")
+    opened(tmp_path)
+    err = capsys.readouterr().err
+    assert "column kind: NaN is read as a class; leave the cell empty" in err
+    assert "column kind: 'TRUE' and 'True' are different classes" in err
+    assert "column size: '1' and '1.0' are different classes" in err
+
+
+def test_a_table_that_cannot_be_read_is_not_overlooked(tmp_path):
+    folder_of(tmp_path, a=9, b=9)
+    (tmp_path / "labels.csv").symlink_to(tmp_path / "not fetched")
+    raises(UserError, "labels.csv is a broken link", opened, tmp_path)
+
+
+def test_images_named_as_masks_of_others_are_counted(tmp_path, capsys):
+    for name in ("1.png", "1_mask.png", "2.png", "2_mask_1.png", "3 gt.png", "label.png"):
+        write_image(tmp_path / "a" / name)
+    opened(tmp_path)
+    named = f"2 images are named as masks of others, the first is {tmp_path}/a/1_mask"
+    assert named in capsys.readouterr().err
+
+
+def test_few_groups_leave_one_to_test_on(tmp_path):
+    for seed in range(20):
+        for n in (2, 3, 5):
+            assert set(data.hashed_splits(map(str, range(n)), seed).values()) == {"train", "val"}
+    many = data.hashed_splits(map(str, range(10_000)), 0)
+    assert 0.78 < sum(split == "train" for split in many.values()) / len(many) < 0.82
+
+
+UNFIT = [(dict(train__x=9, test=3), "test: no sub-folders; it needs those of")]
+UNFIT += [(dict(train__x=9, val__y=3), "y: a class that .*train does not have")]
+UNFIT += [(dict(train=9), "no images for val or test")]
+
+
+@pytest.mark.parametrize("counts, hint", UNFIT)
+def test_training_says_what_evaluations_would_refuse(counts, hint, tmp_path):
+    folder_of(tmp_path, **counts)
+    config = dict(data="folder", root=tmp_path, split_seed=0)
+    assert re.search(hint, " ".join(loo.unfit_splits(config)))
+
+
+def test_training_says_which_label_has_no_test_image(tmp_path):
+    rows = "a.png,train,x,1", "b.png,train,y,2", "c.png,test,x,"
+    write_table(tmp_path, "file,split,kind,tone", *rows, images="abc")
+    (said,) = loo.unfit_splits(dict(data="folder", root=tmp_path, split_seed=0))
+    assert said == "no test image has the label tone, which evaluations need"
 
 
 def test_a_table_beside_class_folders_adds_labels(tmp_path):
@@ -1732,11 +1804,13 @@ BAD_TABLES += [("file,kind\n\na.png,1,2", "line 3: 3 cells, the header has 2")]
 BAD_TABLES += [("file,kind\na.png", "line 2: 1 cells, the header has 2")]
 BAD_TABLES += [("file,kind\na.png,1\n./a.png,2", "line 3: a.png is listed twice")]
 BAD_TABLES += [("file,split\na.png,trian", "line 2: split trian: expected train")]
-BAD_TABLES += [("file\na.png\nx.png\nlabels.csv", "line 3: x.png: no such image in .*; 2 files")]
+LOST = "line 3: x.png: no such image in .*; 2 files .* such as a.png"
+BAD_TABLES += [("file\na.png\nx.png\nlabels.csv", LOST)]
 BAD_TABLES += [("file,split\na.png,test\nb.png,test", "no images for train")]
 BAD_TABLES += [("file,kind\na.png,caf\udce9", "UTF-8")]  # in Latin-1
 BAD_TABLES += [('file,kind\na.png,"x\nb.png,"y', "expected after|unexpected end")]
-BAD_TABLES += [('file\n"' + "x" * 200_000, "larger than field limit.*UTF-8")]
+BAD_TABLES += [('file\n"' + "x" * 200_000, "line 2: unexpected end of data; save it as CSV")]
+BAD_TABLES += [("file,kind\n,x", "line 2: no file is named")]
 
 
 @pytest.mark.parametrize("text, hint", BAD_TABLES, ids=[hint for _, hint in BAD_TABLES])
@@ -1800,11 +1874,12 @@ def test_images_of_12_bits_are_named(tmp_path, capsys):
     hot[0, 0] = 65535  # a pixel of a camera that is always white
     twelve = np.arange(4096).reshape(64, 64)
     cases = [(values << 8, "x.png", 0), (values << 4, "x.png", 1), (hot, "x.png", 1)]
+    cases += [(32768 + values, "x.png", 1)]  # of a tomograph, whose values are signed
     for image, name, said in (*cases, (twelve, "x.jp2", 1)):
         data.WARNED.clear()
         Image.fromarray(image.astype(np.uint16)).save(tmp_path / name)
         read_image(tmp_path / name)
-        assert capsys.readouterr().err.count("16-bit images become almost black") == said
+        assert capsys.readouterr().err.count("16-bit images keep few of 256 gray levels") == said
 
 
 def test_a_transparent_value_of_two_bits_is_white(tmp_path):
@@ -1853,9 +1928,13 @@ def test_images_with_too_many_pixels_are_named_or_reduced(here, monkeypatch):
 
 def test_files_that_are_no_image_of_known_channels_are_refused_by_what_they_are(tmp_path):
     path = tmp_path / "x.tif"
-    for mode, kind in (("F", "floating point"), ("I", "32-bit integer")):
+    for mode, kind in (("F", "floating point"), ("I", "signed")):
         Image.new(mode, (8, 8)).save(path)
         raises(UserError, f"x.tif: {kind} .*8 or 16 bits", read_image, path)
+    Image.new("I;16", (8, 8)).save(path)
+    for tag, value, why in ((339, 2, "signed"), (284, 2, "one channel after the other")):
+        Image.new("I;16", (8, 8)).save(path, tiffinfo={tag: value})
+        raises(UserError, why, read_image, path)
     Image.new("RGB", (8, 8)).save(path)
     tag = struct.pack("<HHI", 277, 3, 1)  # samples per pixel
     head, tail = path.read_bytes().split(tag)
@@ -1864,7 +1943,7 @@ def test_files_that_are_no_image_of_known_channels_are_refused_by_what_they_are(
         says = f"x.tif: {channels} channels, expected gray or RGB"
         raises(UserError, says, read_image, path)
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    raises(UserError, "cannot identify", read_image, path)
+    raises(UserError, "x.tif: no image that Pillow can read; save it as", read_image, path)
     path.unlink()
     os.mkfifo(path)  # which must not hang
     raises(UserError, "not a file", read_image, path)
@@ -2057,7 +2136,9 @@ def few(monkeypatch):
     counts["cub200"] = {"train": (3, 6), "test": (3, 3)}
     counts["flowers102"] = {"train": (3, 3), "val": (3, 3), "test": (3, 6)}
     monkeypatch.setattr(data, "IMAGENET100", wnids)
-    monkeypatch.setattr(torchvision.datasets.Flowers102, "classes", ["rose", "daisy", "pansy"])
+    flowers = torchvision.datasets.Flowers102
+    # Before torchvision 0.22 it has none.
+    monkeypatch.setattr(flowers, "classes", ["rose", "daisy", "pansy"], raising=False)
     for name, splits in counts.items():
         monkeypatch.setitem(data.DATASETS, name, data.DATASETS[name]._replace(splits=splits))
     return wnids
@@ -3597,7 +3678,7 @@ def test_claims_on_other_images_name_their_labels(here, capsys):
     assert "another data set" in refused(capsys, eval, "claims --labels=object=kind")
     assert "reads no folder" in refused(capsys, eval, "claims --root=.")
     assert "needs --root" in refused(capsys, eval, "claims --data=folder --labels=object=kind")
-    folder_of(here / "emoji", a=1, b=1)
+    folder_of(here / "emoji", a=9, b=9)
     assert "--labels=kind" in refused(capsys, eval, f"{there} --labels=object=kind")
     assert not Path("runs").exists()
 
