@@ -894,7 +894,7 @@ def iter_batches(dataset, workers=None, batch=256, part=(0, 1), count=None, name
                 aspect = torch.tensor(aspect, dtype=torch.float64)
                 yield rows[good], torch.from_numpy(images)[good], aspect[good]
     except RuntimeError as error:  # a worker was killed
-        hint = "take --workers=0, or free some memory"
+        hint = "free some memory, or take --workers=0 where the command has it"
         raise UserError(f"decoding stopped ({first_line(error)}): {hint}") from None
     if failures and len(failures) == n:
         raise UserError(f"none of the {n} images can be read; the first: {failures[0]}")
@@ -1065,7 +1065,9 @@ def factors(split, size=32, count=None):
     above, so a rotation changes more than the outline. Splits are drawn independently; another
     `count` draws other images. "viewpoint" plays ObjectNet's part: more tilt (standard deviation 40
     degrees, not 11), colored backgrounds."""
-    n, g = count or FACTORS[split], make_generator("factors", split)
+    check_choice("split", split, FACTORS)
+    n = FACTORS[split] if count is None else count
+    g = make_generator("factors", split)
     rand = functools.partial(uniform, generator=g)
 
     def normal(*shape, std):
@@ -1794,6 +1796,7 @@ def relative_error(x, goal):
     return (error.flatten(1).mean(1) / goal.flatten(1).mean(1)).sum()
 
 
+@torch.enable_grad()
 def style_transfer(
     images,
     styles,
@@ -1810,6 +1813,9 @@ def style_transfer(
     the content map towards that structure. keep_color: the style takes the image's colors instead.
     random_features need s of 8 or more.
     """
+    loo.check_shapes({"c": 3}, images=(images, "b c s s"), styles=(styles, "b c s s"))
+    loo.check_images(images, (torch.float32,))
+    loo.check_images(styles, (torch.float32,), name="styles")
     size = images.shape[-1]
     with torch.no_grad():
         styles = match_color(styles, images).clamp(0, 1) if keep_color else styles
@@ -2244,7 +2250,7 @@ RANGES = {
     **dict.fromkeys(("hidden", "steps"), (0, 2**31 - 1, "0 or more, below 2**31")),
     **dict.fromkeys(("lr", "tau"), POSITIVE),
     **dict.fromkeys(("p", "gray", "area"), (0, 1, "0 to 1")),
-    **dict.fromkeys(("size", "canvas"), (1, 2**14, "1 or more, at most 16384")),
+    **dict.fromkeys(("size", "canvas"), (2, 2**14, "2 or more, at most 16384")),
     **dict.fromkeys(("copies", "seeds"), (1, 1000, "1 or more, at most 1000")),
     "weight_decay": (0, sys.float_info.max, "0 or more, and finite"),
     "momentum": (0, 1, "0 to 1; it is the key encoder's, not SGD's"),
@@ -2281,6 +2287,12 @@ def parse_flag(flag, kind, value, limits):
 
     limits: of a number, a row of RANGES. A name that begins with ~ is one in the home folder."""
     expected = EXPECTED[kind]
+    # What Python has for a word of the shell: --shots=5, --device=cpu, --schedule=300,400.
+    word = {str: torch.device, tuple: (int, Path)}.get(kind, ())
+    if isinstance(value, word) and not isinstance(value, bool):
+        value = str(value)
+    elif kind is str and isinstance(value, (list, tuple)):
+        value = ",".join(map(str, value))
     with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
         if kind is str:
             if text := os.path.expanduser(os.fspath(value)):
@@ -2563,7 +2575,7 @@ def write_atomic(path, content, keep=None, size=None):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
         needs = f", which needs {size / 2**20:.1f} MB" if size else ""
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or "not all was written; is the disk full?"
         raise WriteError(f"cannot write {path}{needs}: {reason}") from None
     finally:
         with contextlib.suppress(OSError):  # not there, or on a read-only disk

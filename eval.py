@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from json import dumps, loads
+from json import dumps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -284,6 +284,7 @@ def logistic(x, y, k, l2, *, iterations=300, start=None):
     Minimizes mean cross-entropy + l2 / 2 * |w|^2 in at most so many iterations, from `start`
     (w, b) or zero. At the minimum it is scikit-learn's LogisticRegression with C = 1 / (n l2).
     """
+    x, y = x.detach(), y.long()
     w, b = start or (x.new_zeros(k, x.shape[1]), x.new_zeros(k))
     w, b = w.clone().requires_grad_(), b.clone().requires_grad_()
     stop = dict(max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-10)
@@ -413,6 +414,8 @@ def sample_shots(y, k, shots, trials, seed, label="the label", names=()):
     n = shots x the classes that have images: one without any stays a class that is never right.
     UserError if one has fewer than `shots`, by its name in `names`.
     """
+    if min(shots, trials) < 1:
+        raise ValueError(f"shots={shots} trials={trials}: expected 1 or more")
     counts = torch.bincount(y[y >= 0], minlength=k)
     of_class = [(y == c).nonzero().squeeze(1) for c in range(k) if counts[c]]
     fewest = min(map(len, of_class), default=0)
@@ -486,6 +489,7 @@ def ci95(values, pseudo_values=(0.0, 0.0, 100.0, 100.0)):
     default two wrong and two right (Agresti and Coull 1998): six right of six are not 100.0 +- 0.0.
     It is too wide for values between 0 and 100 if there are only a few.
     """
+    values = torch.as_tensor(values).double()
     if len(values) == 0:
         return math.inf
     wider = torch.cat([values, values.new_tensor(pseudo_values)])
@@ -523,6 +527,8 @@ def paired_ci95(right, other):
     right, other: (n,) each, the share of an image's views that were classified right, 0 to 1. One
     more image that differs each way is assumed, see ci95 (as Bonett and Price 2012).
     """
+    right, other = torch.as_tensor(right).double(), torch.as_tensor(other).double()
+    loo.check_shapes(right=(right, "n"), other=(other, "n"))
     difference = (right - other) * 100
     return difference.mean().item(), ci95(difference, (-100.0, 100.0))
 
@@ -702,7 +708,7 @@ def linear(
     if save:
         check_user_out(save, ())
         if Path(save).exists():
-            read_tensors(save)  # UserError where it is another kind of file
+            read_classifier(save)  # UserError where it is another kind of file
     yield from probe(ctx, labels, (0,), protocol, per_class, save, epochs=epochs, lr=lr, area=area)
 
 
@@ -1051,6 +1057,8 @@ def retrieve(
 
 def open_other(ctx, against):
     """Another run on the same data."""
+    if not Path(against).exists():
+        raise UserError(f"--against={against}: no such run")
     same = {key: getattr(ctx, key) for key in ("data", "root", "feature", "workers", "seed")}
     other = open_run(against, device=str(ctx.device), **same)
     if other.config["size"] != ctx.config["size"]:
@@ -1197,8 +1205,11 @@ def embed_files(encoder, config, feature, paths, part, workers, leader_first):
             write_atomic(part, functools.partial(allocate, size=4 * n * d))
     x, seen = map_file(part, n, d, dtype=torch.float32), torch.zeros(n)
     for rows, images in on_device(encoder, files, workers, batch=64, named=None):
-        x[rows] = embed_batch(images)
-        seen[rows] = 1
+        some = embed_batch(images)
+        check_all_finite(
+            f"features of {paths[rows[0]]}, or of the next {len(rows) - 1} images", some
+        )
+        x[rows], seen[rows] = some, 1
     rows = loo.all_reduce_sum(seen).nonzero().squeeze(1)
     if loo.rank() == 0:
         # Close the gaps, in place: the rows ascend, so no row is overwritten before it is read.
@@ -1208,15 +1219,25 @@ def embed_files(encoder, config, feature, paths, part, workers, leader_first):
 
 
 def open_classifier(path, run, feature):
-    """What `linear --save` wrote; UserError where it does not read this feature of this run."""
-    head = read_tensors(path)
-    if not isinstance(head, dict) or not {"w", "b", "classes", "feature", "weights"} <= head.keys():
-        raise UserError(f"--classify={path}: expected a file that `linear --save` wrote")
+    """read_classifier; UserError where it does not read this feature of this run."""
+    head = read_classifier(path)
     if head["weights"] != hash_weights(run):
         raise UserError(f"--classify={path} was trained on --run={head.get('run')}, not {run}")
     if feature not in (None, head["feature"]):
         raise UserError(f"--feature={feature}: {path} reads the feature {head['feature']}")
     return head
+
+
+def read_classifier(path):
+    """What `linear --save` wrote; UserError where it is another file."""
+    head = read_tensors(path)
+    try:
+        k, (_, d) = len(head["classes"]), head["w"].shape
+        loo.check_shapes(dict(k=k, d=d), w=(head["w"], "k d"), b=(head["b"], "k"))
+        check_all_finite("its weights", head["w"], head["b"])
+        return head | dict(w=head["w"].float(), b=head["b"].float())
+    except (LookupError, TypeError, AttributeError, ValueError):
+        raise UserError(f"{path}: expected a file that `linear --save` wrote") from None
 
 
 def classify_rows(head, x):
@@ -1252,7 +1273,10 @@ WRITERS = {".csv": write_csv, ".npz": write_npz, ".pt": torch.save}
 KEYS = ("run", "task", "data", "root", "label", "on", "feature", "method", "groups", "protocol")
 KEYS += ("shots", "top1", "top5", "ci95", "largest", "balanced", "n_train", "n_test", "seed")
 KEYS += ("seconds",)
-NEEDED = ("task", "data", "label", "feature", "method", "groups", "protocol", "shots")
+# What a line must have to be read again, see loo.check_types; the rest may be absent or null.
+TYPES = dict(task=str, data=str, label=str, feature=str, method=str, groups=[str], protocol=str)
+MAYBE = dict(shots=int, on=str, root=str, images=str, tested=str)
+MAYBE |= dict.fromkeys(("top1", "top5"), loo.NUMBER)
 # The columns that are printed; OPTIONAL ones only where the first result has a value.
 PRINTED = ("run", "data", "task", "label", "on", "feature", "protocol", "shots", "top1", "top5")
 PRINTED += ("ci95", "largest", "balanced", "gain", "gain95", "n_train", "n_test", "seconds")
@@ -1343,6 +1367,8 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
         paper: the paper's tables instead, what it reports beside what these runs give
     """
     lines = read_results(runs)
+    if not lines:
+        raise UserError(f"--runs={','.join(runs)}: no results that can be read")
     differs = list(differing_settings([config for config, _ in lines]))
     cells, shown = defaultdict(dict), {}
     for config, line in lines:
@@ -1396,23 +1422,25 @@ def read_results(runs):
 
 
 def read_config(run, *needed):
-    """config.json of a run folder, `out` the folder; {}, with a warning, where `needed` lack."""
+    """config.json of a run folder, `out` the folder; {}, with a warning, where it is no run's."""
     try:
-        config = loads((run / "config.json").read_text()) | {"out": str(run)}
-        if lacks := [name for name in needed if name not in config]:
-            raise ValueError(f"it lacks {', '.join(lacks)}")
-        return config
-    except (OSError, ValueError, TypeError) as error:
+        return loo.read_config(run, needed) | {"out": str(run)}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         warn_once(f"{run}: its config.json is no run's ({first_line(error)}); it is left out")
         return {}
 
 
+def read_lines(path, **types):
+    """The results in a file; types: of what they must have beside TYPES."""
+    lines = loo.read_jsonl(path, TYPES | MAYBE | types, MAYBE)
+    return [line for line in lines if line.get("top1") is not None]
+
+
 def results_of(run):
     """(config, line) for each result in a run folder; `seed` the training's, `out` the folder."""
-    lines = loo.read_jsonl(run / "results.jsonl", *NEEDED)
-    config = read_config(run, "seed", "data", "method", "groups") if lines else {}
-    known = [line for line in lines if config and isinstance(line.get("top1"), (int, float))]
-    return [(config, line | {"seed": config["seed"]}) for line in known]
+    lines = read_lines(run / "results.jsonl")
+    config = lines and read_config(run, "seed", "data", "method", "groups", "always")
+    return [(config, line | {"seed": config["seed"]}) for line in lines if config]
 
 
 def find_files(runs, name):
@@ -1772,7 +1800,7 @@ def claims(
         raise UserError("claims starts processes of its own: start it as one process")
     chosen = range(first, first + seeds)
     if results:
-        return print_claims(chosen_results(results, budget, chosen), tables, name)
+        return print_claims(chosen_results(results, budget, chosen, data), tables, name)
     if place:  # refused before anything runs
         known = open_dataset(data, "train", root=root).classes
         for label in labels.values():
@@ -1792,15 +1820,17 @@ def claims(
             print_claims(lines, tables, name)
 
 
-def chosen_results(path, budget, seeds):
-    """The lines of one budget and these seeds; UserError where there are none."""
+def chosen_results(path, budget, seeds, data):
+    """The lines of one budget, these seeds and a data set; UserError where there are none."""
     if not Path(path).is_file():
         raise UserError(f"--results={path}: no such file; leave the flag out to train")
-    there = loo.read_jsonl(Path(path), *NEEDED, "seed")
-    lines = [line for line in there if line.get("budget") == budget and line["seed"] in seeds]
+    there = read_lines(Path(path), seed=int)
+    mine = [line for line in there if (line.get("budget"), line["data"]) == (budget, data)]
+    lines = [line for line in mine if line["seed"] in seeds]
     if not lines:
-        asked = f"--budget={budget} and seeds {seeds[0]} to {seeds[-1]}"
-        held = ", ".join(sorted({f"{line.get('budget')} {line['seed']}" for line in there}))
+        asked = f"--data={data} --budget={budget} and seeds {seeds[0]} to {seeds[-1]}"
+        keys = ("data", "budget", "seed")
+        held = ", ".join(sorted({" ".join(str(line.get(k)) for k in keys) for line in there}))
         raise UserError(f"--results={path} has nothing of {asked}; it holds {held or 'no results'}")
     return lines
 

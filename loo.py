@@ -84,6 +84,7 @@ def methods(groups, same=()):
     same: the groups whose parameters moco_same's key copies from the query.
     """
     check_tuples(groups=groups, same=same)
+    groups = tuple(groups)
     n = len(groups)
     share_none = torch.zeros(1, n, dtype=torch.bool)
     share_same = torch.tensor([[group in same for group in groups]], dtype=torch.bool)
@@ -282,6 +283,8 @@ def augment_groups(
     row 0 the query's. ValueError for images that are not in [0, 1] or not float32 or float64, for
     an unknown name, a number out of range, texture without textures, shapes that do not fit.
     """
+    check_tuples(groups=groups, always=always)
+    groups, always = tuple(groups), tuple(always)
     share = torch.as_tensor(share)
     sampling = dict(sampling or {})
     check_views(images, groups, share, always, aspect, textures, rows, sampling)
@@ -313,7 +316,8 @@ def sample_groups(total, groups, share, generator, always, sampling):
         sample, _ = GROUPS[name]
         flat = sample(n, generator, **sampling.get(name, {}))
         check_sampled(name, flat, n)
-        params[name] = {key: x.unflatten(0, (-1, total)) for key, x in flat.items()}
+        shape = 1 + len(share), total
+        params[name] = {key: x.unflatten(0, shape) for key, x in flat.items()}
         if name in groups:
             copies = share[:, groups.index(name)]  # (v,)
             for x in params[name].values():
@@ -328,14 +332,18 @@ def apply_groups(images, index, params, size=None, aspect=None, textures=None):
     """
     index = move_like(images, index)
     x = images.index_select(0, index)
-    aspect = None if aspect is None else aspect[index]
+    aspect = None if aspect is None else move_like(images, aspect[index])
     # What these two need beside their parameters.
     extra = {resample: (size, aspect), texture: (textures, index)}
-    # Neighbors with one function, as crop, flip and rotation, are applied at once.
-    for apply, names in itertools.groupby(params, key=lambda name: GROUPS[name][1]):
-        merged = {}
-        for name in names:
-            merged |= params[name]
+    # Neighbors with one function, as crop, flip and rotation, are applied at once if they can be.
+    passes = []
+    for name, group in params.items():
+        apply = GROUPS[name][1]
+        if passes and passes[-1][1] is apply and not passes[-1][2].keys() & group.keys():
+            passes[-1][2].update(group)
+        else:
+            passes.append((name, apply, dict(group)))
+    for name, apply, merged in passes:
         x = apply(x, merged, *extra.get(apply, ()))
         check_shapes({"n": len(index)}, **{f"what GROUPS[{name!r}] makes": (x, "n c h w")})
     if size and x.shape[-2:] != (size, size):  # no group resampled
@@ -435,7 +443,6 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def check_views(images, groups, share, always, aspect, textures, rows, sampling):
     """ValueError for arguments of augment_groups that do not fit, as it says."""
-    check_tuples(groups=groups, always=always)
     known = {"g": len(set(groups)), "b": len(images if rows is None else rows.images)}
     known |= {"c": 3} if "color" in {*groups, *always} else {}
     given = dict(images=(images, "b c h w"), share=(share, "v g"))
@@ -467,10 +474,11 @@ def check_sampled(name, params, n):
 
 
 def check_tuples(**flags):
-    """ValueError where one of the tuples of names is a single one: a string is iterable too."""
+    """ValueError where a tuple of names is a single one, for a string is iterable too, or a set."""
     for flag, names in flags.items():
-        if isinstance(names, (str, os.PathLike)):
-            raise ValueError(f"{flag} is {names!r}: expected a tuple of names, as ({names!r},)")
+        if isinstance(names, (str, os.PathLike, set, frozenset)):  # a set has no order
+            expected = "a tuple of names, as ('color', 'rotation')"
+            raise ValueError(f"{flag} is {names!r}: expected {expected}")
 
 
 def check_shapes(lengths=(), **tensors):
@@ -614,7 +622,7 @@ def init_linear(spaces, d, out):
     weight = torch.empty(spaces, out, d).uniform_(-bound, bound)
     bias = torch.empty(spaces, out).uniform_(-bound, bound)
     # An empty parameter gets no gradient, and DistributedDataParallel would wait for it.
-    used = spaces * out > 0
+    used = bool(spaces * out > 0)
     return nn.Parameter(weight, requires_grad=used), nn.Parameter(bias, requires_grad=used)
 
 
@@ -689,6 +697,7 @@ def backbone(arch, stem="imagenet", splits=1, size=224):
 
 def make_generator(*key):
     """A CPU generator seeded by `key` alone, such as ("views", seed, step)."""
+    key = tuple(part.item() if hasattr(part, "item") else part for part in key)  # numpy's numbers
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
 
 
@@ -1280,7 +1289,8 @@ def training_rows(dataset, labels):
 # ---------------------------------------- the loop and its log
 
 LOG_LINES = 200  # of a run
-LOGGED = ("step", "loss", "lr")  # what each of them has
+NUMBER = int, float
+LOGGED = {"step": int, "loss": [NUMBER], "lr": NUMBER, "win": [NUMBER]}  # see check_types
 FEW_STEPS = 1000  # with fewer, features hardly differ from random ones
 
 
@@ -1447,7 +1457,7 @@ def prepare_folder(state, dataset, config, out):
     if state.step == 0:
         save_views(dataset, config, out / "views.png")
     link_latest(out, config["root"] if config["data"] == "folder" else None)
-    log = read_jsonl(out / "log.jsonl", *LOGGED)
+    log = read_jsonl(out / "log.jsonl", LOGGED, ["win"])
     kept = [record for record in log if record["step"] <= state.step]
     write_atomic(out / "log.jsonl", "".join(dumps(record) + "\n" for record in kept).encode())
 
@@ -1732,10 +1742,10 @@ def read_curves(config, out, images=1):
     """The log of a run, {quantity: {space: [(steps times images, value), ...]}}."""
     spaces = get_method(config).spaces or (config["label"],)
     panels = collections.defaultdict(lambda: collections.defaultdict(list))
-    for record in read_jsonl(out / "log.jsonl", *LOGGED):
+    for record in read_jsonl(out / "log.jsonl", LOGGED, ["win"]):
         x = record["step"] * images
         for title, key in (("loss", "loss"), ("top-1", "win")):
-            for space, y in zip(spaces, record.get(key, ())):
+            for space, y in zip(spaces, record.get(key) or ()):
                 panels[title][space].append((x, y))
         panels["learning rate"]["all spaces"].append((x, record["lr"]))
     return panels
@@ -1983,15 +1993,23 @@ def save_checkpoint(state, config, out):
 def load_checkpoint(state, config, out):
     """The state saved in the run folder, or `state` where there is none; UserError if neither."""
     paths = [out / name for name in ("checkpoint.pt", "checkpoint.old.pt") if (out / name).exists()]
-    saved = next(filter(None, (read_checkpoint(path, config["device"]) for path in paths)), None)
-    if paths and not saved:
+    for path in paths:
+        saved = read_checkpoint(path, config["device"])
+        if saved is None:
+            continue
+        try:
+            check_same_config(config, saved["config"], out)
+            for part in ("encoder_q", "encoder_k", "classifier", "optimizer"):
+                unwrap_model(getattr(state, part)).load_state_dict(saved[part])
+            rest = {name: saved[name] for name in ("queue", "queue_ptr", "step", "total")}
+            return state._replace(**rest)
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            if isinstance(error, UserError) or lacks_memory(error):
+                raise
+            print(f"warning: {path} holds no such run ({first_line(error)})", file=sys.stderr)
+    if paths:
         raise UserError(f"{paths[0]} cannot be read: --fresh moves it aside and starts over")
-    if not saved:
-        return state
-    check_same_config(config, saved["config"], out)
-    for part in ("encoder_q", "encoder_k", "classifier", "optimizer"):
-        unwrap_model(getattr(state, part)).load_state_dict(saved[part])
-    return state._replace(**{k: saved[k] for k in ("queue", "queue_ptr", "step", "total")})
+    return state
 
 
 def read_checkpoint(path, device):
@@ -2073,19 +2091,53 @@ def link_latest(out, root=None):
         print(f"warning: no link runs/latest ({first_line(error)}): {hint}", file=sys.stderr)
 
 
-def read_jsonl(path, *needed):
-    """The lines of a JSONL file; one that was cut short, or lacks `needed`, is left out."""
+def read_jsonl(path, types=(), optional=()):
+    """The lines of a JSONL file; one that is cut short, or fails check_types, is left out."""
     lines = []
     text = path.read_text(errors="replace") if path.exists() else ""
     for number, line in enumerate(text.splitlines(), 1):
         try:
             record = dict(loads(line))
-            if set(needed) - record.keys():
-                raise ValueError
+            check_types(record, dict(types), optional)
             lines.append(record)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             print(f"warning: {path}, line {number} is not whole and left out", file=sys.stderr)
     return lines
+
+
+def check_types(record, types, optional=()):
+    """ValueError unless a dict from JSON has values of these types {key: type}.
+
+    [type]: a list of such values; what is optional may be absent or null.
+    """
+    for key, kind in types.items():
+        value = record.get(key)
+        if value is None and key in optional:
+            continue
+        values = [value]
+        if isinstance(kind, list):
+            (kind,), values = kind, value if isinstance(value, list) else [None]
+        if not all(isinstance(x, kind) for x in values):
+            raise ValueError(f"its {key} is {value!r:.20}")
+
+
+# What config.json must have for an encoder, and what it may have.
+CONFIG_TYPES = dict(method=str, groups=[str], same=[str], data=str, seed=int, arch=str, stem=str)
+CONFIG_TYPES |= dict(size=int, hidden=int, dim=int)
+CONFIG_MAYBE = dict(always=[str], batch=int, canvas=int, root=str, split_seed=int, held=dict)
+
+
+def read_config(run, needed=tuple(CONFIG_TYPES)):
+    """config.json of a run folder; ValueError where it is none of ours, or lacks what is needed."""
+    config = dict(loads((Path(run) / "config.json").read_text("utf-8-sig")))
+    if lacks := [name for name in needed if name not in config]:
+        raise ValueError(f"it lacks {', '.join(lacks)}")
+    types = CONFIG_TYPES | CONFIG_MAYBE
+    check_types(config, types, types.keys() - needed)
+    config = dict(same=[], canvas=None, root=None) | config
+    if "method" in needed and config["method"] not in methods(()):
+        raise ValueError(f"its method is {config['method']}")
+    return config | {"held": config.get("held") or {}}
 
 
 def export(encoder, out):
@@ -2124,21 +2176,27 @@ def start_weights(config):
     """
     init, heads, encoder = config["init"], {}, meta_encoder(config)
     expected, own_heads = split_state(encoder.state_dict())
+    state = saved = None
     if init == "imagenet":
         tensors = imagenet_weights(config["arch"])
     elif Path(init).is_dir():
         other, saved = load_encoder(init)
+        state = other.state_dict()
+    elif Path(init).exists():
+        content = data_module().read_tensors(init)
+        if isinstance(content, dict) and {"encoder_q", "config"} <= content.keys():
+            state, saved = content["encoder_q"], content["config"]  # a run's checkpoint
+        tensors = strip_prefix(flatten(content), expected)
+    else:
+        raise UserError(f"--init={init}: no such file; expected a file, a run folder or imagenet")
+    if state:
         for flag in ("arch", "stem"):
             if saved[flag] != config[flag]:
                 problem = f"the run has --{flag}={saved[flag]}, not {config[flag]}"
                 raise UserError(f"--init={init}: {problem}: give this flag too")
-        tensors, heads = split_state(other.state_dict())
+        tensors, heads = split_state(state)
         if any(saved[name] != config[name] for name in ("method", "groups", "hidden", "dim")):
             heads = {}
-    elif Path(init).exists():
-        tensors = strip_prefix(flatten(data_module().read_tensors(init)), expected)
-    else:
-        raise UserError(f"--init={init}: no such file; expected a file, a run folder or imagenet")
     if "encoder.pos_embedding" in tensors and config["arch"].startswith("vit"):
         resize = torchvision.models.vision_transformer.interpolate_embeddings
         with contextlib.suppress(ValueError):  # no square of patches: check_fit names it
@@ -2204,16 +2262,20 @@ def load_encoder(run, device="cpu"):
     if missing:
         raise UserError(f"{missing[0]}: no such file; expected a folder that loo.py trained")
     try:
-        config = loads(files[0].read_text())
+        config = read_config(run)
         backbone, heads = map(data_module().read_tensors, files[1:])
+        for name, x in heads.items():  # Z_0's layer4 is in both
+            if name.startswith("tops.0.") and not x.equal(backbone[f"layer4.{name[7:]}"]):
+                raise ValueError("backbone.pt and heads.pt are not of one run")
         encoder = build_encoder(config)
         encoder.load_state_dict(join_state(backbone, heads, len(encoder.tops)))
     # UserError is a ValueError.
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         problem = f"{run} holds no run of ours, or a file that is not whole ({first_line(error)})"
         advice = "the command that trained it mends it from its checkpoint"
         raise UserError(f"{problem}: {advice}") from None
     encoder.eval().requires_grad_(False)
+    device = data_module().resolve_device(str(device))
     return encoder.to(device, memory_format=torch.channels_last), config
 
 

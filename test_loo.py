@@ -774,6 +774,24 @@ def test_augmentations_of_your_own_that_do_not_fit_are_named(case, monkeypatch):
     raises(ValueError, rf"GROUPS\['own'\].*{says}", loo.augment_groups, *given)
 
 
+def test_neighbors_with_one_function_and_parameter_act_both(monkeypatch):
+    def brighten(images, params):
+        return images + params["amount"].to(images)[:, None, None, None]
+
+    for name, amount in (("a", 0.25), ("b", 0.5)):
+        sample = lambda b, generator, x=amount: {"amount": torch.full((b,), x)}  # noqa: E731
+        monkeypatch.setitem(loo.GROUPS, name, (sample, brighten))
+    given = torch.zeros(4, 3, 8, 8), iter(["a", "b"]), [[0, 0]], make_generator(0)
+    query, keys, params = loo.augment_groups(*given, always=())
+    assert list(params) == ["a", "b"]
+    assert (torch.cat([query[None], keys]) == 0.75).all()
+
+
+def test_a_seed_of_numpy_is_its_number():
+    draws = [torch.rand(4, generator=make_generator("x", seed)) for seed in (3, np.int64(3))]
+    assert torch.equal(*draws)
+
+
 def test_no_augmentation_of_your_own_has_a_features_name(monkeypatch):
     monkeypatch.setitem(loo.GROUPS, "all", loo.GROUPS["flip"])
     raises(UserError, "--groups=all: features have this name", loo.default_config, groups=["all"])
@@ -789,8 +807,8 @@ def test_other_functions_by_hand_name_what_does_not_fit():
     raises(ValueError, "expected mlp or conv5", loo.Encoder, "small", heads="conv")
     raises(ValueError, "expected a ResNet", loo.Encoder, "mobilenet_v2", heads="conv5")
     for names in (["color"], [("color", "rotation"), "rotation"]):
-        says = f"expected a tuple of names, as .'{names[-1]}',."
-        raises(ValueError, says, loo.methods, *names)
+        raises(ValueError, "expected a tuple of names, as .'color', 'rot", loo.methods, *names)
+    raises(ValueError, "groups is {'color'}: expected a tuple", loo.methods, {"color"})
     state, config = loo.init_state(CONFIG | dict(batch=8)), CONFIG | dict(batch=8)
     for n in (4, 16):
         says = "images has .* with .*b=8"
@@ -973,6 +991,8 @@ def test_flags_from_python_are_those_of_the_command_line(here):
     assert config["sampling"] == dict(color=dict(p=0.5, gray=0.1), crop=dict(area=1))
     assert [config[key] for key in ("lr", "epochs", "batch", "out")] == [1.0, 3, 64, "run"]
     assert json.loads(json.dumps(config)) == config
+    config = loo.default_config(groups="color", schedule=[3, 5], device=torch.device("cpu"))
+    assert (config["schedule"], config["device"]) == ("3,5", "cpu")
     refused = [dict(epochs=2.5), dict(lr=math.nan), dict(root=5), dict(groups=7), dict(out=True)]
     refused += [dict(seed=None), dict(data=None), dict(always=None)]  # None is no default of these
     for wrong in (*refused, dict(seed=2**64), dict(queue=0), dict(root=""), dict(epochs=True)):
@@ -1116,6 +1136,16 @@ def test_start_weights_of_a_state_dict_whatever_it_is_nested_in(prefix, tmp_path
     assert torch.equal(state["trunk.conv1.weight"], net.conv1.weight)
     for space in range(3):
         assert torch.equal(state[f"tops.{space}.1.conv2.weight"], net.layer4[1].conv2.weight)
+
+
+def test_start_weights_of_a_runs_checkpoint(tmp_path):
+    config = init_config(tmp_path / "checkpoint.pt", arch="small")
+    encoder = loo.init_state(config | dict(device="cpu", precision="float32")).encoder_q
+    content = dict(encoder_q=encoder.state_dict(), config=config, version=2)
+    torch.save(content, tmp_path / "checkpoint.pt")
+    state = loo.start_weights(config)
+    assert state.keys() == encoder.state_dict().keys()
+    assert all(torch.equal(x, state[name]) for name, x in encoder.state_dict().items())
 
 
 def test_start_weights_of_a_vision_transformer_at_another_size(tmp_path, shallow_vit):
@@ -1283,12 +1313,17 @@ class Bomb:
         return open, ("bomb", "w")
 
 
-@pytest.mark.parametrize("ruin", ["cut", "bomb", "other", "both"])
+RUINED = dict(other=lambda saved: {"version": 9}, bomb=lambda saved: Bomb())
+RUINED |= dict(lacks=lambda saved: {k: x for k, x in saved.items() if k != "queue"})
+RUINED |= dict(shape=lambda saved: saved | {"encoder_q": {}}, config=lambda x: x | {"config": None})
+
+
+@pytest.mark.parametrize("ruin", ["cut", "both", *RUINED])
 def test_a_ruined_checkpoint_gives_way_to_the_one_before(ruin, here, capsys):
     line, path = f"train --epochs=1 --out=run {SMALL}", here / "run" / "checkpoint.pt"
     run(loo, f"{line} --save_every=3")
-    if ruin in ("bomb", "other"):
-        torch.save({"version": 9} if ruin == "other" else Bomb(), path)
+    if ruin in RUINED:
+        torch.save(RUINED[ruin](torch.load(path)), path)
     else:
         path.write_bytes(path.read_bytes()[:1000])
     if ruin == "both":
@@ -1297,7 +1332,7 @@ def test_a_ruined_checkpoint_gives_way_to_the_one_before(ruin, here, capsys):
         return
     out, err = printed(capsys, loo, line)
     assert "resuming run at step 3" in out
-    assert "warning: run/checkpoint.pt is" in err
+    assert re.search("warning: run/checkpoint.pt (is|holds)", err)
     assert not (here / "bomb").exists()
 
 
@@ -1402,8 +1437,34 @@ def test_a_second_trainer_is_refused_where_the_disk_has_locks(here, capsys, monk
 
 def test_a_line_of_a_log_that_lacks_something_is_left_out(tmp_path, capsys):
     (tmp_path / "log.jsonl").write_text('[]\n{"step": 1}\n{"step": 2, "lr": 1}\n3\n')
-    assert loo.read_jsonl(tmp_path / "log.jsonl", "step", "lr") == [dict(step=2, lr=1)]
+    types = dict(step=int, lr=loo.NUMBER)
+    assert loo.read_jsonl(tmp_path / "log.jsonl", types) == [dict(step=2, lr=1)]
     assert capsys.readouterr().err.count("is not whole and left out") == 3
+    (tmp_path / "log.jsonl").write_text('{"a": null}\n{"a": [1, "x"]}\n{}\n{"a": [1.5]}\n')
+    lines = loo.read_jsonl(tmp_path / "log.jsonl", dict(a=[loo.NUMBER]), ["a"])
+    assert lines == [dict(a=None), {}, dict(a=[1.5])]
+
+
+DAMAGES = dict(method="x", groups=None, same=[1], data=0, seed="1", arch=[], size=None, dim="8")
+
+
+@pytest.mark.parametrize("key", DAMAGES)
+def test_a_damaged_config_is_one_clear_line(key, untrained, capsys):
+    path = untrained / "runs" / "latest" / "config.json"
+    config = json.loads(path.read_text())
+    run(eval, "knn --label=hue")
+    for damaged in (config | {key: DAMAGES[key]}, {k: v for k, v in config.items() if k != key}):
+        path.write_text(json.dumps(damaged))
+        assert "latest holds no run of ours" in refused(capsys, eval, "knn --label=hue")
+        with contextlib.suppress(SystemExit):  # of a table without rows
+            run(eval, "table --runs=runs/latest")
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_files_of_two_runs_are_not_mixed(untrained, capsys):
+    loo.export(loo.init_state(CONFIG | dict(seed=1)).encoder_q, untrained / "other")
+    shutil.copy("other/backbone.pt", "runs/latest/backbone.pt")
+    assert "backbone.pt and heads.pt are not of one run" in refused(capsys, eval, "knn")
 
 
 def test_float32_is_not_tf32():
@@ -3790,8 +3851,8 @@ def test_claims_print_what_the_results_hold(here, capsys):
     assert verdicts == ["cannot tell"] * 5 + ["does not hold"] + ["holds"] * 5 + ["cannot tell"] * 5
     assert out.splitlines()[-1] == "16 claims: holds 5, does not hold 1, cannot tell 10"
     assert not Path("runs").exists()
-    held = "large 0, large 1, large 2, large 3, small 0"
-    nothing = f"nothing of --budget=small and seeds 7 to 11; it holds {held}"
+    held = "factors large 0, factors large 1, factors large 2, factors large 3, factors small 0"
+    nothing = f"nothing of --data=factors --budget=small and seeds 7 to 11; it holds {held}"
     assert nothing in refused(capsys, eval, "claims --results=all.jsonl --first=7")
     # A cell may be missing.
     some = (line for line in lines if (line["seed"], line["label"]) != (2, "hue"))
