@@ -3245,6 +3245,7 @@ BAD_EVALUATIONS += [("spaces --layer=middle", "hidden"), ("linear --save=x.pt", 
 BAD_EVALUATIONS += [("embed", "--root=DIR"), ("embed --root=nope", "no such folder")]
 BAD_EVALUATIONS += [("embed --root=. --out=x.xls", ".csv"), ("embed --root=runs", "no images")]
 BAD_EVALUATIONS += [("embed --root=. --classify=nope.pt", "nope.pt")]
+BAD_EVALUATIONS += [("retrieve --against=runs/nope", "--against=runs/nope: no such run")]
 
 
 @pytest.mark.parametrize("line, hint", BAD_EVALUATIONS)
@@ -3379,6 +3380,34 @@ def test_embed_gives_what_the_encoder_gives(kind, untrained, capsys):
     assert not list(Path().glob("*.part"))
 
 
+def test_features_that_are_not_finite_are_not_written(untrained, capsys):
+    photo_tree(untrained / "photos", 2, 3)
+    backbone = torch.load("runs/latest/backbone.pt")
+    torch.save(backbone | {"bn1.running_var": backbone["bn1.running_var"] - 2}, "x.pt")
+    os.replace("x.pt", "runs/latest/backbone.pt")
+    line = "embed --root=photos --out=x.csv"
+    assert "features of photos/class0/0.jpg, or of the next" in refused(capsys, eval, line)
+    assert not list(Path().glob("x.csv*"))
+
+
+def test_a_label_may_have_commas(untrained, capsys):
+    rows = [f"{i}.png,{'train' if i < 20 else 'test'},{i % 2}" for i in range(30)]
+    images = map(str, range(30))
+    write_table(untrained / "photos", 'file,split,"a,b"', *rows, images=images)
+    line = "knn --data=folder --root=photos --neighbours=1 --label=a,b --json"
+    assert json.loads(printed(capsys, eval, line).out)["label"] == "a,b"
+
+
+def test_intervals_take_any_numbers():
+    values = [0, 100, 100, 100]
+    expected = eval.ci95(torch.tensor(values).double())
+    for same in (values, np.array(values), torch.tensor(values)):
+        assert eval.ci95(same) == expected
+    right = torch.arange(40) % 2 > 0
+    assert eval.paired_ci95(right, ~right) == eval.paired_ci95(right.double(), (~right).double())
+    raises(ValueError, "other has the shape", eval.paired_ci95, right, right[:, None])
+
+
 def test_a_kept_classifier_classifies_new_images(untrained, capsys):
     photo_tree(untrained / "more", 2, 15)
     run(eval, "linear --data=folder --root=more --save=head.pt --per_class --json")
@@ -3390,6 +3419,13 @@ def test_a_kept_classifier_classifies_new_images(untrained, capsys):
     right = [chosen[file] == file.split("/")[0] for file in opened(Path("more"), "val")[0]]
     assert np.mean(right) * 100 == pytest.approx(line["top1"])
     assert all(0.5 <= float(p) <= 1 for p in columns["probability"])
+    head = torch.load("head.pt")
+    for wrong in (dict(classes=["x"]), dict(w=head["w"] / 0), dict(b=None), dict(w=head["w"][0])):
+        torch.save(head | wrong, "wrong.pt")
+        line = "embed --root=more --classify=wrong.pt"
+        assert "expected a file that `linear --save` wrote" in refused(capsys, eval, line)
+        line = "linear --data=folder --root=more --save=wrong.pt"
+        assert "expected a file that `linear --save` wrote" in refused(capsys, eval, line)
     backbone = torch.load("runs/latest/backbone.pt")
     torch.save(backbone | {"conv1.weight": backbone["conv1.weight"] + 1}, "runs/latest/backbone.pt")
     assert "was trained on --run=" in refused(capsys, eval, "embed --root=more --classify=head.pt")
