@@ -517,7 +517,7 @@ def test_vmapped_heads_are_each_spaces_own(heads, hidden):
 # "looc++" has a last stage for each space.
 @pytest.mark.parametrize("arch, method", [("resnet18", "looc++"), *((x, "looc") for x in FAMILIES)])
 def test_any_torchvision_network_trains_and_comes_back(arch, method, tmp_path, shallow_vit):
-    config = CONFIG | dict(arch=arch, method=method, groups=("color",))
+    config = CONFIG | dict(arch=arch, method=method, groups=("color",), data="factors")
     config |= dict(batch=4, splits=1, queue=4, lr=1e-6)
     global_draws = torch.get_rng_state()
     state, (loss, *_) = loo.train_step(loo.init_state(config), noise(4), None, config)
