@@ -361,10 +361,10 @@ def image_folder(split, root, seed=0):
         if splits and name not in splits:
             raise UserError(f"{root}: no folder {name}, beside {', '.join(splits)} it needs one")
     train, top = (inner_folder(splits.get(name, root)) for name in ("train", split))
-    # a class has the same number in every split
-    classes = sorted(class_folders(train))
-    here = class_folders(top)
-    if new := sorted(here.keys() - set(classes)):
+    in_train = class_folders(train)
+    here = in_train if top == train else class_folders(top)
+    classes = sorted(in_train)  # a class has the same number in every split
+    if new := sorted(here.keys() - in_train.keys()):
         problem = f"{here[new[0]]}: a class that {train} does not have"
         raise UserError(f"{problem}; add it there, or list all images in {TABLE}")
     if classes and not here:
@@ -374,15 +374,17 @@ def image_folder(split, root, seed=0):
         warn_once(f"{top}, label class: {lost} of the {len(classes)} classes have no image")
     warn_odd_classes(f"{top}, label class", classes)
     images, others = list_files(top)
-    files = defaultdict(list)
+    files, inner = defaultdict(list), defaultdict(set)  # of each class: images, sub-folders
     for path in images:
         name, *below = path.relative_to(top).parts
-        files[composed(name) if below else "."].append(path)
+        name = composed(name) if below else "."
+        files[name].append(path)
+        inner[name].update(below[:-1][:1])
     flat = files.pop(".", []) if classes else []
     if len(flat) > max(1, sum(map(len, files.values())) // 100):
         problem = f"{len(flat)} images lie beside the folders {', '.join(list(here)[:5])}"
         raise UserError(f"{top}: {problem}: put them into a class, or move them or the folders")
-    check_class_folders(top, here, files)
+    check_class_folders(top, here, files, inner)
     others += flat
     if splits and split == "train":
         for path in set(root.iterdir()) - set(splits.values()):
@@ -425,33 +427,31 @@ def check_further_splits(top, here, splits):
 MASK = r"[ _-](mask|seg|gt|label)\w*$"  # how the name of a mask ends
 
 
-def check_class_folders(top, here, files):
+def check_class_folders(top, here, files, inner):
     """Warn of folders that are hardly classes; UserError for one that holds the others again.
 
-    here {name: folder}; files {name: images in it and below}."""
-    inner = {}  # {name: its folders of images}
+    here {name: folder}, files {name: images in it and below}, inner {name: its sub-folders}."""
     for name, place in here.items():
-        parts = (path.relative_to(place).parts for path in files[name])
-        inner[name] = {composed(first) for first, *below in parts if below}
-        if again := sorted(inner[name] & here.keys() - {name}):
+        if again := sorted({*map(composed, inner[name])} & here.keys() - {name}):
             problem = f"{place} holds {', '.join(again[:3])} again, which are classes beside it"
             raise UserError(f"{problem}: move it elsewhere, or name the splits train and test")
-        stems = {path.stem for other in files if other != name for path in files[other]}
-        is_named = re.search("(?i)mask|segm|annot|label|truth|^gt$|depth", name)
-        if is_named and stems.issuperset(path.stem for path in files[name]):
-            warn_once(f"{top}: {name} is read as a class; if it holds masks, move it elsewhere")
-    first, *more = inner.values() or [set()]
+        if re.search("(?i)mask|segm|annot|label|truth|^gt$|depth", name):
+            stems = {path.stem for other in files if other != name for path in files[other]}
+            if stems.issuperset(path.stem for path in files[name]):
+                warn_once(f"{top}: {name} is read as a class; if it holds masks, move it elsewhere")
+    first, *more = (inner[name] for name in here or [""])
     if len(first) > 1 and all(names == first for names in more):
         found = f"{', '.join(list(here)[:3])}, each with the folders {', '.join(sorted(first)[:3])}"
         place = here[next(iter(here))]
         hint = f"if those are the classes, --root={place}, or name splits train and test"
         warn_once(f"{top}: read as classes: {found}; {hint}")
-    plain = {path.with_suffix("") for images in files.values() for path in images}
-    masks = [path for path in plain if re.search(MASK, path.name)]
-    masks = sorted(path for path in masks if path.with_name(re.sub(MASK, "", path.name)) in plain)
-    if masks:
-        named = f"{len(masks)} images are named as masks of others, the first is {masks[0]}"
-        warn_once(f"{top}: {named}; move them elsewhere if they are")
+    every = itertools.chain(*files.values())
+    if named := [path for path in every if re.search(MASK, path.stem)]:
+        stems = {path.with_suffix("") for path in itertools.chain(*files.values())}
+        masks = [path for path in named if path.with_name(re.sub(MASK, "", path.stem)) in stems]
+        if masks:
+            count = f"{len(masks)} images are named as masks of others, the first is {masks[0]}"
+            warn_once(f"{top}: {count}; move them elsewhere if they are")
 
 
 NO_LABEL = {"nan", "na", "n/a", "#n/a", "null"}  # how programs write that a label is not known
@@ -592,8 +592,10 @@ def read_table(root, seed=0):
         if not row["file"]:
             refuse(line, "no file is named")
         file = Path(os.path.normpath(row["file"].replace("\\", "/"))).as_posix()
-        below = Path(os.path.relpath(file, root)).as_posix()
-        file = known.get(file) or known.get(below) or file
+        if file not in known:
+            below = Path(os.path.relpath(file, root)).as_posix()
+            file = below if below in known else file
+        file = known.get(file, file)
         if table.get(file):
             refuse(line, f"{file} is listed twice")
         if "split" in row:
@@ -628,9 +630,10 @@ def names_of_files(files):
     """{name: file}, also without its folders or its suffix where only one file has this name."""
     short = defaultdict(set)
     for file in files:
-        path = Path(composed(file))
-        for name in (path.name, path.stem, path.with_suffix("").as_posix()):
-            short[name].add(file)
+        name = composed(file)
+        below = name.rpartition("/")[2]
+        for part in (below, os.path.splitext(below)[0], os.path.splitext(name)[0]):
+            short[part].add(file)
     unique = {name: some.pop() for name, some in short.items() if len(some) == 1}
     return unique | {composed(file): file for file in files}
 
