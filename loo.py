@@ -2275,7 +2275,8 @@ def load_encoder(run, device="cpu"):
         advice = "the command that trained it mends it from its checkpoint"
         raise UserError(f"{problem}: {advice}") from None
     encoder.eval().requires_grad_(False)
-    device = data_module().resolve_device(str(device))
+    if device == "auto":
+        device = data_module().resolve_device(device)
     return encoder.to(device, memory_format=torch.channels_last), config
 
 
