@@ -1125,7 +1125,7 @@ def save_neighbors(ctx, near, y, labels, rows, heads, path):
         return image.rot90(int(y["rotation"][i]), (1, 2))
 
     shown = torch.cat([rows[:, None], *(one[rows] for one in near)], 1)  # (queries 1+runs*k)
-    grid = torch.stack([display_image(i) for i in shown.flatten()])
+    grid = torch.stack([display_image(i) for i in shown.flatten()]) / 255
     words = {name: [*class_names(ctx, name), ""] for name in labels}  # -1, not labeled, is the last
     titles = []
     for i in rows:

@@ -3515,6 +3515,7 @@ def test_retrieve_counts_neighbors_and_draws_them(untrained, capsys):
     out, err = capsys.readouterr()
     assert "wrote x.png" in err
     assert Image.open(untrained / "x.png").size[0] > 9 * 64
+    drawn = TF.pil_to_tensor(Image.open(untrained / "x.png"))
     found = [json.loads(line) for line in out.splitlines()]
     assert [x["label"] for x in found] == ["object", "hue", "texture", "species", "rotation"] * 2
     assert results(untrained) == found[:5]  # the other run's are printed, not kept
@@ -3526,6 +3527,11 @@ def test_retrieve_counts_neighbors_and_draws_them(untrained, capsys):
     with torch.no_grad():
         x = F.normalize(loo.encode(loo.load_encoder("runs/latest")[0], images)[0], dim=1)
     neighbors = (x @ x.T).fill_diagonal_(-2).topk(4).indices
+    order = torch.randperm(128, generator=make_generator("queries", 0))
+    for place, i in enumerate((order[0], *neighbors[order[0]])):  # the first row
+        shown = data.to_uint8(images[i]).repeat_interleave(2, 1).repeat_interleave(2, 2)
+        left = drawn.shape[2] - (9 - place) * 67
+        assert torch.equal(drawn[:, 20:84, left : left + 64], shown)
     for line, label in ((found[0], test.labels["object"]), (found[4], turns)):
         same = (label[neighbors] == label[:, None]).float().mean().item()
         assert line["top1"] == pytest.approx(same * 100, abs=0.5)
