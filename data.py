@@ -1030,7 +1030,7 @@ def file_stats(dataset, name):
 
 def to_uint8(images):
     """[0, 1] -> uint8"""
-    return (images * 255).round().byte()
+    return (images.clamp(0, 1) * 255).round().byte()
 
 
 # ---------------------------------------------------------------- factors: images drawn by code
@@ -2126,7 +2126,7 @@ def drawable(names, font):
 
 def image_grid(images, row_names, column_names, path, zoom=1):
     """images (r k 3 h w) in [0, 1] -> a PNG with a name at each row and column."""
-    loo.check_images(images, loo.FLOATS)
+    loo.check_images(images, loo.FLOATS, margin=0.25)  # views may leave [0, 1] a little
     rows, columns, _, h, w = images.shape
     images = to_uint8(images).cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
     width, height = w * zoom + 3, h * zoom + 3
