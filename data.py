@@ -741,6 +741,9 @@ def tiff_tags(path):
     return {}
 
 
+UNKNOWN_WHITE = "have no known white: save it with unsigned 8 or 16 bits"
+
+
 def check_tiff(tags, bands=None):
     """ValueError for a TIFF file that Pillow does not read, or not as it is meant.
 
@@ -750,10 +753,8 @@ def check_tiff(tags, bands=None):
         raise ValueError(f"{channels} channels, expected gray or RGB")
     for number, kind in ((2, "signed"), (3, "floating point")):
         if number in numbers:
-            raise ValueError(
-                f"{kind} pixels have no known white: save it with unsigned 8 or 16 bits"
-            )
-    if tags.get(PLANES) == 2 and max(tags.get(BITS, (8,))) > 8:
+            raise ValueError(f"{kind} pixels {UNKNOWN_WHITE}")
+    if tags.get(PLANES) == 2 and (channels or 1) > 1 and max(tags.get(BITS, (8,))) > 8:
         raise ValueError("16 bits a channel, one channel after the other: save them interleaved")
 
 
@@ -763,7 +764,7 @@ def to_rgb(image):
     deep = image.mode.startswith("I") or ";16" in stored  # more than 8 bits a channel
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floating point" if image.mode == "F" else "32-bit integer"
-        raise ValueError(f"{kind} pixels have no known white: save it with unsigned 8 or 16 bits")
+        raise ValueError(f"{kind} pixels {UNKNOWN_WHITE}")
     image.load()  # what fails after it is in the tags
     with contextlib.suppress(Exception):  # an orientation that cannot be read
         ImageOps.exif_transpose(image, in_place=True)
