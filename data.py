@@ -754,7 +754,7 @@ def check_tiff(tags, bands=None):
     for number, kind in ((2, "signed"), (3, "floating point")):
         if number in numbers:
             raise ValueError(f"{kind} pixels {UNKNOWN_WHITE}")
-    if tags.get(PLANES) == 2 and (channels or 1) > 1 and max(tags.get(BITS, (8,))) > 8:
+    if tags.get(PLANES) == 2 and max(tags.get(BITS, (8,))) > 8:
         raise ValueError("16 bits a channel, one channel after the other: save them interleaved")
 
 
