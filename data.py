@@ -340,14 +340,17 @@ def split_and_rest(name):
     return None, name
 
 
-def inner_folder(top):
-    """The folder of the classes: one in which nothing is but another one of folders is skipped."""
+def inner_folder(top, classes=()):
+    """The folder of the classes: one in which nothing is but another one of folders is skipped,
+    unless it is one of these classes."""
     while True:
         paths = [path for path in top.iterdir() if not is_hidden(path.name)]
         if len(paths) != 1 or not paths[0].is_dir() or not sub_folders(paths[0]):
             return top
-        if any(map(is_image, paths[0].iterdir())):
+        if composed(paths[0].name) in classes or any(map(is_image, paths[0].iterdir())):
             return top
+        if paths[0].name != top.name:
+            warn_once(f"{top}: its classes are the folders in {paths[0]}")
         top = paths[0]
 
 
@@ -360,9 +363,12 @@ def image_folder(split, root, seed=0):
     for name in ("train", split):
         if splits and name not in splits:
             raise UserError(f"{root}: no folder {name}, beside {', '.join(splits)} it needs one")
-    train, top = (inner_folder(splits.get(name, root)) for name in ("train", split))
+    train = inner_folder(splits.get("train", root))
     in_train = class_folders(train)
-    here = in_train if top == train else class_folders(top)
+    top, here = train, in_train
+    if splits and split != "train":
+        top = inner_folder(splits[split], in_train)
+        here = class_folders(top)
     classes = sorted(in_train)  # a class has the same number in every split
     if new := sorted(here.keys() - in_train.keys()):
         problem = f"{here[new[0]]}: a class that {train} does not have"
@@ -431,10 +437,14 @@ def check_class_folders(top, here, files, inner):
     """Warn of folders that are hardly classes; UserError for one that holds the others again.
 
     here {name: folder}, files {name: images in it and below}, inner {name: its sub-folders}."""
-    for name, place in here.items():
-        if again := sorted({*map(composed, inner[name])} & here.keys() - {name}):
-            problem = f"{place} holds {', '.join(again[:3])} again, which are classes beside it"
+    again = {name: sorted({*map(composed, inner[name])} & here.keys() - {name}) for name in here}
+    holders = [name for name in here if again[name]]
+    for name in holders if len(holders) < len(here) else ():
+        problem = f"{here[name]} holds {', '.join(again[name][:3])} again, classes beside it"
+        if split_of(name) or (len(holders) == 1 and len(again[name]) > 1):
             raise UserError(f"{problem}: move it elsewhere, or name the splits train and test")
+        warn_once(problem, kind="again")
+    for name in here:
         if re.search("(?i)mask|segm|annot|label|truth|^gt$|depth", name):
             stems = {path.stem for other in files if other != name for path in files[other]}
             if stems.issuperset(path.stem for path in files[name]):
@@ -464,7 +474,7 @@ def warn_odd_classes(where, names):
         plain = unicodedata.normalize("NFKC", name).casefold()
         plain = "".join(c for c in plain if unicodedata.category(c) != "Cf").strip()  # not seen
         with contextlib.suppress(ValueError):
-            plain = float(plain)
+            plain = float(plain.replace("_", "x"))  # 1_1 is no number
         alike[plain].append(name)
         if name.lower() in NO_LABEL:
             hint = "leave the cell empty where an image has no label"
@@ -543,7 +553,7 @@ def table_rows(path):
     try:
         text = path.read_text("utf-8-sig")
         first, _, rest = text.lstrip().partition("\n")
-        comma = max(",;\t|", key=first.count)
+        comma = max(",;\t", key=first.count) if re.search("[,;\t]", first) else "|"
         if excel := re.fullmatch("sep=(.)", first.rstrip("\r\n")):
             comma, text, line = excel[1], rest, 1
         reader = csv.reader(io.StringIO(text), delimiter=comma, skipinitialspace=True, strict=True)
@@ -584,7 +594,7 @@ def read_table(root, seed=0):
     paths, others = list_files(root)
     warn_left_out(root, others)
     table, lost = {path.relative_to(root).as_posix(): {} for path in paths}, []
-    known = names_of_files(table)
+    exact, short, found = {composed(file): file for file in table}, names_of_files(table), []
     for line, cells in rows:
         if len(cells) != len(columns):
             refuse(line, f"{len(cells)} cells, the header has {len(columns)}")
@@ -592,10 +602,12 @@ def read_table(root, seed=0):
         if not row["file"]:
             refuse(line, "no file is named")
         file = Path(os.path.normpath(row["file"].replace("\\", "/"))).as_posix()
-        if file not in known:
+        if file not in exact:
             below = Path(os.path.relpath(file, root)).as_posix()
-            file = below if below in known else file
-        file = known.get(file, file)
+            file = below if below in exact else file
+        if file not in exact and file in short:
+            found.append(f"{file} as {short[file]}")
+        file = exact.get(file) or short.get(file, file)
         if table.get(file):
             refuse(line, f"{file} is listed twice")
         if "split" in row:
@@ -612,6 +624,9 @@ def read_table(root, seed=0):
         missing = f"{len(lost)} files of this table are missing"
         expected = f"; expected paths in it, such as {next(iter(table))}" if table else ""
         refuse(line, f"{file}: no such image in {root}; {missing}{expected}")
+    if found:
+        by_name = f"{len(found)} files are found by their names alone"
+        warn_once(f"{root / TABLE}: {by_name}, the first is {found[0]}")
     tops = {top.name: split for split, top in split_folders(root).items()}
     hashed = hashed_splits([row.get("group") or file for file, row in table.items() if row], seed)
     for file, row in table.items():
@@ -627,15 +642,14 @@ def read_table(root, seed=0):
 
 
 def names_of_files(files):
-    """{name: file}, also without its folders or its suffix where only one file has this name."""
+    """{name: file} of names without folders or suffix that only one file has."""
     short = defaultdict(set)
     for file in files:
         name = composed(file)
         below = name.rpartition("/")[2]
         for part in (below, os.path.splitext(below)[0], os.path.splitext(name)[0]):
             short[part].add(file)
-    unique = {name: some.pop() for name, some in short.items() if len(some) == 1}
-    return unique | {composed(file): file for file in files}
+    return {name: some.pop() for name, some in short.items() if len(some) == 1}
 
 
 def table_folder(split, root, seed=0):
@@ -2127,7 +2141,6 @@ def drawable(names, font):
 
 def image_grid(images, row_names, column_names, path, zoom=1):
     """images (r k 3 h w) in [0, 1] -> a PNG with a name at each row and column."""
-    loo.check_images(images, loo.FLOATS, margin=0.25)  # views may leave [0, 1] a little
     rows, columns, _, h, w = images.shape
     images = to_uint8(images).cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
     width, height = w * zoom + 3, h * zoom + 3

@@ -747,8 +747,8 @@ def fewshot(
 ):
     """A linear classifier of all classes from a few images of each, from train + val (section 4).
 
-    Mean and 95% interval over trials, or over test images where all trials give one figure. 250
-    steps of Adam, at a learning rate of 0.03.
+    Mean and 95% interval over trials, or over the first trial's test images where all trials give
+    one figure. 250 steps of Adam, at a learning rate of 0.03.
 
     Args:
         label: labels with commas between; every label if none is named
@@ -1232,6 +1232,8 @@ def read_classifier(path):
     """What `linear --save` wrote; UserError where it is another file."""
     head = read_tensors(path)
     try:
+        if not {"feature", "weights"} <= head.keys():
+            raise ValueError
         k, (_, d) = len(head["classes"]), head["w"].shape
         loo.check_shapes(dict(k=k, d=d), w=(head["w"], "k d"), b=(head["b"], "k"))
         check_all_finite("its weights", head["w"], head["b"])
@@ -1439,7 +1441,7 @@ def read_lines(path, **types):
 def results_of(run):
     """(config, line) for each result in a run folder; `seed` the training's, `out` the folder."""
     lines = read_lines(run / "results.jsonl")
-    config = lines and read_config(run, "seed", "data", "method", "groups", "always")
+    config = lines and read_config(run, "seed", "data", "method", "groups")
     return [(config, line | {"seed": config["seed"]}) for line in lines if config]
 
 

@@ -1497,7 +1497,8 @@ def print_header(state, dataset, n, place, config, start):
         if steps < FEW_STEPS and not start:
             enough = f"--epochs={math.ceil(FEW_STEPS / (n // batch))}"
             print(f"{steps} steps are few to learn from scratch: {enough} makes {FEW_STEPS}")
-    for warning in [*odd_settings(config, n, dataset.aspect), *unfit_splits(config)]:
+    unfit = [] if state.step else unfit_splits(config)
+    for warning in [*odd_settings(config, n, dataset.aspect), *unfit]:
         print(f"warning: {warning}", file=sys.stderr)
     sys.stdout.flush()
 
@@ -2122,9 +2123,10 @@ def check_types(record, types, optional=()):
 
 
 # What config.json must have for an encoder, and what it may have.
-CONFIG_TYPES = dict(method=str, groups=[str], same=[str], data=str, seed=int, arch=str, stem=str)
-CONFIG_TYPES |= dict(size=int, hidden=int, dim=int)
-CONFIG_MAYBE = dict(always=[str], batch=int, canvas=int, root=str, split_seed=int, held=dict)
+CONFIG_TYPES = dict(method=str, groups=[str], data=str, seed=int, arch=str, stem=str, size=int)
+CONFIG_TYPES |= dict(hidden=int, dim=int)
+CONFIG_MAYBE = dict(same=[str], always=[str], batch=int, canvas=int, root=str, split_seed=int)
+CONFIG_MAYBE |= dict(held=dict)
 
 
 def read_config(run, needed=tuple(CONFIG_TYPES)):
@@ -2134,7 +2136,8 @@ def read_config(run, needed=tuple(CONFIG_TYPES)):
         raise ValueError(f"it lacks {', '.join(lacks)}")
     types = CONFIG_TYPES | CONFIG_MAYBE
     check_types(config, types, types.keys() - needed)
-    config = dict(same=[], canvas=None, root=None) | config
+    always = list(inspect.signature(train).parameters["always"].default)
+    config = dict(same=[], always=always, canvas=None, root=None) | config
     if "method" in needed and config["method"] not in methods(()):
         raise ValueError(f"its method is {config['method']}")
     return config | {"held": config.get("held") or {}}

@@ -1445,7 +1445,7 @@ def test_a_line_of_a_log_that_lacks_something_is_left_out(tmp_path, capsys):
     assert lines == [dict(a=None), {}, dict(a=[1.5])]
 
 
-DAMAGES = dict(method="x", groups=None, same=[1], data=0, seed="1", arch=[], size=None, dim="8")
+DAMAGES = dict(method="x", groups=None, data=0, seed="1", arch=[], size=None, dim="8")
 
 
 @pytest.mark.parametrize("key", DAMAGES)
@@ -1571,6 +1571,7 @@ LAYOUTS += [(dict(training=2, validation=1, evaluation=1), ("train", "val", "tes
 LAYOUTS += [(dict(seg_train__x=2, seg_train__y=2, seg_test__x=1), ("train", "test"), 2)]
 LAYOUTS += [(dict(PetImages__Cat=9, PetImages__Dog=9), ("train", "val"), 2)]
 LAYOUTS += [(dict(train__images__a=2, train__images__b=2, val__images__a=1), ("train", "val"), 2)]
+LAYOUTS += [(dict(train__a__s=2, train__b__s=2, val__a__s=1, val__a__t=1), ("train", "val"), 2)]
 LAYOUTS += [({"train/caf\u00e9": 2, "val/cafe\u0301": 1}, ("train", "val"), 1)]
 LAYOUTS += [({"cat": 9, "dog": 9, "#snapshot/x": 1, "more": 1}, ("train", "val"), 3)]
 LAYOUTS += [(dict(bullet_train=9, eye_test=9), ("train", "val"), 2)]
@@ -1606,6 +1607,7 @@ REFUSED += [({"day/train": 1, "day/val": 1, "night/train": 1}, "train", "--root=
 REFUSED += [(dict(a__train=1, a__val=1, b__train=1, b__val=1), "train", "a and b have splits of")]
 REFUSED += [(dict(a=9, b=9, flowers__a=9, flowers__b=9), "train", "flowers holds a, b again")]
 REFUSED += [(dict(a=9, b=9, test__a=3), "train", "test holds a again.* name the splits train and")]
+REFUSED += [(dict(a=9, b=9, val__a=3, test__a=3), "train", "holds a again.* name the splits")]
 REFUSED += [({".": 20, "thumbs": 3}, "train", "20 images lie beside the folders thumbs")]
 REFUSED += [(dict(train__x=1, val=1), "val", "no sub-folders; it needs those of .*train")]
 REFUSED += [(dict(train__x=1, val__y=1), "val", "y: a class that .*train does not have")]
@@ -1622,6 +1624,9 @@ ODD_CLASSES = [
 ODD_CLASSES += [(dict(images=9, masks=9), "masks is read as a class; if it holds masks")]
 ODD_CLASSES += [(dict(JPEGImages=9, SegmentationClass=3), "SegmentationClass is read as a class")]
 ODD_CLASSES += [(dict(images=9, labels=9), "labels is read as a class")]
+ODD_CLASSES += [(dict(a=9, b__a=9), "b holds a again, classes beside it")]
+ODD_CLASSES += [(dict(a__a=5, a__b=5, b__a=5, b__b=5), "a, b, each with the folders a, b")]
+ODD_CLASSES += [(dict(cats__s0=9, cats__s1=9), "its classes are the folders in")]
 ODD_CLASSES += [(dict(Cat=9, cat=9), "'Cat' and 'cat' are different classes")]
 ODD_CLASSES += [({"1": 9, "1.0": 9}, "'1' and '1.0' are different classes")]
 ODD_CLASSES += [(dict(NA=9, b=9), "NA is read as a class; leave the cell empty")]
@@ -1745,7 +1750,7 @@ def test_tables_of_spreadsheets_are_read(separator, first, tmp_path):
     assert [table[file]["kind"] for file in ("a.png", "b.png")] == ["x", "y"]
 
 
-def test_tables_know_files_by_any_path_and_accent_and_columns_in_capitals(tmp_path):
+def test_tables_know_files_by_any_path_and_accent_and_columns_in_capitals(tmp_path, capsys):
     folder = os.path.relpath(tmp_path)  # from where python runs
     rows = f"{tmp_path}/a.png,1,train", f"{folder}/b.png,2,TEST"
     write_table(tmp_path, "File,Kind,SPLIT", *rows, images="ab")
@@ -1757,6 +1762,9 @@ def test_tables_know_files_by_any_path_and_accent_and_columns_in_capitals(tmp_pa
         data.read_table(tmp_path / "tree")
     write_table(tmp_path / "tree", "file,kind", "1,1", "q/../y/z/0,2", images="")
     found = data.read_table(tmp_path / "tree")[1]
+    assert (
+        "2 files are found by their names alone, the first is 1 as x/1" in capsys.readouterr().err
+    )
     assert [row.get("kind") for row in found.values()] == [None, "1", "2"]
     decomposed, composed = "cafe\u0301", "caf\u00e9"  # as macOS has it, and as others
     for name, listed in ((decomposed, composed), (composed, decomposed)):
@@ -3422,6 +3430,9 @@ def test_a_kept_classifier_classifies_new_images(untrained, capsys):
     assert np.mean(right) * 100 == pytest.approx(line["top1"])
     assert all(0.5 <= float(p) <= 1 for p in columns["probability"])
     head = torch.load("head.pt")
+    torch.save({key: x for key, x in head.items() if key != "weights"}, "wrong.pt")
+    line = "embed --root=more --classify=wrong.pt"
+    assert "expected a file that `linear --save` wrote" in refused(capsys, eval, line)
     for wrong in (dict(classes=["x"]), dict(w=head["w"] / 0), dict(b=None), dict(w=head["w"][0])):
         torch.save(head | wrong, "wrong.pt")
         line = "embed --root=more --classify=wrong.pt"
