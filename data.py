@@ -236,15 +236,8 @@ SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if 
 SUFFIXES |= {".mpo"}  # opened as JPEG
 # what systems leave in folders, in lower case
 SYSTEM_FILES = {"@eadir", "#recycle", "__macosx", "$recycle.bin", "system volume information"}
-SYSTEM_FILES |= {
-    "lost+found",
-    "thumbs.db",
-    "desktop.ini",
-    "#snapshot",
-    "@recently-snapshot",
-    "@tmp",
-}
-SYSTEM_FILES |= {"recycler", "network trash folder", "temporary items"}
+SYSTEM_FILES |= {"lost+found", "thumbs.db", "desktop.ini", "recycler", "network trash folder"}
+SYSTEM_FILES |= {"temporary items", "#snapshot", "@recently-snapshot", "@tmp"}
 
 
 def is_hidden(*names):
@@ -517,7 +510,8 @@ def hashed_splits(keys, seed):
     for key in keys:
         name = f"{seed}/{key}".encode("utf-8", "surrogateescape")  # a file's name may be in Latin-1
         places[key] = int(hashlib.sha1(name).hexdigest()[:8], 16) / 2**32
-    border = min(0.8, max(places.values(), default=1)) if len(places) > 1 else 0.8
+    last = max(places.values()) if len(places) > 1 else 1
+    border = min(0.8, last)
     return {key: "train" if place < border else "val" for key, place in places.items()}
 
 
@@ -583,9 +577,9 @@ def read_table(root, seed=0):
     own = ("file", "split", "group", "class", "rotation", "image")
     columns = [name.lower() if name.lower() in own else name for name in columns]
     if "file" not in columns:
-        found = ", ".join(columns) or "none"
+        names = ", ".join(columns) or "none"
         hint = "give the column of paths this name, and put commas between columns"
-        refuse(line, f"expected a column file, found {found}; {hint}")
+        refuse(line, f"expected a column file, found {names}; {hint}")
     for name in filter(None, columns):
         if columns.count(name) > 1:
             refuse(line, f"two columns are named {name}")
@@ -594,7 +588,8 @@ def read_table(root, seed=0):
     paths, others = list_files(root)
     warn_left_out(root, others)
     table, lost = {path.relative_to(root).as_posix(): {} for path in paths}, []
-    exact, short, found = {composed(file): file for file in table}, names_of_files(table), []
+    exact = {composed(file): file for file in table}
+    short, by_name = short_names(exact), []
     for line, cells in rows:
         if len(cells) != len(columns):
             refuse(line, f"{len(cells)} cells, the header has {len(columns)}")
@@ -606,7 +601,7 @@ def read_table(root, seed=0):
             below = Path(os.path.relpath(file, root)).as_posix()
             file = below if below in exact else file
         if file not in exact and file in short:
-            found.append(f"{file} as {short[file]}")
+            by_name.append(f"{file} as {short[file]}")
         file = exact.get(file) or short.get(file, file)
         if table.get(file):
             refuse(line, f"{file} is listed twice")
@@ -624,11 +619,12 @@ def read_table(root, seed=0):
         missing = f"{len(lost)} files of this table are missing"
         expected = f"; expected paths in it, such as {next(iter(table))}" if table else ""
         refuse(line, f"{file}: no such image in {root}; {missing}{expected}")
-    if found:
-        by_name = f"{len(found)} files are found by their names alone"
-        warn_once(f"{root / TABLE}: {by_name}, the first is {found[0]}")
+    if by_name:
+        count = f"{len(by_name)} files are found by their names alone"
+        warn_once(f"{root / TABLE}: {count}, the first is {by_name[0]}")
     tops = {top.name: split for split, top in split_folders(root).items()}
-    hashed = hashed_splits([row.get("group") or file for file, row in table.items() if row], seed)
+    keys = [row.get("group") or file for file, row in table.items() if row and not tops]
+    hashed = hashed_splits(keys, seed)
     for file, row in table.items():
         folders, split = file.split("/")[:-1], "train"
         if tops:
@@ -641,13 +637,12 @@ def read_table(root, seed=0):
     return columns, table
 
 
-def names_of_files(files):
-    """{name: file} of names without folders or suffix that only one file has."""
+def short_names(files):
+    """{path: file} -> {name: file} of names without folders or suffix that only one file has."""
     short = defaultdict(set)
-    for file in files:
-        name = composed(file)
-        below = name.rpartition("/")[2]
-        for part in (below, os.path.splitext(below)[0], os.path.splitext(name)[0]):
+    for path, file in files.items():
+        name = path.rpartition("/")[2]
+        for part in (name, os.path.splitext(name)[0], os.path.splitext(path)[0]):
             short[part].add(file)
     return {name: some.pop() for name, some in short.items() if len(some) == 1}
 
@@ -762,11 +757,11 @@ def check_tiff(tags, bands=None):
     """ValueError for a TIFF file that Pillow does not read, or not as it is meant.
 
     bands: how many channels Pillow sees; it drops the others."""
-    channels, numbers = tags.get(CHANNELS), tags.get(NUMBERS, ())
-    if channels not in (None, 1, 3, bands) or (bands and channels and channels > bands):
+    channels = tags.get(CHANNELS, 1)
+    if channels not in ((1, 3) if bands is None else range(bands + 1)):
         raise ValueError(f"{channels} channels, expected gray or RGB")
     for number, kind in ((2, "signed"), (3, "floating point")):
-        if number in numbers:
+        if number in tags.get(NUMBERS, ()):
             raise ValueError(f"{kind} pixels {UNKNOWN_WHITE}")
     if tags.get(PLANES) == 2 and max(tags.get(BITS, (8,))) > 8:
         raise ValueError("16 bits a channel, one channel after the other: save them interleaved")
@@ -1387,10 +1382,8 @@ def corrupt(images, name, severity, generator):
         expected = f"expected 1 to 5 of {', '.join(CORRUPTIONS)}"
         raise ValueError(f"corruption {name}, severity {severity}: {expected}")
     function, constants = CORRUPTIONS[name]
-    return (
-        function(images, generator, *constants[int(severity) - 1]).clamp(0, 1).mul(255).round()
-        / 255
-    )
+    worse = function(images, generator, *constants[int(severity) - 1])
+    return worse.clamp(0, 1).mul(255).round() / 255
 
 
 def side_ratio(images):
@@ -2593,7 +2586,8 @@ def write_atomic(path, content, keep=None, size=None):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
         needs = f", which needs {size / 2**20:.1f} MB" if size else ""
-        reason = getattr(error, "strerror", None) or "not all was written; is the disk full?"
+        unknown = f"not all was written, is the disk full? ({first_line(error)})"
+        reason = getattr(error, "strerror", None) or unknown
         raise WriteError(f"cannot write {path}{needs}: {reason}") from None
     finally:
         with contextlib.suppress(OSError):  # not there, or on a read-only disk

@@ -341,6 +341,8 @@ def sgd_probe(ctx, dataset, labels, k, d, epochs=None, lr=30.0, area=0.08, batch
     part = loo.Rows(batch, own, own, own)
     w = torch.randn(k, d, generator=loo.make_generator("probe", ctx.seed)) * 0.01
     w, b = w.to(ctx.device).requires_grad_(), torch.zeros(k, device=ctx.device, requires_grad=True)
+    for weights in (w, b):  # ranks sum their gradients
+        weights.register_hook(lambda gradient: loo.all_reduce_sum(gradient.clone()))
     optimizer = torch.optim.SGD([w, b], lr, momentum=0.9)
     on_gpu = ctx.device.type == "cuda"
     precision = "bfloat16" if on_gpu and loo.fast_bfloat16(ctx.device) else "float32"
@@ -355,11 +357,7 @@ def sgd_probe(ctx, dataset, labels, k, d, epochs=None, lr=30.0, area=0.08, batch
             y = None if labels is None else labels[rows]
             x, y = augmented_batch(ctx, config, images, aspect, y, area, generator, part)
             loss = F.cross_entropy(F.linear(x, w, b), y) * (len(y) / batch)
-            optimizer.zero_grad()
-            loss.backward()
-            for parameter in (w, b):
-                loo.all_reduce_sum(parameter.grad)
-            optimizer.step()
+            loo.optimizer_step(optimizer, loss)
     check_all_finite("weights of the probe", w, b)
     return w.detach(), b.detach()
 
@@ -584,7 +582,8 @@ def is_labeled(ctx, label):
 def select_labels(ctx, label, more=(), least=1):
     """The named labels, or else all that tell images apart and `more`; UserError below `least`."""
     classes = ctx.split["train"].classes
-    label = (",".join(label),) if ",".join(label) in classes else label  # a name with commas
+    whole = ",".join(label)
+    label = (whole,) if whole in classes else label  # a name may have commas
     for name in label:
         class_names(ctx, check_choice("label", name, (*classes, *more)))
     known = [name for name in label_names(classes) if is_labeled(ctx, name)]
@@ -781,8 +780,9 @@ def fewshot(
         each = [result(known @ w[t] + b[t], y_known, name) for t in range(trials)]
         top1 = [one["top1"] for one in each]
         found = each[0] | dict(shots=n, n_train=rows.shape[1])
-        for key in ("top1", "balanced", *["top5"] * (k > 5)):
-            found[key] = sum(one[key] for one in each) / trials
+        for key in ("top1", "balanced", "top5"):
+            if found[key] is not None:  # top5 of few classes
+                found[key] = sum(one[key] for one in each) / trials
         if len(set(top1)) > 1:  # else the test images are few, and the first trial's will do
             found["ci95"] = t_ci95(top1)
         yield found | dict(protocol="adam" if fast else protocol)
@@ -1206,10 +1206,10 @@ def embed_files(encoder, config, feature, paths, part, workers, leader_first):
     x, seen = map_file(part, n, d, dtype=torch.float32), torch.zeros(n)
     for rows, images in on_device(encoder, files, workers, batch=64, named=None):
         some = embed_batch(images)
-        check_all_finite(
-            f"features of {paths[rows[0]]}, or of the next {len(rows) - 1} images", some
-        )
-        x[rows], seen[rows] = some, 1
+        named = f"{paths[rows[0]]}, or of the next {len(rows) - 1} images"
+        check_all_finite(f"features of {named}", some)
+        x[rows] = some
+        seen[rows] = 1
     rows = loo.all_reduce_sum(seen).nonzero().squeeze(1)
     if loo.rank() == 0:
         # Close the gaps, in place: the rows ascend, so no row is overwritten before it is read.
@@ -1354,7 +1354,6 @@ def table_head(names):
 
 # Settings that `table` does not tell apart, or names in another column.
 NAMED = {"seed", "method", "groups", "label", "textures"} | loo.FREE_FLAGS
-ALWAYS = inspect.signature(loo.train).parameters["always"].default
 
 
 @typed
@@ -1502,7 +1501,7 @@ def setting(config, key):
     if key != "always":
         return config.get(key)
     # A named group leaves this list: only what is there beside the groups tells runs apart.
-    changed = set(config["always"]).symmetric_difference(ALWAYS) - set(config["groups"])
+    changed = set(config["always"]).symmetric_difference(loo.ALWAYS) - set(config["groups"])
     signs = [("+" if name in config["always"] else "-") + name for name in sorted(changed)]
     return " ".join(["default", *signs])
 

@@ -339,8 +339,9 @@ def apply_groups(images, index, params, size=None, aspect=None, textures=None):
     passes = []
     for name, group in params.items():
         apply = GROUPS[name][1]
-        if passes and passes[-1][1] is apply and not passes[-1][2].keys() & group.keys():
-            passes[-1][2].update(group)
+        _, before, merged = passes[-1] if passes else ("", None, {})
+        if apply is before and not merged.keys() & group.keys():
+            merged.update(group)
         else:
             passes.append((name, apply, dict(group)))
     for name, apply, merged in passes:
@@ -399,6 +400,7 @@ def key_permutation(config, step):
 
 
 def optimizer_step(optimizer, loss):
+    """One step down the gradient of loss ()."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -891,11 +893,13 @@ def adjust_brightness(images, factor):
 
 
 def adjust_contrast(images, factor):
+    """(b 3 h w), factor (b,) -> (b 3 h w)."""
     # The mean of the gray image is the gray of the mean.
     return blend(images, grayscale(images.mean((2, 3), keepdim=True)), factor)
 
 
 def adjust_saturation(images, factor):
+    """(b 3 h w), factor (b,) -> (b 3 h w)."""
     return blend(images, grayscale(images), factor)
 
 
@@ -1441,6 +1445,9 @@ def train(
             task = "fewshot" if label_names(dataset.classes) else "rotation"
             latest = os.path.realpath(out) == os.path.realpath("runs/latest")
             print(f"next: python eval.py {task}" + ("" if latest else f" --run={out}"))
+
+
+ALWAYS = inspect.signature(train).parameters["always"].default
 
 
 def left_canvas(out):
@@ -2092,14 +2099,14 @@ def link_latest(out, root=None):
         print(f"warning: no link runs/latest ({first_line(error)}): {hint}", file=sys.stderr)
 
 
-def read_jsonl(path, types=(), optional=()):
+def read_jsonl(path, types=None, optional=()):
     """The lines of a JSONL file; one that is cut short, or fails check_types, is left out."""
     lines = []
     text = path.read_text(errors="replace") if path.exists() else ""
     for number, line in enumerate(text.splitlines(), 1):
         try:
             record = dict(loads(line))
-            check_types(record, dict(types), optional)
+            check_types(record, types or {}, optional)
             lines.append(record)
         except (ValueError, TypeError, RecursionError):
             print(f"warning: {path}, line {number} is not whole and left out", file=sys.stderr)
@@ -2115,10 +2122,11 @@ def check_types(record, types, optional=()):
         value = record.get(key)
         if value is None and key in optional:
             continue
-        values = [value]
         if isinstance(kind, list):
-            (kind,), values = kind, value if isinstance(value, list) else [None]
-        if not all(isinstance(x, kind) for x in values):
+            fits = isinstance(value, list) and all(isinstance(x, kind[0]) for x in value)
+        else:
+            fits = isinstance(value, kind)
+        if not fits:
             raise ValueError(f"its {key} is {value!r:.20}")
 
 
@@ -2136,8 +2144,7 @@ def read_config(run, needed=tuple(CONFIG_TYPES)):
         raise ValueError(f"it lacks {', '.join(lacks)}")
     types = CONFIG_TYPES | CONFIG_MAYBE
     check_types(config, types, types.keys() - needed)
-    always = list(inspect.signature(train).parameters["always"].default)
-    config = dict(same=[], always=always, canvas=None, root=None) | config
+    config = dict(same=[], always=list(ALWAYS), canvas=None, root=None) | config
     if "method" in needed and config["method"] not in methods(()):
         raise ValueError(f"its method is {config['method']}")
     return config | {"held": config.get("held") or {}}
@@ -2189,7 +2196,8 @@ def start_weights(config):
         content = data_module().read_tensors(init)
         if isinstance(content, dict) and {"encoder_q", "config"} <= content.keys():
             state, saved = content["encoder_q"], content["config"]  # a run's checkpoint
-        tensors = strip_prefix(flatten(content), expected)
+        else:
+            tensors = strip_prefix(flatten(content), expected)
     else:
         raise UserError(f"--init={init}: no such file; expected a file, a run folder or imagenet")
     if state:
@@ -2268,7 +2276,8 @@ def load_encoder(run, device="cpu"):
         config = read_config(run)
         backbone, heads = map(data_module().read_tensors, files[1:])
         for name, x in heads.items():  # Z_0's layer4 is in both
-            if name.startswith("tops.0.") and not x.equal(backbone[f"layer4.{name[7:]}"]):
+            same = name.replace("tops.0.", "layer4.")
+            if same != name and not x.equal(backbone[same]):
                 raise ValueError("backbone.pt and heads.pt are not of one run")
         encoder = build_encoder(config)
         encoder.load_state_dict(join_state(backbone, heads, len(encoder.tops)))
