@@ -145,7 +145,7 @@ def open_encoder(run, feature, device):
         configs = sorted(Path("runs").glob("*/config.json"))
         others = [str(path.parent) for path in configs if not path.parent.is_symlink()]
         there = f"; there are {', '.join(others)}" if others else ""
-        raise UserError(f"--run={run}: no such run; train one with `python loo.py train`{there}")
+        raise UserError(f"{run}: no such run; train one with `python loo.py train`{there}")
     encoder, config = loo.load_encoder(run, resolve_device(device))
     spaces = loo.get_method(config).spaces
     check_choice("feature", feature, ("v", "z", *spaces) if spaces else ("v",))
@@ -224,15 +224,12 @@ COLLAPSED = 1e-3  # of the mean; untrained encoders deviate by 0.2 and more
 
 
 def check_features(split, x):
-    """UserError where features x (n ...) are not finite; a warning where those of test images are
-    nearly equal.
-    """
+    """UserError where features x (n ...) are not finite; a warning where test ones are alike."""
     check_all_finite(f"features of the {split} images", x)
     mean, deviation = x.mean(0).norm(), x.std(0, correction=0).norm()
     if split == "test" and len(x) > 1 and deviation <= COLLAPSED * mean:
         figures = f"norm {mean:.1e}, deviation {deviation:.1e}"
-        cause = "the encoder collapsed, or the images are equal"
-        warn_once(f"all test images have nearly the same features ({figures}): {cause}")
+        warn_once(f"nearly equal features of all test images ({figures}): did training collapse?")
 
 
 def check_all_finite(what, *tensors):
@@ -271,7 +268,7 @@ def space_features(ctx, split, turns, layer):
     method = loo.get_method(ctx.config)
     if method.heads == "conv5" or layer == "output":
         return {name: select_feature(v, z, ctx.config, name) for name in method.spaces}, labels
-    w, b = ctx.encoder.w1.detach().cpu(), ctx.encoder.b1.detach().cpu()
+    w, b = ctx.encoder.w1.cpu(), ctx.encoder.b1.cpu()
     return {name: F.relu(F.linear(v, w[s], b[s])) for s, name in enumerate(method.spaces)}, labels
 
 
@@ -412,8 +409,6 @@ def sample_shots(y, k, shots, trials, seed, label="the label", names=()):
     n = shots x the classes that have images: one without any stays a class that is never right.
     UserError if one has fewer than `shots`, by its name in `names`.
     """
-    if min(shots, trials) < 1:
-        raise ValueError(f"shots={shots} trials={trials}: expected 1 or more")
     counts = torch.bincount(y[y >= 0], minlength=k)
     of_class = [(y == c).nonzero().squeeze(1) for c in range(k) if counts[c]]
     fewest = min(map(len, of_class), default=0)
@@ -435,8 +430,6 @@ def knn_predict(x, y, k, test, neighbours=20, tau=0.07):
 
     The nearest neighbor's vote is scaled to 1, which changes no order and never underflows.
     """
-    if neighbours < 1 or not tau > 0:
-        raise ValueError(f"neighbours={neighbours} tau={tau}: expected 1 or more, and above 0")
     x, votes = F.normalize(x, dim=1), []
     for some in F.normalize(test, dim=1).split(1024):
         similarity, rows = (some @ x.T).topk(min(neighbours, len(x)), dim=1)
@@ -589,9 +582,7 @@ def select_labels(ctx, label, more=(), least=1):
     known = [name for name in label_names(classes) if is_labeled(ctx, name)]
     labels = list(label) or [*known, *more]
     if len(labels) < least:
-        problem = f"the images of {ctx.root or ctx.data} have no labels"
-        if label_names(classes):
-            problem = f"no label of {ctx.root or ctx.data} is on images of both train and test"
+        problem = f"{ctx.root or ctx.data} has no label on images of both train and test"
         others = "without labels there are the tasks rotation, spaces and retrieve --turn"
         raise UserError(f"{problem}: give each class a sub-folder; {others}")
     return labels
@@ -600,22 +591,16 @@ def select_labels(ctx, label, more=(), least=1):
 def result(logits, y, label, turns=1, **more):
     """logits ((r n) k), y ((r n),) -> a result. Images without the label do not count.
 
-    Its interval is over the n images, all turns of each; n_test counts every turn.
+    Its interval is over the n images, all turns of each; n_test counts every turn. largest: percent
+    of the largest class, which a constant answer has right; balanced: the mean over classes.
     """
     logits, y = labeled(logits, y)
     right = correct(logits, y).view(turns, -1).mean(0) * 100
     top5 = accuracy(logits, y, 5) if logits.shape[1] > 5 else None
     found = dict(label=label, top1=right.mean().item(), top5=top5, ci95=ci95(right), n_test=len(y))
-    return found | constant_answer(logits, y) | more
-
-
-def constant_answer(logits, y):
-    """logits (n k), y (n,) -> percent of the largest class, which a constant answer has right, and
-    the mean accuracy over classes.
-    """
     counts, recall = class_recall(logits, y)
-    largest = counts.max() / counts.sum() * 100
-    return dict(largest=largest.item(), balanced=recall[counts > 0].mean().item())
+    largest, balanced = counts.max() / counts.sum() * 100, recall[counts > 0].mean()
+    return found | dict(largest=largest.item(), balanced=balanced.item()) | more
 
 
 def class_recall(logits, y):
@@ -640,19 +625,17 @@ def probe(ctx, labels, turns, protocol, per_class=False, save=None, **flags):
     if fast:
         train, y = load_features(ctx, "train", turns)
         mean, deviation = standardize(train, test)
+        fit = functools.partial(lbfgs_probe, train, seed=ctx.seed, turns=len(turns))
     else:
         # Where training left the decoded images, if it did.
         with ctx.leader_first():
             shared = loo.world_size() > 1
             train = decode_cached(ctx.find("train"), ctx.workers, ctx.run.parent, shared)
         y = train.labels
+        fit = functools.partial(sgd_probe, ctx, train, d=test.shape[1], **flags)
     for label in labels:
         classes, y_train = class_names(ctx, label), y.get(label)  # None: images are turned later
-        k = len(classes)
-        if fast:
-            w, b = lbfgs_probe(train, y_train, k, ctx.seed, len(turns))
-        else:
-            w, b = sgd_probe(ctx, train, y_train, k, test.shape[1], **flags)
+        w, b = fit(y_train, k=len(classes))
         logits = F.linear(test, w, b)
         n_train = len(loo.training_rows(train, y_train))
         found = result(logits, y_test[label], label, len(turns), n_train=n_train, protocol=protocol)
@@ -849,9 +832,8 @@ def robust(
     def logits_of(name, x):
         return F.linear((x - mean) / deviation, *heads[name])
 
-    lengths = f"{ctx.config['size']} / {REFERENCE_SIZE}"
-    scaled = f"the lengths in the corruptions' constants are scaled by {lengths}"
-    note = None if published else scaled
+    scale = f"{ctx.config['size']} / {REFERENCE_SIZE}"
+    note = None if published else f"the lengths in the corruptions are scaled by {scale}"
     on_whole = whole_results(ctx, ("test", *shifted), labels, logits_of)
     on_corrupted = corrupted_results(ctx, published, labels, logits_of, pictures)
     for found in itertools.chain(on_whole, on_corrupted):
@@ -985,8 +967,7 @@ def verdicts(right, groups, margin):
     every = ("all", *groups)
     for group in groups:
         others = tuple(space for space in every if space != group)
-        gain, half = paired_ci95(right[every], right[others])
-        yield verdict(group, gain, half, margin)
+        yield verdict(group, *paired_ci95(right[every], right[others]), margin)
 
 
 def verdict(group, gain, half, margin):
@@ -1039,13 +1020,13 @@ def retrieve(
     if classes:
         rows = choose_queries(order, y[0][labels[0]], class_names(ctx, labels[0]), classes)
     for run, neighbors, known in zip(runs, near, y):
-        of_run = {key: run.config[key] for key in ("method", "groups")} | {"run": run.run.name}
+        of_run = dict(run=run.run.name, method=run.config["method"], groups=run.config["groups"])
         of_run |= dict(on="turned" if turn else None, protocol="cosine")
+        of_run["keep"] = run is ctx  # the other may have been trained on some of these images
         for name in labels:
             same = label_share(known[name], neighbors)
             found = dict(label=name, top1=same.mean().item(), ci95=ci95(same), n_test=len(same))
-            # The other run may have been trained on some of these images.
-            yield found | of_run | dict(keep=run is ctx)
+            yield found | of_run
     if loo.rank() == 0:
         heads = ["query"]
         for run in runs:
@@ -1057,13 +1038,10 @@ def retrieve(
 
 def open_other(ctx, against):
     """Another run on the same data."""
-    if not Path(against).exists():
-        raise UserError(f"--against={against}: no such run")
     same = {key: getattr(ctx, key) for key in ("data", "root", "feature", "workers", "seed")}
     other = open_run(against, device=str(ctx.device), **same)
     if other.config["size"] != ctx.config["size"]:
-        sizes = f"{other.config['size']} pixels, {ctx.run.name} {ctx.config['size']}"
-        raise UserError(f"--against={against} sees {sizes}: name runs of one --size")
+        raise UserError(f"--against={against} was trained at another --size than {ctx.run.name}")
     # A folder that splits itself does so by each run's split_seed.
     return other._replace(split=ctx.split)
 
@@ -1166,8 +1144,8 @@ def embed(
     if not root or not Path(root).is_dir():
         raise UserError(f"--root={root}: no such folder; embed needs --root=DIR, images in it")
     with loo.init_distributed(resolve_device(device)) as leader_first:
-        head = open_classifier(classify, run, feature) if classify else None
-        feature = feature or (head["feature"] if head else "v")
+        head = open_classifier(classify, run, feature) if classify else {}
+        feature = feature or head.get("feature", "v")
         encoder, config = open_encoder(run, feature, device)
         paths, others = list_files(Path(root))
         if not paths:
@@ -1180,8 +1158,9 @@ def embed(
                 files = [paths[i].relative_to(root).as_posix() for i in rows]
                 content = dict(files=files, **(classify_rows(head, x) if head else {}), features=x)
                 write_atomic(out, functools.partial(WRITERS[out.suffix.lower()], content))
-                left_out = f", {len(paths) - len(rows)} left out" if len(rows) < len(paths) else ""
-                print(f"wrote {out}: {len(rows)} images{left_out}, {x.shape[1]} features each")
+                print(
+                    f"wrote {out}: {len(rows)} of {len(paths)} images, {x.shape[1]} features each"
+                )
         finally:
             if loo.rank() == 0:
                 part.unlink(missing_ok=True)
@@ -1232,8 +1211,7 @@ def read_classifier(path):
     """What `linear --save` wrote; UserError where it is another file."""
     head = read_tensors(path)
     try:
-        if not {"feature", "weights"} <= head.keys():
-            raise ValueError
+        loo.check_types(head, dict(feature=str, weights=str))
         k, (_, d) = len(head["classes"]), head["w"].shape
         loo.check_shapes(dict(k=k, d=d), w=(head["w"], "k d"), b=(head["b"], "k"))
         check_all_finite("its weights", head["w"], head["b"])
@@ -1279,13 +1257,12 @@ KEYS += ("seconds",)
 TYPES = dict(task=str, data=str, label=str, feature=str, method=str, groups=[str], protocol=str)
 MAYBE = dict(shots=int, on=str, root=str, images=str, tested=str)
 MAYBE |= dict.fromkeys(("top1", "top5"), loo.NUMBER)
-# The columns that are printed; OPTIONAL ones only where the first result has a value.
-PRINTED = ("run", "data", "task", "label", "on", "feature", "protocol", "shots", "top1", "top5")
-PRINTED += ("ci95", "largest", "balanced", "gain", "gain95", "n_train", "n_test", "seconds")
+# The printed columns and their heads; OPTIONAL ones only where the first result has a value.
+PRINTED = dict(run="run", data="data", task="task", label="label", on="on", feature="feature")
+PRINTED |= dict(protocol="protocol", shots="shots", top1="top-1", top5="top-5", ci95="+- 95%")
+PRINTED |= dict(largest="largest class", balanced="mean of classes", gain="over all alone")
+PRINTED |= dict(gain95="+- 95%", n_train="train", n_test="test", seconds="seconds")
 OPTIONAL = ("on", "shots", "largest", "balanced", "gain", "gain95", "n_train")
-HEADS = dict(top1="top-1", top5="top-5", ci95="+- 95%", gain="over all alone", gain95="+- 95%")
-HEADS |= dict(largest="largest class", balanced="mean of classes")
-HEADS |= dict(n_train="train", n_test="test")
 
 
 def report(ctx, task_name, results, settings, json, begun):
@@ -1299,9 +1276,9 @@ def report(ctx, task_name, results, settings, json, begun):
     common |= dict(feature=ctx.feature, seed=ctx.seed)
     if ctx.data == "folder":
         common["images"], common["tested"] = (fingerprint(ctx.split[s]) for s in ("train", "test"))
-        own = ctx.config.get("held", {}).get("root", [0, ""])
-        if ctx.root == ctx.config["root"] and own[1] not in ("", common["images"]):
-            changed = f"other training images than the run's {own[0]}, by name or size"
+        count, mark = ctx.config["held"].get("root", (0, ""))
+        if ctx.root == ctx.config["root"] and mark not in ("", common["images"]):
+            changed = f"other training images than the run's {count}, by name or size"
             warn_once(f"{ctx.root} holds {changed}: it may have been trained on test images")
     common |= {key: ctx.config[key] for key in ("method", "groups")}
     for found in results:
@@ -1323,7 +1300,7 @@ def report(ctx, task_name, results, settings, json, begun):
             continue
         if not columns:
             columns = [k for k in PRINTED if k not in OPTIONAL or line.get(k) is not None]
-            print(table_head([HEADS.get(k, k) for k in columns]))
+            print(table_head([PRINTED[k] for k in columns]))
         print(table_row([line[k] for k in columns]), flush=True)
         if note:
             notes.append(note)
@@ -1368,18 +1345,16 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
         paper: the paper's tables instead, what it reports beside what these runs give
     """
     lines = read_results(runs)
-    if not lines:
-        raise UserError(f"--runs={','.join(runs)}: no results that can be read")
     differs = list(differing_settings([config for config, _ in lines]))
     cells, shown = defaultdict(dict), {}
     for config, line in lines:
         row, column = row_key(config, line, differs), column_key(config, line)
         cells[row, column][line["seed"]] = line["top1"]
-        other = shown.setdefault((row, column, line["seed"]), config["out"])
-        if other != config["out"]:
-            same = f"{other} and {config['out']} have the same settings and seed"
+        cell, out = (row, column, line["seed"]), config["out"]
+        if shown.get(cell, out) != out:
+            same = f"{shown[cell]} and {out} have the same settings and seed"
             warn_once(f"{same}: the table shows the second")
-            shown[row, column, line["seed"]] = config["out"]
+        shown[cell] = out
     if paper:
         return print_papers_tables([pair for pair in lines if pair[0]["data"] == "imagenet100"])
     rows, columns = sorted({r for r, _ in cells}), sorted({c for _, c in cells})
@@ -1397,11 +1372,12 @@ def read_results(runs):
 
     Those on the same images have one root, wherever these were; other test images are named there.
     """
-    found = find_files(runs, "results.jsonl")
-    if not found:
-        raise UserError(f"--runs={','.join(runs)}: no results; `python eval.py linear` writes some")
-    folders = [path.parent for path in sorted(found, key=os.path.getmtime)]
-    pairs = list(itertools.chain.from_iterable(map(results_of, folders)))
+    pairs = []
+    for path in sorted(find_files(runs, "results.jsonl"), key=os.path.getmtime):
+        pairs += results_of(path.parent)
+    if not pairs:
+        names = ",".join(runs)
+        raise UserError(f"--runs={names}: no results to read; `python eval.py linear` writes some")
     roots = {}  # {mark of the images: root}
     tests = {}  # {root: mark of its test images}
 
@@ -1412,7 +1388,7 @@ def read_results(runs):
         holder["root"] = roots[mark]
 
     for config, line in pairs:
-        if config["data"] == "folder" and "root" in config.get("held", {}):
+        if config["data"] == "folder" and "root" in config["held"]:
             unify(config, config["held"]["root"][1])
             if line.get("images"):
                 unify(line, line["images"])
@@ -1542,10 +1518,11 @@ def row_cells(cells, row, columns):
     return [seeds, *map(mean_cell, values)]
 
 
-def mean_cell(values):
+def mean_cell(values, sign=""):
+    """Their mean +- half of its 95% interval; sign: "+" to show also that of a gain."""
     if not values:
         return "-"
-    mean = f"{sum(values) / len(values):.1f}"
+    mean = f"{sum(values) / len(values):{sign}.1f}"
     half = t_ci95(values)
     return mean if half == math.inf else f"{mean} +- {half:.1f}"
 
@@ -1825,14 +1802,15 @@ def chosen_results(path, budget, seeds, data):
     """The lines of one budget, these seeds and a data set; UserError where there are none."""
     if not Path(path).is_file():
         raise UserError(f"--results={path}: no such file; leave the flag out to train")
-    there = read_lines(Path(path), seed=int)
-    mine = [line for line in there if (line.get("budget"), line["data"]) == (budget, data)]
-    lines = [line for line in mine if line["seed"] in seeds]
+    lines, held = [], set()
+    for line in read_lines(Path(path), seed=int):
+        held.add(f"{line['data']} {line.get('budget')} {line['seed']}")
+        if (line["data"], line.get("budget")) == (data, budget) and line["seed"] in seeds:
+            lines.append(line)
     if not lines:
         asked = f"--data={data} --budget={budget} and seeds {seeds[0]} to {seeds[-1]}"
-        keys = ("data", "budget", "seed")
-        held = ", ".join(sorted({" ".join(str(line.get(k)) for k in keys) for line in there}))
-        raise UserError(f"--results={path} has nothing of {asked}; it holds {held or 'no results'}")
+        there = ", ".join(sorted(held)) or "no results"
+        raise UserError(f"--results={path} has nothing of {asked}; it holds {there}")
     return lines
 
 
@@ -1887,10 +1865,9 @@ def missing_commands(out, seeds, flags, tables):
     chains = []
     for seed, (method, groups) in itertools.product(seeds, wanted):
         run = out / f"{method}-{'+'.join(groups)}-{seed}"
-        given = dict(method=method, groups=groups, seed=seed, out=str(run))
+        given = dict(method=method, groups=groups, seed=seed, out=str(run)) | flags
         if method == "supervised":
             given["label"] = "object"
-        given |= flags
         if (run / "config.json").exists() and (saved := read_config(run, "seed")):
             loo.check_same_config(loo.default_config(**given), saved, run)
         chain = [] if (run / "heads.pt").exists() else [command_of("loo.py", "train", **given)]
@@ -1946,8 +1923,7 @@ def run_all(chains):
                 print(f"[{started}/{total}, {seconds:.0f} s] {words}", flush=True)
                 code, output = run_command(command, asked)
                 if asked:
-                    message = "stopped; all that was done is kept, and the same command goes on"
-                    print(message, file=sys.stderr)
+                    print("stopped: the same command goes on from here", file=sys.stderr)
                     raise SystemExit(128 + asked[0])
                 if code:
                     last = (output.splitlines() or ["-"])[-1]
@@ -2030,12 +2006,9 @@ def compare(gains, least, comparisons):
         decision = "holds"
     elif mean + wide < least:
         decision, bound = "does not hold", mean + wide
-    number = f"{mean:+.1f}" if gains else "-"
-    if half < math.inf:
-        number += f" +- {half:.1f}"
     above = f" above {least}" if least else ""
     seeds = f"{sum(gain > least for gain in gains)} of {len(gains)} seeds{above}"
-    return decision, bound - least, f"{number} ({seeds})"
+    return decision, bound - least, f"{mean_cell(gains, sign='+')} ({seeds})"
 
 
 if __name__ == "__main__":

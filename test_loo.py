@@ -1234,7 +1234,7 @@ def test_images_without_labels_have_what_needs_none(here, capsys):
     assert {line["label"] for line in loo.read_jsonl(Path("plain/results.jsonl"))} == {"rotation"}
     run(eval, "retrieve --run=plain --neighbours=2 --out=alone.png")
     assert Path("alone.png").exists()
-    why = "photos/class0 have no labels: give each class a sub-folder"
+    why = "photos/class0 has no label on images of both train and test: give each class"
     for task in ("linear", "knn", "fewshot", "robust"):
         assert why in refused(capsys, eval, f"{task} --run=plain")
     # A training image that is lost in between is noticed.
@@ -3149,8 +3149,10 @@ def test_accuracy_counts_the_first_and_the_first_five_and_of_some_classes():
     assert eval.restrict_classes(logits, torch.tensor([2, 3])).argmax(1).tolist() == [2, 3]
     y = torch.tensor([0, 0, 0, 1])
     right, constant = (F.one_hot(x, 3).float() for x in (y, torch.zeros_like(y)))
-    assert eval.constant_answer(constant, y) == dict(largest=75, balanced=50)
-    assert eval.constant_answer(right, y) == dict(largest=75, balanced=100)
+    found = eval.result(constant, y, "kind")
+    assert (found["top1"], found["largest"], found["balanced"]) == (75, 75, 50)
+    found = eval.result(right, y, "kind")
+    assert (found["top1"], found["largest"], found["balanced"]) == (100, 75, 100)
 
 
 def test_images_without_the_label_do_not_count():
@@ -3255,7 +3257,7 @@ BAD_EVALUATIONS += [("spaces --layer=middle", "hidden"), ("linear --save=x.pt", 
 BAD_EVALUATIONS += [("embed", "--root=DIR"), ("embed --root=nope", "no such folder")]
 BAD_EVALUATIONS += [("embed --root=. --out=x.xls", ".csv"), ("embed --root=runs", "no images")]
 BAD_EVALUATIONS += [("embed --root=. --classify=nope.pt", "nope.pt")]
-BAD_EVALUATIONS += [("retrieve --against=runs/nope", "--against=runs/nope: no such run")]
+BAD_EVALUATIONS += [("retrieve --against=runs/nope", "runs/nope: no such run")]
 
 
 @pytest.mark.parametrize("line, hint", BAD_EVALUATIONS)
