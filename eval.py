@@ -839,7 +839,6 @@ def robust(
     for found in itertools.chain(on_whole, on_corrupted):
         n_train = int((y[found["label"]] >= 0).sum())
         yield found | dict(protocol=source, n_train=n_train, note=note)
-        note = None  # once is enough
 
 
 def robust_datasets(ctx, source, corrupted, objectnet):
@@ -1302,7 +1301,7 @@ def report(ctx, task_name, results, settings, json, begun):
             columns = [k for k in PRINTED if k not in OPTIONAL or line.get(k) is not None]
             print(table_head([PRINTED[k] for k in columns]))
         print(table_row([line[k] for k in columns]), flush=True)
-        if note:
+        if note and note not in notes:
             notes.append(note)
     if notes:
         print("\n" + "\n".join(notes))
@@ -1976,16 +1975,15 @@ def judge_claim(cells, comparisons):
     cells {(row, column): {seed: value}}, comparisons as in CLAIMS. The evidence is the three
     weakest of the comparisons that decided it.
     """
-    pairs = []
+    count = sum(len(others) * len(columns) for _, _, others, columns in comparisons)
+    found = defaultdict(list)
     for row, sign, others, columns in comparisons:
         least = -MARGIN if sign == ">=" else 0
-        pairs += [(row, *pair, least) for pair in itertools.product(others, columns)]
-    found = defaultdict(list)
-    for row, other, column, least in pairs:
-        ours, theirs = cells[row, column], cells[other, column]
-        gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-        decision, distance, text = compare(gains, least, len(pairs))
-        found[decision].append((distance, f"{column} {text}, {row} over {other}"))
+        for other, column in itertools.product(others, columns):
+            ours, theirs = cells[row, column], cells[other, column]
+            gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+            decision, distance, text = compare(gains, least, count)
+            found[decision].append((distance, f"{column} {text}, {row} over {other}"))
     decision = next(d for d in ("does not hold", "cannot tell", "holds") if d in found)
     shown = [text for _, text in sorted(found[decision])]
     more = f"; and {len(shown) - 3} more" if len(shown) > 3 else ""
