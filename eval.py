@@ -759,8 +759,7 @@ def fewshot(
     for name, k, n, y, rows in drawn:
         generator = None if fast else loo.make_generator("few shots", ctx.seed, n)
         w, b = fit_few_shot(x[rows], y[rows], k, generator=generator)
-        known, y_known = labeled(test, y_test[name])
-        each = [result(known @ w[t] + b[t], y_known, name) for t in range(trials)]
+        each = [result(test @ w[t] + b[t], y_test[name], name) for t in range(trials)]
         top1 = [one["top1"] for one in each]
         found = each[0] | dict(shots=n, n_train=rows.shape[1])
         for key in ("top1", "balanced", "top5"):
@@ -1036,13 +1035,12 @@ def retrieve(
 
 
 def open_other(ctx, against):
-    """Another run on the same data."""
-    same = {key: getattr(ctx, key) for key in ("data", "root", "feature", "workers", "seed")}
-    other = open_run(against, device=str(ctx.device), **same)
-    if other.config["size"] != ctx.config["size"]:
+    """Another run on the same images, also where a folder is split by the run's split_seed."""
+    encoder, config = open_encoder(against, ctx.feature, str(ctx.device))
+    if config["size"] != ctx.config["size"]:
         raise UserError(f"--against={against} was trained at another --size than {ctx.run.name}")
-    # A folder that splits itself does so by each run's split_seed.
-    return other._replace(split=ctx.split)
+    run, weights = Path(against).resolve(), hash_weights(against)
+    return ctx._replace(run=run, encoder=encoder, config=config, weights=weights)
 
 
 def nearest_images(ctx, k, turn):
@@ -1155,7 +1153,8 @@ def embed(
             rows, x = embed_files(encoder, config, feature, paths, part, workers, leader_first)
             if loo.rank() == 0:
                 files = [paths[i].relative_to(root).as_posix() for i in rows]
-                content = dict(files=files, **(classify_rows(head, x) if head else {}), features=x)
+                classes = classify_rows(head, x) if head else {}
+                content = dict(files=files, **classes, features=x)
                 write_atomic(out, functools.partial(WRITERS[out.suffix.lower()], content))
                 print(
                     f"wrote {out}: {len(rows)} of {len(paths)} images, {x.shape[1]} features each"
