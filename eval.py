@@ -224,12 +224,12 @@ COLLAPSED = 1e-3  # of the mean; untrained encoders deviate by 0.2 and more
 
 
 def check_features(split, x):
-    """UserError where features x (n ...) are not finite; a warning where test ones are alike."""
+    """UserError where features x (n ...) are not finite; a warning if test ones hardly differ."""
     check_all_finite(f"features of the {split} images", x)
     mean, deviation = x.mean(0).norm(), x.std(0, correction=0).norm()
     if split == "test" and len(x) > 1 and deviation <= COLLAPSED * mean:
         figures = f"norm {mean:.1e}, deviation {deviation:.1e}"
-        warn_once(f"nearly equal features of all test images ({figures}): did training collapse?")
+        warn_once(f"nearly equal features of all test images ({figures}): collapsed, or equal?")
 
 
 def check_all_finite(what, *tensors):
@@ -838,6 +838,7 @@ def robust(
     for found in itertools.chain(on_whole, on_corrupted):
         n_train = int((y[found["label"]] >= 0).sum())
         yield found | dict(protocol=source, n_train=n_train, note=note)
+        note = None  # once is enough
 
 
 def robust_datasets(ctx, source, corrupted, objectnet):
@@ -1141,7 +1142,7 @@ def embed(
     if not root or not Path(root).is_dir():
         raise UserError(f"--root={root}: no such folder; embed needs --root=DIR, images in it")
     with loo.init_distributed(resolve_device(device)) as leader_first:
-        head = open_classifier(classify, run, feature) if classify else {}
+        head = read_classifier(classify, run, feature) if classify else {}
         feature = feature or head.get("feature", "v")
         encoder, config = open_encoder(run, feature, device)
         paths, others = list_files(Path(root))
@@ -1156,9 +1157,7 @@ def embed(
                 classes = classify_rows(head, x) if head else {}
                 content = dict(files=files, **classes, features=x)
                 write_atomic(out, functools.partial(WRITERS[out.suffix.lower()], content))
-                print(
-                    f"wrote {out}: {len(rows)} of {len(paths)} images, {x.shape[1]} features each"
-                )
+                print(f"wrote {out}: {len(rows)} of {len(paths)} images, {x.shape[1]} features")
         finally:
             if loo.rank() == 0:
                 part.unlink(missing_ok=True)
@@ -1195,27 +1194,21 @@ def embed_files(encoder, config, feature, paths, part, workers, leader_first):
     return rows, map_file(part, len(rows), d, dtype=torch.float32)
 
 
-def open_classifier(path, run, feature):
-    """read_classifier; UserError where it does not read this feature of this run."""
-    head = read_classifier(path)
-    if head["weights"] != hash_weights(run):
-        raise UserError(f"--classify={path} was trained on --run={head.get('run')}, not {run}")
-    if feature not in (None, head["feature"]):
-        raise UserError(f"--feature={feature}: {path} reads the feature {head['feature']}")
-    return head
-
-
-def read_classifier(path):
-    """What `linear --save` wrote; UserError where it is another file."""
+def read_classifier(path, run=None, feature=None):
+    """What `linear --save` wrote; UserError for another file, or for another run or feature."""
     head = read_tensors(path)
     try:
         loo.check_types(head, dict(feature=str, weights=str))
         k, (_, d) = len(head["classes"]), head["w"].shape
         loo.check_shapes(dict(k=k, d=d), w=(head["w"], "k d"), b=(head["b"], "k"))
         check_all_finite("its weights", head["w"], head["b"])
-        return head | dict(w=head["w"].float(), b=head["b"].float())
     except (LookupError, TypeError, AttributeError, ValueError):
         raise UserError(f"{path}: expected a file that `linear --save` wrote") from None
+    if run and head["weights"] != hash_weights(run):
+        raise UserError(f"--classify={path} was trained on --run={head.get('run')}, not {run}")
+    if feature not in (None, head["feature"]):
+        raise UserError(f"--feature={feature}: {path} reads the feature {head['feature']}")
+    return head | dict(w=head["w"].float(), b=head["b"].float())
 
 
 def classify_rows(head, x):
@@ -1300,7 +1293,7 @@ def report(ctx, task_name, results, settings, json, begun):
             columns = [k for k in PRINTED if k not in OPTIONAL or line.get(k) is not None]
             print(table_head([PRINTED[k] for k in columns]))
         print(table_row([line[k] for k in columns]), flush=True)
-        if note and note not in notes:
+        if note:
             notes.append(note)
     if notes:
         print("\n" + "\n".join(notes))
@@ -1517,7 +1510,7 @@ def row_cells(cells, row, columns):
 
 
 def mean_cell(values, sign=""):
-    """Their mean +- half of its 95% interval; sign: "+" to show also that of a gain."""
+    """Their mean +- half of its 95% interval; sign="+" also marks a mean above zero."""
     if not values:
         return "-"
     mean = f"{sum(values) / len(values):{sign}.1f}"
