@@ -193,6 +193,20 @@ def photo_tree(root, classes=3, each=14):
     return root
 
 
+def stop_at(monkeypatch, *steps):
+    """Training stops before each of these steps, once -> the steps that it has not come to."""
+    train_step, left = loo.train_step, list(steps)
+
+    def step_or_stop(state, *rest):
+        if state.step in left:
+            left.remove(state.step)
+            raise RuntimeError("stopped here")
+        return train_step(state, *rest)
+
+    monkeypatch.setattr(loo, "train_step", step_or_stop)
+    return left
+
+
 def read_checkpoint(out):
     return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
 
@@ -253,13 +267,6 @@ def test_no_gradient_reaches_the_keys():
     loo.multi_space_loss(q, k, unit(1, 6, 8, seed=2), ONE_SPACE, 0.2).mean().backward()
     assert q.grad.any()
     assert k.grad is None
-
-
-def test_one_space_is_mocos_cross_entropy():
-    q, k, queue = unit(1, 5, 16), unit(1, 1, 5, 16, seed=1), unit(1, 32, 16, seed=2)
-    logits = torch.cat([(q[0] * k[0, 0]).sum(1, keepdim=True), q[0] @ queue[0].T], 1) / 0.2
-    ours = loo.multi_space_loss(q, k, queue, ONE_SPACE, 0.2)
-    assert_close(ours[0], F.cross_entropy(logits, torch.zeros(5, dtype=torch.long)))
 
 
 def test_loss_in_bfloat16_is_computed_in_float32():
@@ -419,17 +426,6 @@ def test_sharing_is_seen_in_pixels():
     for i in range(32):
         back = query[i].rot90(-int(turns[0, i]), (1, 2))
         assert_close(keys[1, i].rot90(-int(turns[2, i]), (1, 2)), back, atol=1e-5, rtol=0)
-
-
-def test_params_do_not_depend_on_how_a_batch_is_cut():
-    share, images, aspect = loo.methods(GROUPS)["looc"].share, noise(8), torch.linspace(0.5, 2, 8)
-    whole, all_keys, _ = loo.augment_groups(images, GROUPS, share, make_generator(1), aspect=aspect)
-    for at in (slice(4), slice(4, 8)):
-        part = torch.arange(8)[at]
-        options = dict(aspect=aspect[at], rows=loo.Rows(8, part, part, part))
-        query, keys, _ = loo.augment_groups(images[at], GROUPS, share, make_generator(1), **options)
-        assert_close(query, whole[at], atol=1e-6, rtol=0)
-        assert_close(keys, all_keys[:, at], atol=1e-6, rtol=0)
 
 
 def test_views_are_counted_and_sized_whatever_is_drawn():
@@ -758,18 +754,17 @@ def test_views_of_shapes_that_cannot_be_are_refused(changed, says):
     raises(ValueError, says, loo.augment_groups, images, generator=make_generator(1), **given)
 
 
-BAD_GROUPS = {
-    "no dict": (lambda b, generator: torch.rand(b), lambda x, params: x, "to return {parameter"),
-    "one row": (lambda b, generator: {"p": torch.rand(1)}, lambda x, params: x, "32 rows in each"),
-    "no tensor": (lambda b, generator: {}, lambda x, params: None, "makes is a NoneType"),
-    "fewer": (lambda b, generator: {}, lambda x, params: x[1:], "makes has the shape"),
-}
+BAD_GROUPS = [
+    (lambda b, generator: torch.rand(b), lambda x, params: x, "to return {parameter"),
+    (lambda b, generator: {"p": torch.rand(1)}, lambda x, params: x, "32 rows in each"),
+    (lambda b, generator: {}, lambda x, params: None, "makes is a NoneType"),
+    (lambda b, generator: {}, lambda x, params: x[1:], "makes has the shape"),
+]
 
 
-@pytest.mark.parametrize("case", BAD_GROUPS)
-def test_augmentations_of_your_own_that_do_not_fit_are_named(case, monkeypatch):
-    *own, says = BAD_GROUPS[case]
-    monkeypatch.setitem(loo.GROUPS, "own", tuple(own))
+@pytest.mark.parametrize("sample, apply, says", BAD_GROUPS)
+def test_augmentations_of_your_own_that_do_not_fit_are_named(sample, apply, says, monkeypatch):
+    monkeypatch.setitem(loo.GROUPS, "own", (sample, apply))
     given = torch.rand(8, 3, 16, 16), ["own"], [[0], [0], [1]], make_generator(0)
     raises(ValueError, rf"GROUPS\['own'\].*{says}", loo.augment_groups, *given)
 
@@ -799,9 +794,8 @@ def test_no_augmentation_of_your_own_has_a_features_name(monkeypatch):
 
 def test_other_functions_by_hand_name_what_does_not_fit():
     encoder, images = loo.Encoder("small", spaces=1, hidden=8, dim=8), torch.ones(2, 3, 32, 32)
-    for shape in ((3, 32, 32), (2, 1, 32, 32), (2, 4, 32, 32)):
-        says = r"images has .* expected \(b c h w\)"
-        raises(ValueError, says, loo.encode, encoder, torch.zeros(shape))
+    says = r"images has .* expected \(b c h w\) with .*c=3"
+    raises(ValueError, says, loo.encode, encoder, images[:, :1])
     raises(ValueError, "keys has", loo.queue_update, torch.zeros(QUEUE), 0, torch.zeros(2, 4, 7))
     raises(ValueError, "k has", loo.positive_keys, torch.zeros(Q), ROLE)
     raises(ValueError, "expected mlp or conv5", loo.Encoder, "small", heads="conv")
@@ -810,9 +804,8 @@ def test_other_functions_by_hand_name_what_does_not_fit():
         raises(ValueError, "expected a tuple of names, as .'color', 'rot", loo.methods, *names)
     raises(ValueError, "groups is {'color'}: expected a tuple", loo.methods, {"color"})
     state, config = loo.init_state(CONFIG | dict(batch=8)), CONFIG | dict(batch=8)
-    for n in (4, 16):
-        says = "images has .* with .*b=8"
-        raises(ValueError, says, loo.train_step, state, torch.zeros(n, 3, 32, 32), None, config)
+    says = "images has .* with .*b=8"
+    raises(ValueError, says, loo.train_step, state, images, None, config)
     for momentum in (-0.1, 1.1, math.nan):
         raises(ValueError, "momentum is .*: expected 0 to 1", loo.ema, encoder, encoder, momentum)
     for path in ("x.png", Path("x.png")):
@@ -822,8 +815,8 @@ def test_other_functions_by_hand_name_what_does_not_fit():
     raises(ValueError, "between -0.5 and 0.5", loo.encode, encoder, images.cumsum(0) - 1.5)
     raises(ValueError, "paths is empty", data.central_crops, iter(()), 32)
     raises(ValueError, "--split=trian: did you mean train", data.open_dataset, "factors", "trian")
-    for shape in ((3, 32, 32), (2, 1, 32, 32), (2, 3, 32, 48)):
-        inputs = torch.ones(shape), "fog", 1, make_generator(0)
+    for wrong in (images[:, :1], images[..., :16]):  # gray, and not square
+        inputs = wrong, "fog", 1, make_generator(0)
         raises(ValueError, "images has the shape", data.corrupt, *inputs)
     says = "expected 1 to 5 of gaussian_noise|give floats"
     for name, severity, scale in (("fog", 0, 1), ("fog", 6, 1), ("smog", 1, 1), ("fog", 1, 255)):
@@ -1284,17 +1277,9 @@ def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     # 52 steps, two to a line of the log.
     monkeypatch.setattr(data, "FACTORS", {"train": 208, "val": 64, "test": 64})
     monkeypatch.setattr(loo, "LOG_LINES", 25)
-    line, step = f"train --method=moco --epochs=2 --save_every=7 {QUICK}", loo.train_step
+    line = f"train --method=moco --epochs=2 --save_every=7 {QUICK}"
     run(loo, f"{line} --out=whole")
-    stops = [17, 27, 28, 51]
-
-    def step_or_stop(state, *rest):
-        if state.step in stops:
-            stops.remove(state.step)
-            raise RuntimeError("stopped here")
-        return step(state, *rest)
-
-    monkeypatch.setattr(loo, "train_step", step_or_stop)
+    stops = stop_at(monkeypatch, 17, 27, 28, 51)
     while stops:
         raises(RuntimeError, "stopped here", run, loo, f"{line} --out=parts")
     saved = read_checkpoint("parts") | {"version": 1}  # which had other names
@@ -1337,18 +1322,12 @@ def test_a_ruined_checkpoint_gives_way_to_the_one_before(ruin, here, capsys):
 
 
 def test_curves_cover_the_whole_log_and_never_end_a_training(here, capsys, monkeypatch):
-    draw, step = unittest.mock.Mock(wraps=data.draw_curves), loo.train_step
+    draw = unittest.mock.Mock(wraps=data.draw_curves)
     draw.side_effect = [RuntimeError("no font")] * 2 + [unittest.mock.DEFAULT] * 9
-    line = f"train --out=run --epochs=2 {QUICK} --save_every=2"
-
-    def step_or_stop(state, *rest):
-        if state.step == 45:
-            raise InterruptedError
-        return step(state, *rest)
-
     monkeypatch.setattr(data, "draw_curves", draw)
-    with unittest.mock.patch.object(loo, "train_step", step_or_stop):
-        raises(SystemExit, "^2$", run, loo, line)
+    stop_at(monkeypatch, 45)
+    line = f"train --out=run --epochs=2 {QUICK} --save_every=2"
+    raises(RuntimeError, "stopped here", run, loo, line)
     assert capsys.readouterr().err.count("warning: run/curves.png is not drawn: no font\n") == 2
     run(loo, line)
     drawn = [len(call.args[0]["loss"]["color"]) for call in draw.call_args_list]
@@ -1598,9 +1577,7 @@ def test_folders_named_like_splits_are_splits_beside_others(counts, splits, clas
 
 REFUSED = [(dict(train__x=1, val__x=1, valid__x=1), "train", "val and valid are both for val")]
 REFUSED += [(dict(val__x=1, test__x=1), "train", "no folder train")]
-REFUSED += [
-    (dict(trainA=1, trainB=1, testA=1, testB=1), "train", "testA and testB are both for test")
-]
+REFUSED += [(dict(trainA=1, trainB=1, testA=1, testB=1), "train", "A and testB are both for test")]
 REFUSED += [(dict(a__train__x=1, a__val__x=1), "train", "one folder further: --root=.*a")]
 REFUSED += [(dict(p__train__x=1, p__val__x=1), "train", "one folder further: --root=.*p/p")]
 REFUSED += [({"day/train": 1, "day/val": 1, "night/train": 1}, "train", "--root=.*day")]
@@ -1618,14 +1595,11 @@ def test_folders_that_can_be_read_in_no_or_two_ways_are_refused(counts, split, h
     raises(UserError, hint, opened, folder_of(tmp_path / "p", **counts), split)
 
 
-ODD_CLASSES = [
-    (dict(train__a=9, train__b=9, holdout__a=9, holdout__b=9), "or name splits train and")
-]
-ODD_CLASSES += [(dict(images=9, masks=9), "masks is read as a class; if it holds masks")]
+ODD_CLASSES = [(dict(images=9, masks=9), "masks is read as a class; if it holds masks")]
 ODD_CLASSES += [(dict(JPEGImages=9, SegmentationClass=3), "SegmentationClass is read as a class")]
 ODD_CLASSES += [(dict(images=9, labels=9), "labels is read as a class")]
 ODD_CLASSES += [(dict(a=9, b__a=9), "b holds a again, classes beside it")]
-ODD_CLASSES += [(dict(a__a=5, a__b=5, b__a=5, b__b=5), "a, b, each with the folders a, b")]
+ODD_CLASSES += [(dict(a__a=5, a__b=5, b__a=5, b__b=5), "a, b, each with .* a, b; .* name splits")]
 ODD_CLASSES += [(dict(cats__s0=9, cats__s1=9), "its classes are the folders in")]
 ODD_CLASSES += [(dict(Cat=9, cat=9), "'Cat' and 'cat' are different classes")]
 ODD_CLASSES += [({"1": 9, "1.0": 9}, "'1' and '1.0' are different classes")]
@@ -1635,7 +1609,7 @@ ODD_CLASSES += [(dict(NA=9, b=9), "NA is read as a class; leave the cell empty")
 @pytest.mark.parametrize("counts, hint", ODD_CLASSES)
 def test_folders_that_are_hardly_classes_are_named(counts, hint, tmp_path, capsys):
     opened(folder_of(tmp_path, **counts))
-    assert hint in capsys.readouterr().err
+    assert re.search(hint, capsys.readouterr().err)
 
 
 def test_classes_without_images_are_named(tmp_path, capsys):
@@ -1756,15 +1730,13 @@ def test_tables_know_files_by_any_path_and_accent_and_columns_in_capitals(tmp_pa
     write_table(tmp_path, "File,Kind,SPLIT", *rows, images="ab")
     assert data.read_table(tmp_path)[0] == ["file", "Kind", "split"]
     assert opened(tmp_path, "test")[:2] == (["b.png"], {"class": [-1], "Kind": [1]})
-    assert opened(folder_of(tmp_path / "tree", x=2, y__z=1), "train")
-    write_table(tmp_path / "tree", "file,kind", "z/0.png,0", "1,1", "q/../y/z/0,2", images="")
-    with pytest.raises(UserError, match="line 2: z/0.png: no such image .* such as x/0.png"):
-        data.read_table(tmp_path / "tree")
-    write_table(tmp_path / "tree", "file,kind", "1,1", "q/../y/z/0,2", images="")
-    found = data.read_table(tmp_path / "tree")[1]
-    assert (
-        "2 files are found by their names alone, the first is 1 as x/1" in capsys.readouterr().err
-    )
+    tree = folder_of(tmp_path / "tree", x=2, y__z=1)
+    write_table(tree, "file,kind", "z/0.png,0", "1,1", "q/../y/z/0,2", images="")
+    raises(UserError, "line 2: z/0.png: no such image .* such as x/0.png", data.read_table, tree)
+    write_table(tree, "file,kind", "1,1", "q/../y/z/0,2", images="")
+    found = data.read_table(tree)[1]
+    by_name = "2 files are found by their names alone, the first is 1 as x/1"
+    assert by_name in capsys.readouterr().err
     assert [row.get("kind") for row in found.values()] == [None, "1", "2"]
     decomposed, composed = "cafe\u0301", "caf\u00e9"  # as macOS has it, and as others
     for name, listed in ((decomposed, composed), (composed, decomposed)):
@@ -1803,22 +1775,13 @@ def test_few_groups_leave_one_to_test_on(tmp_path):
     assert 0.78 < sum(split == "train" for split in many.values()) / len(many) < 0.82
 
 
-UNFIT = [(dict(train__x=9, test=3), "test: no sub-folders; it needs those of")]
-UNFIT += [(dict(train__x=9, val__y=3), "y: a class that .*train does not have")]
-UNFIT += [(dict(train=9), "no images for val or test")]
-
-
-@pytest.mark.parametrize("counts, hint", UNFIT)
-def test_training_says_what_evaluations_would_refuse(counts, hint, tmp_path):
-    folder_of(tmp_path, **counts)
-    config = dict(data="folder", root=tmp_path, split_seed=0)
-    assert re.search(hint, " ".join(loo.unfit_splits(config)))
-
-
-def test_training_says_which_label_has_no_test_image(tmp_path):
+def test_training_says_what_evaluations_would_refuse(tmp_path):
+    tree = folder_of(tmp_path / "tree", train__x=9, test=3)
+    (said,) = loo.unfit_splits(dict(data="folder", root=tree, split_seed=0))
+    assert "test: no sub-folders; it needs those of" in said
     rows = "a.png,train,x,1", "b.png,train,y,2", "c.png,test,x,"
-    write_table(tmp_path, "file,split,kind,tone", *rows, images="abc")
-    (said,) = loo.unfit_splits(dict(data="folder", root=tmp_path, split_seed=0))
+    table = write_table(tmp_path / "table", "file,split,kind,tone", *rows, images="abc")
+    (said,) = loo.unfit_splits(dict(data="folder", root=table, split_seed=0))
     assert said == "no test image has the label tone, which evaluations need"
 
 
@@ -2067,20 +2030,11 @@ def test_a_stream_leaves_out_what_cannot_be_read(tmp_path):
     assert images[:, 0, 9, 9].tolist() == [0, 60, 90, 150, 180]
     raises(UserError, "2 of 7 images cannot be read", data.decode_all, dataset)  # and more than 1%
     (folder / "4.png").unlink()
-    with pytest.raises(UserError, match="2 of 7 images cannot be read"):  # it has vanished
-        data.decode_all(dataset, cache=tmp_path)
+    raises(UserError, "2 of 7 images cannot be read", data.decode_all, dataset, cache=tmp_path)
     write_image(folder / "4.png", (120, 0, 0))
     decoded = data.decode_all(data.open_dataset("folder", "train", root=tmp_path))
     assert len(decoded.unreadable) == 1
     assert decoded.images[:, 0, 9, 9].tolist() == [0, 60, 90, 120, 150, 180]
-
-
-def test_shares_of_a_stream_are_all_of_it():
-    dataset, parts = data.factors("val", 8, 20), []
-    for i in range(3):
-        parts += [rows for rows, *_ in data.iter_batches(dataset, batch=4, part=(i, 3))]
-    assert sorted(torch.cat(parts).tolist()) == list(range(20))
-    assert [len(rows) for rows in parts] == [4] * 5
 
 
 def test_every_core_decodes_unless_processes_share_them(monkeypatch):
@@ -2538,29 +2492,21 @@ def test_zoom_keeps_the_middle_and_reads_inwards():
     assert_close(zoomed, ramp[0, 0, 32] * factor, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("side", [32, 100, 224])
-def test_plasma_is_smooth_and_full(side):
-    clouds = data.plasma(3, side, 2, make_generator())
-    assert clouds.shape == (3, 1, side, side)
-    assert 0 <= clouds.min() <= clouds.max() <= 1
-    assert clouds.amax((1, 2, 3)).min() > 0.5
-    assert clouds.diff(dim=3).abs().mean() < 0.35 * 6 / side
-
-
 def test_plasma_is_diamond_square():
     """Three passes by hand: the middles, then the sides, each four neighbors' mean plus noise."""
-    rng, field = make_generator(), torch.zeros(1, 1)
+    rng, field = make_generator(), torch.zeros(2, 1, 1)
     plus, cross = [(-1, 0), (1, 0), (0, -1), (0, 1)], [(-1, -1), (-1, 1), (1, -1), (1, 1)]
     for amount in (1.0, 1 / 9.0, 1 / 81.0):
-        n = len(field)
-        field, old = torch.zeros(2 * n, 2 * n), field
-        field[::2, ::2] = old
+        n = field.shape[1]
+        field, old = torch.zeros(2, 2 * n, 2 * n), field
+        field[:, ::2, ::2] = old
         for top, left, steps in ((1, 1, cross), (0, 1, plus), (1, 0, plus)):
-            near = sum(field.roll((-dy, -dx), (0, 1)) for dy, dx in steps) / 4
-            extra = (torch.rand(1, n, n, generator=rng)[0] * 2 - 1) * amount
-            field[top::2, left::2] = near[top::2, left::2] + extra
-    field = (field - field.min()) / (field.max() - field.min())
-    assert_close(data.plasma(1, 7, 3, make_generator())[0, 0], field[:7, :7], atol=1e-5, rtol=0)
+            near = sum(field.roll((-dy, -dx), (1, 2)) for dy, dx in steps) / 4
+            extra = (torch.rand(2, n, n, generator=rng) * 2 - 1) * amount
+            field[:, top::2, left::2] = near[:, top::2, left::2] + extra
+    for cloud, its_field in zip(data.plasma(2, 7, 3, make_generator())[:, 0], field):
+        low, high = its_field.min(), its_field.max()
+        assert_close(cloud, (its_field[:7, :7] - low) / (high - low), atol=1e-5, rtol=0)
 
 
 def test_a_corruption_of_light_is_its_published_formula():
@@ -2988,8 +2934,6 @@ def test_what_is_no_file_is_not_written_over(here, capsys):
     why = "--out=folder is not empty and holds no run"
     assert why in refused(capsys, loo, "train --out=folder --fresh")
     assert (here / "folder" / "x.png").exists()
-    for module, line in ((loo, "train"), (eval, "claims"), (data, "pack --root=folder")):
-        assert "--out=: expected text or a path" in refused(capsys, module, f"{line} --out=")
     data.write_atomic(here / "x.png", b"new")
     assert (here / "x.png").is_symlink()
     assert (here / "far" / "x.png").read_bytes() == b"new"
@@ -3078,12 +3022,6 @@ def test_logistic_finds_the_minimum():
     assert slope == pytest.approx(1 / (1 + math.exp(2 * slope)), abs=1e-5)
 
 
-def test_linear_probe_of_separable_features():
-    y = torch.arange(400) % 4
-    x = F.one_hot(y, 4) * 2.0 + 0.1 * torch.randn(400, 4, generator=make_generator(0))
-    assert eval.accuracy(F.linear(x, *eval.lbfgs_probe(x, y, 4, seed=0)), y) == 100
-
-
 def test_images_are_held_out_in_all_their_orientations(monkeypatch):
     """A sample is its image's number."""
     x, y = torch.arange(50.0).repeat(4)[:, None], torch.arange(4).repeat_interleave(50)
@@ -3166,21 +3104,17 @@ def test_images_without_the_label_do_not_count():
         if y[i] >= 0 and neighbors:
             want.append(100 * neighbors.count(int(y[i])) / len(neighbors))
     assert eval.label_share(y, near).tolist() == pytest.approx(want)
-    y = torch.arange(60) % 4
-    assert torch.equal(eval.label_share(y, near), (y[near] == y[:, None]).double().mean(1) * 100)
 
 
 def test_interval_is_students():
-    assert eval.t_ci95([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-3)
+    for comparisons, t in ((1, 4.302653), (5, 9.924843)):
+        half = pytest.approx(t / math.sqrt(3), rel=1e-3)
+        assert eval.t_ci95([1.0, 2.0, 3.0], comparisons) == half
     assert eval.t_ci95([5.0]) == math.inf
     assert eval.t_ci95([93.1] * 3) == math.inf  # they do not say how far others are apart
     assert eval.compare([5.0, 5.0], 0, 1)[::2] == ("cannot tell", "+5.0 (2 of 2 seeds)")
-    assert eval.t_ci95([1.0, 2.0, 3.0], comparisons=5) == pytest.approx(
-        9.924843 / math.sqrt(3), rel=1e-3
-    )
-    tables = {(4, 0.005): 4.604095, (4, 0.001): 7.173182, (2, 0.005): 9.924843}
-    for given, t in (tables | {(1, 0.0005): 636.6192}).items():
-        assert eval.t_quantile(*given) == pytest.approx(t, rel=1e-3)
+    for df, tail, t in ((4, 0.005, 4.604095), (4, 0.001, 7.173182), (1, 0.0005, 636.6192)):
+        assert eval.t_quantile(df, tail) == pytest.approx(t, rel=1e-3)
 
 
 RIGHT = [(6, 6), (1, 1), (0, 9), (19, 20), (200, 200), (95, 100), (60, 100), (991, 1000)]
@@ -3432,15 +3366,13 @@ def test_a_kept_classifier_classifies_new_images(untrained, capsys):
     assert np.mean(right) * 100 == pytest.approx(line["top1"])
     assert all(0.5 <= float(p) <= 1 for p in columns["probability"])
     head = torch.load("head.pt")
-    torch.save({key: x for key, x in head.items() if key != "weights"}, "wrong.pt")
-    line = "embed --root=more --classify=wrong.pt"
-    assert "expected a file that `linear --save` wrote" in refused(capsys, eval, line)
-    for wrong in (dict(classes=["x"]), dict(w=head["w"] / 0), dict(b=None), dict(w=head["w"][0])):
-        torch.save(head | wrong, "wrong.pt")
-        line = "embed --root=more --classify=wrong.pt"
-        assert "expected a file that `linear --save` wrote" in refused(capsys, eval, line)
-        line = "linear --data=folder --root=more --save=wrong.pt"
-        assert "expected a file that `linear --save` wrote" in refused(capsys, eval, line)
+    wrong = [{key: x for key, x in head.items() if key != "weights"}, head | dict(classes=["x"])]
+    wrong += [head | dict(w=head["w"] / 0), head | dict(b=None), head | dict(w=head["w"][0])]
+    uses = "embed --root=more --classify", "linear --data=folder --root=more --save"
+    for content, use in itertools.product(wrong, uses):
+        torch.save(content, "wrong.pt")
+        err = refused(capsys, eval, f"{use}=wrong.pt")
+        assert "expected a file that `linear --save` wrote" in err
     backbone = torch.load("runs/latest/backbone.pt")
     torch.save(backbone | {"conv1.weight": backbone["conv1.weight"] + 1}, "runs/latest/backbone.pt")
     assert "was trained on --run=" in refused(capsys, eval, "embed --root=more --classify=head.pt")
@@ -3707,9 +3639,8 @@ def test_table_knows_a_folder_by_its_images(here, capsys):
     assert one == "| looc | color | v | root y | 1 | 2.0 |"
     assert more == "| looc | color | v | root y (more) | 1 | 3.0 |"
     line |= dict(images="one", tested="two")
-    write_run(
-        here / "run2", images | dict(held={"root": [9, "one"]}), line | dict(tested="2"), line
-    )
+    images |= dict(held={"root": [9, "one"]})
+    write_run(here / "run2", images, line | dict(tested="2"), line)
     out = printed(capsys, eval, "table --runs=run2").out
     assert "linear class on folder y (test images two)" in out
 
