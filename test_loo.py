@@ -984,10 +984,10 @@ def test_flags_from_python_are_those_of_the_command_line(here):
     assert json.loads(json.dumps(config)) == config
     config = loo.default_config(groups="color", schedule=[3, 5], device=torch.device("cpu"))
     assert (config["schedule"], config["device"]) == ("3,5", "cpu")
-    refused = [dict(epochs=2.5), dict(lr=math.nan), dict(root=5), dict(groups=7), dict(out=True)]
-    refused += [dict(seed=None), dict(data=None), dict(always=None)]  # None is no default of these
-    for wrong in (*refused, dict(seed=2**64), dict(queue=0), dict(root=""), dict(epochs=True)):
-        raises(UserError, "expected", loo.default_config, **wrong)
+    wrong = [dict(epochs=2.5), dict(root=5), dict(groups=7), dict(out=True), dict(epochs=True)]
+    wrong += [dict(seed=None), dict(data=None), dict(always=None)]  # None is no default of these
+    for flags in wrong:
+        raises(UserError, "expected", loo.default_config, **flags)
 
 
 def test_supervised_learns_a_label_that_tells_images_apart():
@@ -1748,19 +1748,18 @@ def test_training_says_what_evaluations_would_refuse(tmp_path):
 
 
 def test_a_table_beside_class_folders_adds_labels(tmp_path):
-    photo_tree(tmp_path, classes=2, each=10)
-    lines = [f"class{c}/{i}.png,{i % 2}" for c in range(2) for i in range(10)]
-    lines = [line for line in lines if (tmp_path / line.split(",")[0]).exists()]
-    write_table(tmp_path, "file,odd", *lines, images="")
+    folder_of(tmp_path, x0=10, x1=10)
+    listed = [f"x{c}/{i}.png" for c, i in itertools.product(range(2), range(8))]
+    write_table(tmp_path, "file,odd", *(f"{file},{int(file[3]) % 2}" for file in listed), images="")
     files, labels, classes = opened(tmp_path)
-    assert classes == {"class": ["class0", "class1"], "odd": ["0", "1"]}
-    assert labels["class"] == [int(file[5]) for file in files]
+    assert classes == {"class": ["x0", "x1"], "odd": ["0", "1"]}
+    assert labels["class"] == [int(file[1]) for file in files]
     assert data.dataset_splits("folder", tmp_path) == ("train", "val")
     others = opened(tmp_path, "val")[0]
     assert len(set(files + others)) == len(files + others) == 20
     # The split of a listed image is what it was without a table.
     kept = {str(p.relative_to(tmp_path)) for p in data.image_folder("val", tmp_path)[0]}
-    assert set(others) == kept & {line.split(",")[0] for line in lines}
+    assert set(others) == kept & set(listed)
 
 
 def test_a_table_beside_train_and_val_keeps_their_splits(tmp_path):
@@ -2902,8 +2901,7 @@ def test_what_is_half_written_goes_when_it_is_stopped(number, here, monkeypatch)
     photo_tree(here / "photos")
     monkeypatch.setattr(data, "decode_into", stop)
     raises(SystemExit, str(128 + number), run, data, "pack --root=photos --size=28")
-    with pytest.raises(SystemExit, match=str(128 + number)):
-        data.write_atomic(here / "runs" / "x.pt", lambda file: stop(file.write(b"half")))
+    raises(SystemExit, str(128 + number), data.write_atomic, here / "runs" / "x.pt", stop)
     assert not list((here / "runs").iterdir())
 
 
@@ -3389,7 +3387,6 @@ def test_retrieve_counts_neighbors_and_draws_them(untrained, capsys):
     run(eval, "retrieve --against=runs/latest --queries=3 --neighbours=4 --turn --out=x.png --json")
     out, err = capsys.readouterr()
     assert "wrote x.png" in err
-    assert Image.open(untrained / "x.png").size[0] > 9 * 64
     drawn = TF.pil_to_tensor(Image.open(untrained / "x.png"))
     found = [json.loads(line) for line in out.splitlines()]
     assert [x["label"] for x in found] == ["object", "hue", "texture", "species", "rotation"] * 2
