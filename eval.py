@@ -47,6 +47,7 @@ from data import (
     allocate,
     central_files,
     check_choice,
+    check_out,
     check_user_out,
     command_line,
     corrupt,
@@ -229,7 +230,8 @@ def check_features(split, x):
     mean, deviation = x.mean(0).norm(), x.std(0, correction=0).norm()
     if split == "test" and len(x) > 1 and deviation <= COLLAPSED * mean:
         figures = f"norm {mean:.1e}, deviation {deviation:.1e}"
-        warn_once(f"nearly equal features of all test images ({figures}): collapsed, or equal?")
+        cause = "a collapsed encoder, or equal images"
+        warn_once(f"all test images have nearly the same features ({figures}): {cause}")
 
 
 def check_all_finite(what, *tensors):
@@ -409,6 +411,8 @@ def sample_shots(y, k, shots, trials, seed, label="the label", names=()):
     n = shots x the classes that have images: one without any stays a class that is never right.
     UserError if one has fewer than `shots`, by its name in `names`.
     """
+    if min(shots, trials) < 1:
+        raise ValueError(f"shots={shots} trials={trials}: expected 1 or more")
     counts = torch.bincount(y[y >= 0], minlength=k)
     of_class = [(y == c).nonzero().squeeze(1) for c in range(k) if counts[c]]
     fewest = min(map(len, of_class), default=0)
@@ -430,6 +434,8 @@ def knn_predict(x, y, k, test, neighbours=20, tau=0.07):
 
     The nearest neighbor's vote is scaled to 1, which changes no order and never underflows.
     """
+    if neighbours < 1 or not tau > 0:
+        raise ValueError(f"neighbours={neighbours} tau={tau}: expected 1 or more, and above 0")
     x, votes = F.normalize(x, dim=1), []
     for some in F.normalize(test, dim=1).split(1024):
         similarity, rows = (some @ x.T).topk(min(neighbours, len(x)), dim=1)
@@ -580,7 +586,7 @@ def select_labels(ctx, label, more=(), least=1):
     for name in label:
         class_names(ctx, check_choice("label", name, (*classes, *more)))
     known = [name for name in label_names(classes) if is_labeled(ctx, name)]
-    labels = list(label) or [*known, *more]
+    labels = list(dict.fromkeys(label)) or [*known, *more]
     if len(labels) < least:
         problem = f"{ctx.root or ctx.data} has no label on images of both train and test"
         others = "without labels there are the tasks rotation, spaces and retrieve --turn"
@@ -750,7 +756,7 @@ def fewshot(
         standardize(x, test)
     # All draws come first, so that too few images are found out before any result.
     drawn = []
-    for name in dict.fromkeys(select_labels(ctx, label)):
+    for name in select_labels(ctx, label):
         y, classes = torch.cat([labels[name] for _, labels in pool]), class_names(ctx, name)
         k = len(classes)
         for n in dict.fromkeys(map(int, shots)):
@@ -822,6 +828,10 @@ def robust(
     source, published, shifted = robust_datasets(ctx, source, corrupted, objectnet)
     ctx = ctx._replace(split=ctx.split | shifted)
     labels = select_labels(ctx, label)
+    test = (published or [ctx.split["test"]])[0]
+    for name in labels:
+        if (test.labels[name][:pictures] < 0).all():
+            raise UserError(f"--pictures={pictures}: these test images have no {name}, take more")
     train, y = load_features(ctx, "train")
     mean, deviation = standardize(train)
     heads = {}
@@ -877,10 +887,7 @@ def whole_results(ctx, splits, labels, logits_of):
 
 def corrupted_results(ctx, published, labels, logits_of, count):
     """For each label and each of SUMMARIES a result, over the images that could be read."""
-    test = published[0] if published else ctx.split["test"]
-    for name in labels:
-        if (test.labels[name][:count] < 0).all():
-            raise UserError(f"--pictures={count}: these test images have no {name}, take more")
+    test = (published or [ctx.split["test"]])[0]  # all cells are of the same images
     n = len(test.images)
     right = {name: torch.zeros(len(CELLS), n, 2) for name in labels}  # top-1 and top-5
     seen = torch.zeros(n)  # an image is there in all cells or in none
@@ -1142,9 +1149,9 @@ def embed(
     if not root or not Path(root).is_dir():
         raise UserError(f"--root={root}: no such folder; embed needs --root=DIR, images in it")
     with loo.init_distributed(resolve_device(device)) as leader_first:
+        encoder, config = open_encoder(run, feature or "v", device)
         head = read_classifier(classify, run, feature) if classify else {}
         feature = feature or head.get("feature", "v")
-        encoder, config = open_encoder(run, feature, device)
         paths, others = list_files(Path(root))
         if not paths:
             raise UserError(f"--root={root}: no images in this folder and below")
@@ -1160,7 +1167,8 @@ def embed(
                 print(f"wrote {out}: {len(rows)} of {len(paths)} images, {x.shape[1]} features")
         finally:
             if loo.rank() == 0:
-                part.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not there, or on a read-only disk
+                    part.unlink()
 
 
 @torch.no_grad()
@@ -1266,7 +1274,7 @@ def report(ctx, task_name, results, settings, json, begun):
     common = dict(run=ctx.run.name, task=task_name, data=ctx.data, root=ctx.root, protocol="fast")
     common |= dict(feature=ctx.feature, seed=ctx.seed)
     if ctx.data == "folder":
-        common["images"], common["tested"] = (fingerprint(ctx.split[s]) for s in ("train", "test"))
+        common["images"] = fingerprint(ctx.split["train"])
         count, mark = ctx.config["held"].get("root", (0, ""))
         if ctx.root == ctx.config["root"] and mark not in ("", common["images"]):
             changed = f"other training images than the run's {count}, by name or size"
@@ -1277,6 +1285,8 @@ def report(ctx, task_name, results, settings, json, begun):
             continue
         keep, note = found.pop("keep", True), found.pop("note", None)
         line = dict.fromkeys(KEYS) | common | found
+        if ctx.data == "folder":
+            line["tested"] = test_mark(ctx.split["test"], line["label"])
         line["protocol"] = ", ".join([line["protocol"], *settings])
         line["seconds"] = round(time.perf_counter() - begun, 1)
         begun = time.perf_counter()
@@ -1299,6 +1309,14 @@ def report(ctx, task_name, results, settings, json, begun):
         print("\n" + "\n".join(notes))
 
 
+def test_mark(test, label):
+    """What was tested, as a hash: the images, and what they are labeled."""
+    content = [fingerprint(test)]
+    if label != "rotation":
+        content += [test.classes[label], test.labels[label].tolist()]
+    return hashlib.sha1(repr(content).encode()).hexdigest()
+
+
 def append_line(path, text):
     """Append a line to a file; one that a kill cut short stays alone."""
     cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
@@ -1313,7 +1331,8 @@ def format_value(x):
 
 
 def table_row(cells):
-    return f"| {' | '.join(map(format_value, cells))} |"
+    cells = [format_value(x).replace("|", r"\|") for x in cells]  # a class may be named so
+    return f"| {' | '.join(cells)} |"
 
 
 def table_head(names):
@@ -1361,7 +1380,8 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
 def read_results(runs):
     """(config, line) for each line of the results, oldest run first, so the last one counts.
 
-    Those on the same images have one root, wherever these were; other test images are named there.
+    Those on the same images have one root, wherever these were. Other test images, or labels that
+    have changed, are named there.
     """
     pairs = []
     for path in sorted(find_files(runs, "results.jsonl"), key=os.path.getmtime):
@@ -1370,7 +1390,7 @@ def read_results(runs):
         names = ",".join(runs)
         raise UserError(f"--runs={names}: no results to read; `python eval.py linear` writes some")
     roots = {}  # {mark of the images: root}
-    tests = {}  # {root: mark of its test images}
+    tests = {}  # {(root, label): mark of what was tested}
 
     def unify(holder, mark):
         if mark not in roots:
@@ -1379,12 +1399,12 @@ def read_results(runs):
         holder["root"] = roots[mark]
 
     for config, line in pairs:
-        if config["data"] == "folder" and "root" in config["held"]:
+        if config["data"] == "folder" and config["root"] and "root" in config["held"]:
             unify(config, config["held"]["root"][1])
             if line.get("images"):
                 unify(line, line["images"])
             if tested := line.get("tested"):
-                other = tested != tests.setdefault(line["root"], tested)
+                other = tested != tests.setdefault((line["root"], line["label"]), tested)
                 line["root"] += f" (test images {tested[:6]})" * other
     return pairs
 
@@ -1409,6 +1429,11 @@ def results_of(run):
     lines = read_lines(run / "results.jsonl")
     config = lines and read_config(run, "seed", "data", "method", "groups")
     return [(config, line | {"seed": config["seed"]}) for line in lines if config]
+
+
+def own_results(run):
+    """The results of a run on the data that it was trained on."""
+    return [line for config, line in results_of(run) if line.get("root") == config["root"]]
 
 
 def find_files(runs, name):
@@ -1775,6 +1800,8 @@ def claims(
         for label in labels.values():
             check_choice("labels", label, known)
     folder = Path(out) / budget
+    check_out(folder, folder=True)
+    folder.mkdir(parents=True, exist_ok=True)  # an error where it cannot be written, before all
     chains = missing_commands(folder, chosen, BUDGETS[budget] | place, tables)
     try:
         run_all(chains)
@@ -1782,7 +1809,7 @@ def claims(
         lines = []
         for run in sorted(folder.glob("*/")):
             if not run.suffix:  # --fresh moves a run aside to NAME.1
-                lines += [line | {"budget": budget} for _, line in results_of(run)]
+                lines += [line | {"budget": budget} for line in own_results(run)]
         text = "".join(dumps(line) + "\n" for line in lines)
         write_atomic(Path(out) / f"{budget}.jsonl", text.encode())
         if lines := [line for line in lines if line["seed"] in chosen]:
@@ -1862,7 +1889,7 @@ def missing_commands(out, seeds, flags, tables):
         if (run / "config.json").exists() and (saved := read_config(run, "seed")):
             loo.check_same_config(loo.default_config(**given), saved, run)
         chain = [] if (run / "heads.pt").exists() else [command_of("loo.py", "train", **given)]
-        lines = [line for _, line in results_of(run)]
+        lines = own_results(run)
         for name, cells in wanted[method, groups].items():
             if all(seed in default_cell(lines, row, column) for row, column in cells):
                 continue
