@@ -148,13 +148,9 @@ def at_least_float32(x):
 
 
 def positive_view(role):
-    """role (s v) or (s v b) -> (s,) the key view that is each space's positive, for every image.
-
-    ValueError unless there is one, see check_role.
-    """
+    """role (s v) or (s v b) -> (s,) the key view that is each space's positive; see check_role."""
     check_role(role)
-    positive = rearrange(role == 1, "s v ... -> s v (...)")  # (s v 1) or (s v b)
-    return positive[..., 0].int().argmax(1)
+    return rearrange(role, "s v ... -> s v (...)")[..., 0].argmax(1)  # the first image's
 
 
 def positive_keys(k, role):
@@ -217,8 +213,7 @@ def train_step(state, images, aspect, config, textures=None):
     ema(state.encoder_k, state.encoder_q, config["momentum"])
     # inference_mode is no_grad with less bookkeeping: a tenth of the augmentation's time on a CPU.
     with torch.inference_mode():
-        parts = dict(aspect=aspect, textures=textures, rows=rows)
-        query, keys, params = training_views(images, config, step, **parts)
+        query, keys, params = training_views(images, config, step, aspect, textures, rows)
     # Not in inference_mode, which some versions of torch.compile do not support.
     with torch.no_grad(), autocast(config):
         k = encode(state.encoder_k, rearrange(keys, "v b c h w -> (v b) c h w"))[1]
@@ -369,12 +364,13 @@ def map_params(params, change):
     return {name: dict(zip(group, map(change, group.values()))) for name, group in params.items()}
 
 
-def training_views(images, config, step, **parts):
-    """augment_groups as a configuration says; parts: its aspect, textures and rows."""
+def training_views(images, config, step, aspect=None, textures=None, rows=None):
+    """augment_groups as a configuration says."""
     method = get_method(config)
     generator = make_generator("views", config["seed"], step)
-    settings = dict(always=config["always"], size=config["size"], sampling=config.get("sampling"))
-    return augment_groups(images, method.groups, method.share, generator, **settings, **parts)
+    options = dict(always=config["always"], size=config["size"], sampling=config.get("sampling"))
+    options |= dict(aspect=aspect, textures=textures, rows=rows)
+    return augment_groups(images, method.groups, method.share, generator, **options)
 
 
 def rank_rows(config, step):
@@ -427,8 +423,7 @@ def supervised_step(state, images, aspect, labels, config, textures=None):
     Arguments as in train_step; labels (b,), or None to learn the rotation that was drawn.
     """
     rows = rank_rows(config, state.step)
-    parts = dict(aspect=aspect, textures=textures, rows=rows)
-    query, _, params = training_views(images, config, state.step, **parts)
+    query, _, params = training_views(images, config, state.step, aspect, textures, rows)
     if labels is None:
         labels = move_like(images, params["rotation"]["turns"][0])
     with autocast(config):
@@ -471,16 +466,14 @@ def check_sampled(name, params, n):
     """ValueError unless a group's sample function gave n rows of each parameter."""
     of_tensors = isinstance(params, dict) and all(map(torch.is_tensor, params.values()))
     if not of_tensors or any(x.shape[:1] != (n,) for x in params.values()):
-        expected = f"{{parameter: tensor}}, with {n} rows in each tensor"
-        raise ValueError(f"GROUPS[{name!r}]: expected its first function to return {expected}")
+        raise ValueError(f"GROUPS[{name!r}] has to return {{parameter: tensor}}, {n} rows in each")
 
 
 def check_tuples(**flags):
     """ValueError where a tuple of names is a single one, for a string is iterable too, or a set."""
     for flag, names in flags.items():
         if isinstance(names, (str, os.PathLike, set, frozenset)):  # a set has no order
-            expected = "a tuple of names, as ('color', 'rotation')"
-            raise ValueError(f"{flag} is {names!r}: expected {expected}")
+            raise ValueError(f"{flag} is {names!r}: expected a tuple, as ('color', 'rotation')")
 
 
 def check_shapes(lengths=(), **tensors):
@@ -521,15 +514,14 @@ def check_images(images, dtypes, margin=0.0, name="images"):
 
     On a GPU only the dtype is checked, because it must not wait.
     """
-    wrong = ""
+    advice = f"give floats in [0, 1], as {name}.float() / 255"
     if images.dtype not in dtypes:
-        wrong = f"{images.dtype}, expected {' or '.join(map(str, dtypes))}"
-    elif images.device.type == "cpu" and images.numel():
+        known = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name} are {images.dtype}, expected {known}: {advice}")
+    if images.device.type == "cpu" and images.numel():
         low, high = images.detach().aminmax()
         if not (low >= -margin and high <= 1 + margin):  # nor is NaN
-            wrong = f"between {low:.3g} and {high:.3g}"
-    if wrong:
-        raise ValueError(f"{name} are {wrong}: give floats in [0, 1], as {name}.float() / 255")
+            raise ValueError(f"{name} are between {low:.3g} and {high:.3g}: {advice}")
 
 
 # ---------------------------------------- encoder: a backbone, and a head for each space
@@ -1567,7 +1559,7 @@ def save_views(dataset, config, path):
     some = torch.linspace(0, n - 1, min(12, n)).long()  # of all classes, which lie in order
     on_cpu = config | {"device": "cpu", "precision": "float32"}
     _, images, aspect, textures = get_batch(dataset, on_cpu, some)
-    query, keys, _ = training_views(images, config, 0, aspect=aspect, textures=textures)
+    query, keys, _ = training_views(images, config, 0, aspect, textures)
     names = ["query"]
     for shared, role in zip(method.share, method.role.T):
         groups = " + ".join(itertools.compress(method.groups, shared)) or "nothing"
@@ -2382,14 +2374,13 @@ def bench_phases(config):
     from_disk = file_reader(in_memory.images)
     rows = torch.arange(config["batch"]) * 2
     _, canvases, aspect, textures = get_batch(dataset, config, rows)
-    parts = dict(aspect=aspect, textures=textures)
-    images, _, _ = training_views(canvases, config, 0, **parts)
+    images, _, _ = training_views(canvases, config, 0, aspect, textures)
     state, (_, q, k, _, role) = train_step(state, canvases, aspect, config, textures)
     positives = positive_keys(k, role)
 
     @torch.inference_mode()
     def augment():
-        training_views(canvases, config, 0, **parts)
+        training_views(canvases, config, 0, aspect, textures)
 
     def query():
         with autocast(config):

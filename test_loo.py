@@ -759,7 +759,11 @@ def test_views_of_shapes_that_cannot_be_are_refused(changed, says):
 
 
 BAD_GROUPS = {
-    "no dict": (lambda b, generator: torch.rand(b), lambda x, params: x, "to return {parameter"),
+    "no dict": (
+        lambda b, generator: torch.rand(b),
+        lambda x, params: x,
+        "has to return {parameter",
+    ),
     "one row": (lambda b, generator: {"p": torch.rand(1)}, lambda x, params: x, "32 rows in each"),
     "no tensor": (lambda b, generator: {}, lambda x, params: None, "makes is a NoneType"),
     "fewer": (lambda b, generator: {}, lambda x, params: x[1:], "makes has the shape"),
@@ -807,7 +811,7 @@ def test_other_functions_by_hand_name_what_does_not_fit():
     raises(ValueError, "expected mlp or conv5", loo.Encoder, "small", heads="conv")
     raises(ValueError, "expected a ResNet", loo.Encoder, "mobilenet_v2", heads="conv5")
     for names in (["color"], [("color", "rotation"), "rotation"]):
-        raises(ValueError, "expected a tuple of names, as .'color', 'rot", loo.methods, *names)
+        raises(ValueError, "expected a tuple, as .'color', 'rot", loo.methods, *names)
     raises(ValueError, "groups is {'color'}: expected a tuple", loo.methods, {"color"})
     state, config = loo.init_state(CONFIG | dict(batch=8)), CONFIG | dict(batch=8)
     for n in (4, 16):
