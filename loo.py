@@ -54,12 +54,6 @@ import torchvision
 from einops import einsum, rearrange, repeat
 from torch import nn
 
-try:
-    import fcntl
-except ImportError:  # Windows has no lock on a run folder
-    fcntl = None
-
-
 # ---------------------------------------- methods: each is a small table
 
 
@@ -140,11 +134,6 @@ def space_logits(q, k, queue, role, tau):
         queued = einsum(q, queue, "s b c, s n c -> s b n")
     unused = rearrange(role == 0, "s v ... -> s (...) v")  # (s 1 v) or (s b v)
     return own.masked_fill(unused, -math.inf), queued, positive
-
-
-def at_least_float32(x):
-    """x in float32; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def positive_view(role):
@@ -466,7 +455,7 @@ def check_sampled(name, params, n):
     """ValueError unless a group's sample function gave n rows of each parameter."""
     of_tensors = isinstance(params, dict) and all(map(torch.is_tensor, params.values()))
     if not of_tensors or any(x.shape[:1] != (n,) for x in params.values()):
-        raise ValueError(f"GROUPS[{name!r}] has to return {{parameter: tensor}}, {n} rows in each")
+        raise ValueError(f"GROUPS[{name!r}][0] must return {{parameter: tensor}}, {n} rows in each")
 
 
 def check_tuples(**flags):
@@ -704,6 +693,11 @@ def move_like(images, x):
     """x on the images' device, and in their precision if it is floating point."""
     dtype = images.dtype if x.is_floating_point() else x.dtype
     return x.to(images.device, dtype, non_blocking=True)
+
+
+def at_least_float32(x):
+    """x in float32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sample_texture(b, generator, p=0.5, copies=1):
@@ -1042,10 +1036,13 @@ def typed(function):
     return command
 
 
-def make_config(*, packed, fresh, **flags):
-    """The flags of `train`, completed by the recipe -> config, plain data. UserError if wrong."""
+def default_config(**flags):
+    """The configuration that `train` makes of these flags, plain data. UserError if wrong."""
+    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
+    flags = data_module().parse_flags(train, defaults | flags)
     from data import DATASETS, check_choice, check_out, forbid_inside, resolve_device
 
+    packed, _ = flags.pop("packed"), flags.pop("fresh")
     method, data, groups = flags["method"], flags["data"], flags["groups"]
     flags["recipe"] = flags["recipe"] or (data if data in RECIPES else "factors")
     for flag, words in (CHOICES | {"data": DATASETS}).items():
@@ -1152,12 +1149,13 @@ def check_config(config, packed):
     if batch % splits or batch == splits:
         raise UserError(f"--batch={batch} is not --splits={splits} parts of two images or more")
     if splits % processes:
-        advice = "start a number that divides, or change --splits, and with it the training"
-        raise UserError(f"--splits={splits} does not divide among {processes} processes: {advice}")
+        raise UserError(
+            f"--splits={splits} on {processes} processes: start a number that divides it"
+        )
+    schedule = config["schedule"]
     number = r" *\d*\.?\d+ *"
-    if not re.fullmatch(f"cosine|{number}(,{number})*", config["schedule"]):
-        message = "expected cosine, or epochs with commas between, as 300,400"
-        raise UserError(f"--schedule={config['schedule']}: {message}")
+    if not re.fullmatch(f"cosine|{number}(,{number})*", schedule):
+        raise UserError(f"--schedule={schedule}: expected cosine, or epochs, as 300,400")
 
 
 def check_network(config):
@@ -1173,12 +1171,6 @@ def check_network(config):
             raise
         problem = f"--arch={arch} cannot see views of --size={size} ({first_line(error)})"
         raise UserError(f"{problem}; 224 will do") from None
-
-
-def default_config(**flags):
-    """The configuration that `train` makes of these flags."""
-    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
-    return make_config(**data_module().parse_flags(train, defaults | flags))
 
 
 def on_gpu(config):
@@ -1380,7 +1372,7 @@ def train(
         textures: the folder that `python data.py stylize` wrote, for the group texture
         fresh: start over; a run already in the folder is moved aside
     """
-    config = make_config(**locals())
+    config = default_config(**locals())
     from data import decode_cached, label_names, open_dataset, with_textures
 
     tune_backends()
@@ -1476,8 +1468,8 @@ def print_header(state, dataset, n, place, config, start):
         known = data_module().label_names(dataset.classes)
         labels = "" if known else ", no labels"
         if "class" in known:
-            first, *more = dataset.classes["class"]
-            labels = f", {len(more) + 1} classes ({first} to {more[-1]})"
+            classes = dataset.classes["class"]
+            labels = f", {len(classes)} classes ({classes[0]} to {classes[-1]})"
         parts = "backbone and heads" if "w2" in start else "backbone"
         source = f" ({parts} from {config['init']})" if start else ""
         print(
@@ -1507,8 +1499,7 @@ def odd_settings(config, n, aspect):
     epochs, schedule, queue = (config[name] for name in ("epochs", "schedule", "queue"))
     long = (aspect.log2().abs() > 1).double().mean().item()
     if long >= 0.01:
-        lose = "stored as squares they lose detail; a larger --canvas keeps more"
-        yield f"{long:.0%} of the images are longer than 2:1: {lose}"
+        yield f"{long:.0%} of the images are longer than 2:1: a larger --canvas keeps more of them"
     for group in config["groups"]:
         chance = (config["sampling"] or {}).get(group, {}).get("p", 1)
         if chance == 0 or (group == "blur" and config["size"] < SMALLEST_BLURRED):
@@ -1516,12 +1507,10 @@ def odd_settings(config, n, aspect):
     late = [at for at in schedule.split(",") if at != "cosine" and float(at) >= epochs]
     if late:
         yield f"--schedule={schedule}: {', '.join(late)} never come in --epochs={epochs}"
-    if get_method(config).spaces:
-        share = own_key_share(n, config["batch"], queue)
-        if share > 0.1:
-            meet = f"{share:.0%} of the queries meet an older key of their own image"
-            advice = f"--queue={queue} is long for {n} images, take a shorter one"
-            yield f"{meet} among the negatives: {advice}"
+    share = own_key_share(n, config["batch"], queue)
+    if get_method(config).spaces and share > 0.1:
+        meet = f"{share:.0%} of the queries meet an older key of their own image in it"
+        yield f"--queue={queue} is long for {n} images: {meet}"
 
 
 def unfit_splits(config):
@@ -1658,7 +1647,7 @@ def train_loop(state, dataset, labels, config, out, asked):
         saving = state.step % save_every == 0 or state.step == steps or number
         if saving or logging:
             all_reduce_mean([state.total])
-            check_finite(state, out)
+            check_finite(state)
         if logging:
             record = make_record(state, compared, config, marks, steps, log_every)
             record |= {"unreadable": len(dataset.unreadable)} if dataset.unreadable else {}
@@ -1765,16 +1754,13 @@ class NonFiniteError(UserError):
 
 
 @torch.no_grad()
-def check_finite(state, out):
+def check_finite(state):
     """NonFiniteError if a loss or a weight is not finite."""
     norms = torch._foreach_norm(list(state.encoder_q.parameters()))
     if math.isfinite(torch.stack(norms).sum() + state.total.sum()):
         return
-    path = out / "checkpoint.pt"
-    kept = f"{path} holds the last good step" if path.exists() else "no checkpoint was written yet"
-    problem = f"the loss or a weight is not finite at step {state.step}"
-    advice = "lower --lr, raise --tau, or take --precision=float32"
-    raise NonFiniteError(f"{problem}: {advice}; {kept}")
+    problem = f"the loss or a weight is not finite at step {state.step}, which is not saved"
+    raise NonFiniteError(f"{problem}: lower --lr, raise --tau, or take --precision=float32")
 
 
 STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
@@ -1929,8 +1915,7 @@ def init_distributed(device):
         of_peers = re.search("gloo|nccl|connection|peer", str(error), re.IGNORECASE)
         if not isinstance(error, dist.DistError) and not of_peers:
             raise
-        message = f"another process was lost; its own last words say why ({first_line(error)})"
-        raise PeerLost(message) from None
+        raise PeerLost(f"another process was lost, and said why ({first_line(error)})") from None
     # In a thread, for NCCL may wait for a process that the signal ended.
     closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
     closing.start()
@@ -1946,11 +1931,9 @@ def meet_processes(patience):
         store.set(f"rank {me}", "here")
         store.wait([f"rank {i}" for i in range(size)], patience)
     except (RuntimeError, ValueError) as error:
-        within = f"within {patience.total_seconds():.0f} s ({first_line(error)})"
+        within = f"within LOOC_PATIENCE={patience.total_seconds():.0f} s ({first_line(error)})"
         problem = f"not all WORLD_SIZE={os.environ['WORLD_SIZE']} processes came {within}"
-        how = "as torchrun or srun does, with the same MASTER_ADDR and MASTER_PORT"
-        advice = f"start all of them, {how}; LOOC_PATIENCE=SECONDS waits longer"
-        raise UserError(f"{problem}: {advice}") from None
+        raise UserError(f"{problem}: start all by torchrun or srun, or wait longer") from None
     return store, me, size
 
 
@@ -1994,10 +1977,15 @@ def load_checkpoint(state, config, out):
     """The state saved in the run folder, or `state` where there is none; UserError if neither."""
     paths = [out / name for name in ("checkpoint.pt", "checkpoint.old.pt") if (out / name).exists()]
     for path in paths:
-        saved = read_checkpoint(path, config["device"])
-        if saved is None:
+        try:
+            saved = data_module().read_tensors(path, config["device"])
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
             continue
         try:
+            if saved["version"] not in (1, VERSION):
+                raise ValueError(f"of version {saved['version']}, not {VERSION}")
+            saved = {VERSION_1.get(name, name): x for name, x in saved.items()}
             check_same_config(config, saved["config"], out)
             for part in ("encoder_q", "encoder_k", "classifier", "optimizer"):
                 unwrap_model(getattr(state, part)).load_state_dict(saved[part])
@@ -2010,18 +1998,6 @@ def load_checkpoint(state, config, out):
     if paths:
         raise UserError(f"{paths[0]} cannot be read: --fresh moves it aside and starts over")
     return state
-
-
-def read_checkpoint(path, device):
-    """A checkpoint of this version, or None and a warning that says why not."""
-    try:
-        saved = data_module().read_tensors(path, device)
-        if isinstance(saved, dict) and saved.get("version") in (1, VERSION):
-            return {VERSION_1.get(name, name): x for name, x in saved.items()}
-        reason = f"{path} is no checkpoint of version {VERSION}, which this program reads"
-    except UserError as error:
-        reason = error
-    print(f"warning: {reason}", file=sys.stderr)
 
 
 # Flags that may differ between the parts of a run.
@@ -2054,7 +2030,9 @@ def lock_folder(out):
     """Let one trainer use a run folder: a lock that dies with its process."""
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        if fcntl:
+        with contextlib.suppress(ImportError):  # Windows has no such lock
+            import fcntl
+
             folder = os.open(out, os.O_RDONLY)
             stack.callback(os.close, folder)
             try:
@@ -2213,9 +2191,8 @@ def imagenet_weights(arch):
     try:
         return torchvision.models.get_model(arch, weights="DEFAULT").state_dict()
     except Exception as error:  # offline, no weights, or a file that was cut short
-        problem = f"torchvision has no weights of --arch={arch}, or cannot fetch them"
-        advice = "take another --arch, such as resnet18, or name a file of them, --init=FILE"
-        raise UserError(f"--init=imagenet: {problem} ({first_line(error)}): {advice}") from None
+        problem = f"--init=imagenet: no weights of --arch={arch} ({first_line(error)})"
+        raise UserError(f"{problem}: take another --arch, or name a file, --init=FILE") from None
 
 
 def flatten(content, prefix=""):
@@ -2276,8 +2253,7 @@ def load_encoder(run, device="cpu"):
     # UserError is a ValueError.
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         problem = f"{run} holds no run of ours, or a file that is not whole ({first_line(error)})"
-        advice = "the command that trained it mends it from its checkpoint"
-        raise UserError(f"{problem}: {advice}") from None
+        raise UserError(f"{problem}: give its training's command again, to mend it") from None
     encoder.eval().requires_grad_(False)
     if device == "auto":
         device = data_module().resolve_device(device)
