@@ -1394,7 +1394,7 @@ def train(
                 options = workers, config["device"], split_seed
                 dataset = with_textures(data, files, dataset, root, textures, folder, *options)
             dataset, place = place_dataset(dataset, config)
-            config["held"] = dataset.held
+            config["held"] = dict(dataset.held)
             labels, classes, config["label"] = training_labels(dataset, config)
             n = len(training_rows(dataset, labels))
             if labels is not None:  # they may change while a run is stopped
