@@ -136,12 +136,6 @@ def space_logits(q, k, queue, role, tau):
     return own.masked_fill(unused, -math.inf), queued, positive
 
 
-def positive_view(role):
-    """role (s v) or (s v b) -> (s,) the key view that is each space's positive; see check_role."""
-    check_role(role)
-    return rearrange(role, "s v ... -> s v (...)")[..., 0].argmax(1)  # the first image's
-
-
 def positive_keys(k, role):
     """k (s v b c), role (s v) or (s v rows) -> (s b c) each space's positive, which its queue gets.
 
@@ -483,19 +477,20 @@ def check_shapes(lengths=(), **tensors):
             raise ValueError(f"{found}, expected ({axes}){' with ' * bool(known)}{known}")
 
 
-def check_role(role):
-    """ValueError unless role (s v) or (s v b) has one positive a space, for all images the same.
+def positive_view(role):
+    """role (s v) or (s v b) -> (s,) the key view that is each space's positive.
 
-    On a GPU nothing is checked, because it must not wait.
+    ValueError unless there is one, for all images the same. On a GPU nothing is checked, because
+    it must not wait.
     """
-    if role.device.type != "cpu":
-        return
-    if role.dtype == torch.bool or not torch.isin(role, torch.tensor([-1, 0, 1])).all():
-        raise ValueError("role holds something else than 1, 0 and -1: see Method")
     positive = rearrange(role == 1, "s v ... -> s v (...)")  # (s v 1) or (s v b)
-    of_all = positive.all(2)
-    if not of_all.equal(positive.any(2)) or (of_all.sum(1) != 1).any():
-        raise ValueError("role needs one positive (1) in each space, for all images the same")
+    if role.device.type == "cpu":
+        if role.dtype == torch.bool or not torch.isin(role, torch.tensor([-1, 0, 1])).all():
+            raise ValueError("role holds something else than 1, 0 and -1: see Method")
+        of_all = positive.all(2)
+        if not of_all.equal(positive.any(2)) or (of_all.sum(1) != 1).any():
+            raise ValueError("role needs one positive (1) in each space, for all images the same")
+    return positive[..., 0].int().argmax(1)
 
 
 def check_images(images, dtypes, margin=0.0, name="images"):
@@ -1042,7 +1037,8 @@ def default_config(**flags):
     flags = data_module().parse_flags(train, defaults | flags)
     from data import DATASETS, check_choice, check_out, forbid_inside, resolve_device
 
-    packed, _ = flags.pop("packed"), flags.pop("fresh")
+    packed = flags.pop("packed")
+    flags.pop("fresh")
     method, data, groups = flags["method"], flags["data"], flags["groups"]
     flags["recipe"] = flags["recipe"] or (data if data in RECIPES else "factors")
     for flag, words in (CHOICES | {"data": DATASETS}).items():
@@ -1169,8 +1165,8 @@ def check_network(config):
     except (RuntimeError, ValueError, AssertionError) as error:
         if lacks_memory(error):
             raise
-        problem = f"--arch={arch} cannot see views of --size={size} ({first_line(error)})"
-        raise UserError(f"{problem}; 224 will do") from None
+        reason = first_line(error)
+        raise UserError(f"--arch={arch} cannot see --size={size}, 224 will do ({reason})") from None
 
 
 def on_gpu(config):
@@ -2154,30 +2150,28 @@ def start_weights(config):
 
     A run with the same method, groups and head sizes gives its heads too. The classifier goes.
     """
-    init, heads, encoder = config["init"], {}, meta_encoder(config)
+    init, encoder, saved = config["init"], meta_encoder(config), None
     expected, own_heads = split_state(encoder.state_dict())
-    state = saved = None
     if init == "imagenet":
-        tensors = imagenet_weights(config["arch"])
+        content = imagenet_weights(config["arch"])
     elif Path(init).is_dir():
         other, saved = load_encoder(init)
-        state = other.state_dict()
+        content = other.state_dict()
     elif Path(init).exists():
         content = data_module().read_tensors(init)
         if isinstance(content, dict) and {"encoder_q", "config"} <= content.keys():
-            state, saved = content["encoder_q"], content["config"]  # a run's checkpoint
-        else:
-            tensors = strip_prefix(flatten(content), expected)
+            content, saved = content["encoder_q"], content["config"]  # a run's checkpoint
     else:
         raise UserError(f"--init={init}: no such file; expected a file, a run folder or imagenet")
-    if state:
+    tensors, heads = strip_prefix(flatten(content), expected), {}
+    if saved:
         for flag in ("arch", "stem"):
             if saved[flag] != config[flag]:
                 problem = f"the run has --{flag}={saved[flag]}, not {config[flag]}"
                 raise UserError(f"--init={init}: {problem}: give this flag too")
-        tensors, heads = split_state(state)
-        if any(saved[name] != config[name] for name in ("method", "groups", "hidden", "dim")):
-            heads = {}
+        tensors, other_heads = split_state(content)
+        if all(saved[name] == config[name] for name in ("method", "groups", "hidden", "dim")):
+            heads = other_heads
     if "encoder.pos_embedding" in tensors and config["arch"].startswith("vit"):
         resize = torchvision.models.vision_transformer.interpolate_embeddings
         with contextlib.suppress(ValueError):  # no square of patches: check_fit names it
@@ -2429,11 +2423,11 @@ def file_reader(images):
 
 def time_once(function, config):
     """Milliseconds of one call, with all the work that it gives to a GPU."""
-    wait = partial(torch.cuda.synchronize, config["device"]) if on_gpu(config) else lambda: None
-    wait()
+    wait = torch.cuda.synchronize if on_gpu(config) else torch.cpu.synchronize
+    wait(config["device"])
     begun = time.perf_counter()
     function()
-    wait()
+    wait(config["device"])
     return (time.perf_counter() - begun) * 1e3
 
 
