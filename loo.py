@@ -1146,7 +1146,7 @@ def check_config(config, packed):
         raise UserError(f"--batch={batch} is not --splits={splits} parts of two images or more")
     if splits % processes:
         raise UserError(
-            f"--splits={splits} on {processes} processes: start a number that divides it"
+            f"--splits={splits} does not divide among {processes}: start fewer processes"
         )
     schedule = config["schedule"]
     number = r" *\d*\.?\d+ *"
@@ -1165,8 +1165,8 @@ def check_network(config):
     except (RuntimeError, ValueError, AssertionError) as error:
         if lacks_memory(error):
             raise
-        reason = first_line(error)
-        raise UserError(f"--arch={arch} cannot see --size={size}, 224 will do ({reason})") from None
+        problem = f"--arch={arch} cannot see views of --size={size} ({first_line(error)})"
+        raise UserError(f"{problem}; 224 will do") from None
 
 
 def on_gpu(config):
@@ -1518,16 +1518,16 @@ def unfit_splits(config):
     splits = data.dataset_splits(name, **where)
     if splits == ("train",):
         yield f"{config['root']} has no images for val or test, which evaluations need"
+        return
     for split in splits[1:]:
         try:
             found = data.open_dataset(name, split, **where)
         except UserError as error:
             yield f"evaluations will not start: {error}"
             return
-    if len(splits) > 1:
-        for label in data.label_names(found.classes):
-            if (found.labels[label] < 0).all():
-                yield f"no {split} image has the label {label}, which evaluations need"
+    for label in data.label_names(found.classes):
+        if (found.labels[label] < 0).all():
+            yield f"no {split} image has the label {label}, which evaluations need"
 
 
 def own_key_share(n, batch, queue):
@@ -2307,11 +2307,11 @@ def bench(
         compile: with torch.compile, whose time to warm up is printed
         json: print one JSON line and nothing else
     """
-    given = {k: v for k, v in locals().items() if k not in ("steps", "json")}
+    given = {k: v for k, v in locals().items() if k not in ("steps", "json")} | {"data": recipe}
     if method == "supervised":
         raise UserError(f"--method={method}: expected a contrastive method")
     tune_backends()
-    config = default_config(**given, data=recipe)
+    config = default_config(**given)
     begun = time.perf_counter()
     phases = bench_phases(config)
     time_once(phases["step"], config)
@@ -2320,7 +2320,7 @@ def bench(
     if on_gpu(config):
         record["memory_gib"] = torch.cuda.max_memory_allocated(config["device"]) / 2**30
     if method in ("looc", "looc++") and len(groups) > 1:
-        fewer = default_config(**given | {"data": recipe, "groups": groups[:-1]})
+        fewer = default_config(**given | {"groups": groups[:-1]})
         phases["one group less"] = bench_phases(fewer)["step"]
     times = {name: [] for name in phases}
     for _ in range(steps + 3):
