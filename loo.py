@@ -313,16 +313,13 @@ def apply_groups(images, index, params, size=None, aspect=None, textures=None):
     aspect = None if aspect is None else move_like(images, aspect[index])
     # What these two need beside their parameters.
     extra = {resample: (size, aspect), texture: (textures, index)}
-    # Neighbors with one function, as crop, flip and rotation, are applied at once if they can be.
-    passes = []
-    for name, group in params.items():
-        apply = GROUPS[name][1]
-        _, before, merged = passes[-1] if passes else ("", None, {})
-        if apply is before and not merged.keys() & group.keys():
-            merged.update(group)
-        else:
-            passes.append((name, apply, dict(group)))
-    for name, apply, merged in passes:
+    names = list(params)
+    while names:
+        name = names.pop(0)
+        apply, merged = GROUPS[name][1], dict(params[name])
+        # Neighbors with one function, as crop, flip and rotation, go together if they can.
+        while names and GROUPS[names[0]][1] is apply and merged.keys().isdisjoint(params[names[0]]):
+            merged |= params[names.pop(0)]
         x = apply(x, merged, *extra.get(apply, ()))
         check_shapes({"n": len(index)}, **{f"what GROUPS[{name!r}] makes": (x, "n c h w")})
     if size and x.shape[-2:] != (size, size):  # no group resampled
@@ -1139,8 +1136,7 @@ def check_config(config, packed):
     if data == "factors" and config["canvas"]:
         raise UserError(f"--canvas={config['canvas']}: factors is drawn at --size, use that")
     if textures and (data == "factors" or "texture" not in groups + config["always"]):
-        hint = "as in --groups=color,texture; factors makes its own copies"
-        raise UserError(f"--textures={textures}: expected a group that reads it, {hint}")
+        raise UserError(f"--textures={textures}: needs --groups=color,texture, say, and no factors")
     check_network(config)
     if batch % splits or batch == splits:
         raise UserError(f"--batch={batch} is not --splits={splits} parts of two images or more")
@@ -1711,14 +1707,12 @@ def print_record(record, config, steps, seldom):
     def by_space(key, form):
         return " ".join(f"{name} {x:{form}}" for name, x in zip(spaces, record[key]))
 
-    left = record["seconds_left"]
-    clock = str(datetime.timedelta(seconds=int(left))).removeprefix("0:")
+    clock = str(datetime.timedelta(seconds=int(record["seconds_left"]))).removeprefix("0:")
     text = f"step {record['step']}/{steps}  loss {by_space('loss', '.2f')}"
     text += f"  wins {by_space('win', '.0%')}" if "win" in record else ""
     text += f"  lr {record['lr']:.3g}  {record['images_per_s']:.0f} images/s  {clock} left"
-    last = record["step"] == steps
     if sys.stdout.isatty():
-        print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
+        print(f"\r\033[K{text}", end="\n" if record["step"] == steps else "", flush=True)
     elif seldom:
         print(text, flush=True)
 

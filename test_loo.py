@@ -762,7 +762,7 @@ BAD_GROUPS = {
     "no dict": (
         lambda b, generator: torch.rand(b),
         lambda x, params: x,
-        "has to return {parameter",
+        "must return {parameter",
     ),
     "one row": (lambda b, generator: {"p": torch.rand(1)}, lambda x, params: x, "32 rows in each"),
     "no tensor": (lambda b, generator: {}, lambda x, params: None, "makes is a NoneType"),
@@ -3276,6 +3276,7 @@ def test_train_then_evaluate(method, here, capsys):
     assert [line["step"] for line in log] == list(range(1, 9))
     assert len(log[0]["loss"]) == (3 if "looc" in method else 1)
     assert (here / "runs" / "latest").resolve() == here / "run"
+    assert data.ImageSet._field_defaults["held"] == {}  # of every set of images to come
     capsys.readouterr()
     run(eval, "linear --label=object,hue --json")
     run(eval, "fewshot --run=run --label=hue --trials=3 --json")
