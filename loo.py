@@ -1136,7 +1136,7 @@ def check_config(config, packed):
     if data == "factors" and config["canvas"]:
         raise UserError(f"--canvas={config['canvas']}: factors is drawn at --size, use that")
     if textures and (data == "factors" or "texture" not in groups + config["always"]):
-        raise UserError(f"--textures={textures}: needs --groups=color,texture, say, and no factors")
+        raise UserError(f"--textures={textures}: needs --groups=color,texture, not --data=factors")
     check_network(config)
     if batch % splits or batch == splits:
         raise UserError(f"--batch={batch} is not --splits={splits} parts of two images or more")
