@@ -54,12 +54,6 @@ import torchvision
 from einops import einsum, rearrange, repeat
 from torch import nn
 
-try:
-    import fcntl
-except ImportError:  # Windows has no lock on a run folder
-    fcntl = None
-
-
 # ---------------------------------------- methods: each is a small table
 
 
@@ -142,21 +136,6 @@ def space_logits(q, k, queue, role, tau):
     return own.masked_fill(unused, -math.inf), queued, positive
 
 
-def at_least_float32(x):
-    """x in float32; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def positive_view(role):
-    """role (s v) or (s v b) -> (s,) the key view that is each space's positive, for every image.
-
-    ValueError unless there is one, see check_role.
-    """
-    check_role(role)
-    positive = rearrange(role == 1, "s v ... -> s v (...)")  # (s v 1) or (s v b)
-    return positive[..., 0].int().argmax(1)
-
-
 def positive_keys(k, role):
     """k (s v b c), role (s v) or (s v rows) -> (s b c) each space's positive, which its queue gets.
 
@@ -217,8 +196,7 @@ def train_step(state, images, aspect, config, textures=None):
     ema(state.encoder_k, state.encoder_q, config["momentum"])
     # inference_mode is no_grad with less bookkeeping: a tenth of the augmentation's time on a CPU.
     with torch.inference_mode():
-        parts = dict(aspect=aspect, textures=textures, rows=rows)
-        query, keys, params = training_views(images, config, step, **parts)
+        query, keys, params = training_views(images, config, step, aspect, textures, rows)
     # Not in inference_mode, which some versions of torch.compile do not support.
     with torch.no_grad(), autocast(config):
         k = encode(state.encoder_k, rearrange(keys, "v b c h w -> (v b) c h w"))[1]
@@ -335,16 +313,13 @@ def apply_groups(images, index, params, size=None, aspect=None, textures=None):
     aspect = None if aspect is None else move_like(images, aspect[index])
     # What these two need beside their parameters.
     extra = {resample: (size, aspect), texture: (textures, index)}
-    # Neighbors with one function, as crop, flip and rotation, are applied at once if they can be.
-    passes = []
-    for name, group in params.items():
-        apply = GROUPS[name][1]
-        _, before, merged = passes[-1] if passes else ("", None, {})
-        if apply is before and not merged.keys() & group.keys():
-            merged.update(group)
-        else:
-            passes.append((name, apply, dict(group)))
-    for name, apply, merged in passes:
+    names = list(params)
+    while names:
+        name = names.pop(0)
+        apply, merged = GROUPS[name][1], dict(params[name])
+        # Neighbors with one function, as crop, flip and rotation, go together if they can.
+        while names and GROUPS[names[0]][1] is apply and merged.keys().isdisjoint(params[names[0]]):
+            merged |= params[names.pop(0)]
         x = apply(x, merged, *extra.get(apply, ()))
         check_shapes({"n": len(index)}, **{f"what GROUPS[{name!r}] makes": (x, "n c h w")})
     if size and x.shape[-2:] != (size, size):  # no group resampled
@@ -369,12 +344,13 @@ def map_params(params, change):
     return {name: dict(zip(group, map(change, group.values()))) for name, group in params.items()}
 
 
-def training_views(images, config, step, **parts):
-    """augment_groups as a configuration says; parts: its aspect, textures and rows."""
+def training_views(images, config, step, aspect=None, textures=None, rows=None):
+    """augment_groups as a configuration says."""
     method = get_method(config)
     generator = make_generator("views", config["seed"], step)
-    settings = dict(always=config["always"], size=config["size"], sampling=config.get("sampling"))
-    return augment_groups(images, method.groups, method.share, generator, **settings, **parts)
+    options = dict(always=config["always"], size=config["size"], sampling=config.get("sampling"))
+    options |= dict(aspect=aspect, textures=textures, rows=rows)
+    return augment_groups(images, method.groups, method.share, generator, **options)
 
 
 def rank_rows(config, step):
@@ -427,8 +403,7 @@ def supervised_step(state, images, aspect, labels, config, textures=None):
     Arguments as in train_step; labels (b,), or None to learn the rotation that was drawn.
     """
     rows = rank_rows(config, state.step)
-    parts = dict(aspect=aspect, textures=textures, rows=rows)
-    query, _, params = training_views(images, config, state.step, **parts)
+    query, _, params = training_views(images, config, state.step, aspect, textures, rows)
     if labels is None:
         labels = move_like(images, params["rotation"]["turns"][0])
     with autocast(config):
@@ -471,16 +446,14 @@ def check_sampled(name, params, n):
     """ValueError unless a group's sample function gave n rows of each parameter."""
     of_tensors = isinstance(params, dict) and all(map(torch.is_tensor, params.values()))
     if not of_tensors or any(x.shape[:1] != (n,) for x in params.values()):
-        expected = f"{{parameter: tensor}}, with {n} rows in each tensor"
-        raise ValueError(f"GROUPS[{name!r}]: expected its first function to return {expected}")
+        raise ValueError(f"GROUPS[{name!r}][0] must return {{parameter: tensor}}, {n} rows in each")
 
 
 def check_tuples(**flags):
     """ValueError where a tuple of names is a single one, for a string is iterable too, or a set."""
     for flag, names in flags.items():
         if isinstance(names, (str, os.PathLike, set, frozenset)):  # a set has no order
-            expected = "a tuple of names, as ('color', 'rotation')"
-            raise ValueError(f"{flag} is {names!r}: expected {expected}")
+            raise ValueError(f"{flag} is {names!r}: expected a tuple, as ('color', 'rotation')")
 
 
 def check_shapes(lengths=(), **tensors):
@@ -501,19 +474,20 @@ def check_shapes(lengths=(), **tensors):
             raise ValueError(f"{found}, expected ({axes}){' with ' * bool(known)}{known}")
 
 
-def check_role(role):
-    """ValueError unless role (s v) or (s v b) has one positive a space, for all images the same.
+def positive_view(role):
+    """role (s v) or (s v b) -> (s,) the key view that is each space's positive.
 
-    On a GPU nothing is checked, because it must not wait.
+    ValueError unless there is one, for all images the same. On a GPU nothing is checked, because
+    it must not wait.
     """
-    if role.device.type != "cpu":
-        return
-    if role.dtype == torch.bool or not torch.isin(role, torch.tensor([-1, 0, 1])).all():
-        raise ValueError("role holds something else than 1, 0 and -1: see Method")
     positive = rearrange(role == 1, "s v ... -> s v (...)")  # (s v 1) or (s v b)
-    of_all = positive.all(2)
-    if not of_all.equal(positive.any(2)) or (of_all.sum(1) != 1).any():
-        raise ValueError("role needs one positive (1) in each space, for all images the same")
+    if role.device.type == "cpu":
+        if role.dtype == torch.bool or not torch.isin(role, torch.tensor([-1, 0, 1])).all():
+            raise ValueError("role holds something else than 1, 0 and -1: see Method")
+        of_all = positive.all(2)
+        if not of_all.equal(positive.any(2)) or (of_all.sum(1) != 1).any():
+            raise ValueError("role needs one positive (1) in each space, for all images the same")
+    return positive[..., 0].int().argmax(1)
 
 
 def check_images(images, dtypes, margin=0.0, name="images"):
@@ -521,15 +495,14 @@ def check_images(images, dtypes, margin=0.0, name="images"):
 
     On a GPU only the dtype is checked, because it must not wait.
     """
-    wrong = ""
+    advice = f"give floats in [0, 1], as {name}.float() / 255"
     if images.dtype not in dtypes:
-        wrong = f"{images.dtype}, expected {' or '.join(map(str, dtypes))}"
-    elif images.device.type == "cpu" and images.numel():
+        known = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name} are {images.dtype}, expected {known}: {advice}")
+    if images.device.type == "cpu" and images.numel():
         low, high = images.detach().aminmax()
         if not (low >= -margin and high <= 1 + margin):  # nor is NaN
-            wrong = f"between {low:.3g} and {high:.3g}"
-    if wrong:
-        raise ValueError(f"{name} are {wrong}: give floats in [0, 1], as {name}.float() / 255")
+            raise ValueError(f"{name} are between {low:.3g} and {high:.3g}: {advice}")
 
 
 # ---------------------------------------- encoder: a backbone, and a head for each space
@@ -712,6 +685,11 @@ def move_like(images, x):
     """x on the images' device, and in their precision if it is floating point."""
     dtype = images.dtype if x.is_floating_point() else x.dtype
     return x.to(images.device, dtype, non_blocking=True)
+
+
+def at_least_float32(x):
+    """x in float32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sample_texture(b, generator, p=0.5, copies=1):
@@ -1050,10 +1028,14 @@ def typed(function):
     return command
 
 
-def make_config(*, packed, fresh, **flags):
-    """The flags of `train`, completed by the recipe -> config, plain data. UserError if wrong."""
+def default_config(**flags):
+    """The configuration that `train` makes of these flags, plain data. UserError if wrong."""
+    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
+    flags = data_module().parse_flags(train, defaults | flags)
     from data import DATASETS, check_choice, check_out, forbid_inside, resolve_device
 
+    packed = flags.pop("packed")
+    flags.pop("fresh")
     method, data, groups = flags["method"], flags["data"], flags["groups"]
     flags["recipe"] = flags["recipe"] or (data if data in RECIPES else "factors")
     for flag, words in (CHOICES | {"data": DATASETS}).items():
@@ -1154,18 +1136,18 @@ def check_config(config, packed):
     if data == "factors" and config["canvas"]:
         raise UserError(f"--canvas={config['canvas']}: factors is drawn at --size, use that")
     if textures and (data == "factors" or "texture" not in groups + config["always"]):
-        hint = "as in --groups=color,texture; factors makes its own copies"
-        raise UserError(f"--textures={textures}: expected a group that reads it, {hint}")
+        raise UserError(f"--textures={textures}: needs --groups=color,texture, not --data=factors")
     check_network(config)
     if batch % splits or batch == splits:
         raise UserError(f"--batch={batch} is not --splits={splits} parts of two images or more")
     if splits % processes:
-        advice = "start a number that divides, or change --splits, and with it the training"
-        raise UserError(f"--splits={splits} does not divide among {processes} processes: {advice}")
+        raise UserError(
+            f"--splits={splits} does not divide among {processes}: start fewer processes"
+        )
+    schedule = config["schedule"]
     number = r" *\d*\.?\d+ *"
-    if not re.fullmatch(f"cosine|{number}(,{number})*", config["schedule"]):
-        message = "expected cosine, or epochs with commas between, as 300,400"
-        raise UserError(f"--schedule={config['schedule']}: {message}")
+    if not re.fullmatch(f"cosine|{number}(,{number})*", schedule):
+        raise UserError(f"--schedule={schedule}: expected cosine, or epochs, as 300,400")
 
 
 def check_network(config):
@@ -1181,12 +1163,6 @@ def check_network(config):
             raise
         problem = f"--arch={arch} cannot see views of --size={size} ({first_line(error)})"
         raise UserError(f"{problem}; 224 will do") from None
-
-
-def default_config(**flags):
-    """The configuration that `train` makes of these flags."""
-    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
-    return make_config(**data_module().parse_flags(train, defaults | flags))
 
 
 def on_gpu(config):
@@ -1388,7 +1364,7 @@ def train(
         textures: the folder that `python data.py stylize` wrote, for the group texture
         fresh: start over; a run already in the folder is moved aside
     """
-    config = make_config(**locals())
+    config = default_config(**locals())
     from data import decode_cached, label_names, open_dataset, with_textures
 
     tune_backends()
@@ -1410,7 +1386,7 @@ def train(
                 options = workers, config["device"], split_seed
                 dataset = with_textures(data, files, dataset, root, textures, folder, *options)
             dataset, place = place_dataset(dataset, config)
-            config["held"] = dataset.held
+            config["held"] = dict(dataset.held)
             labels, classes, config["label"] = training_labels(dataset, config)
             n = len(training_rows(dataset, labels))
             if labels is not None:  # they may change while a run is stopped
@@ -1484,8 +1460,8 @@ def print_header(state, dataset, n, place, config, start):
         known = data_module().label_names(dataset.classes)
         labels = "" if known else ", no labels"
         if "class" in known:
-            first, *more = dataset.classes["class"]
-            labels = f", {len(more) + 1} classes ({first} to {more[-1]})"
+            classes = dataset.classes["class"]
+            labels = f", {len(classes)} classes ({classes[0]} to {classes[-1]})"
         parts = "backbone and heads" if "w2" in start else "backbone"
         source = f" ({parts} from {config['init']})" if start else ""
         print(
@@ -1515,8 +1491,7 @@ def odd_settings(config, n, aspect):
     epochs, schedule, queue = (config[name] for name in ("epochs", "schedule", "queue"))
     long = (aspect.log2().abs() > 1).double().mean().item()
     if long >= 0.01:
-        lose = "stored as squares they lose detail; a larger --canvas keeps more"
-        yield f"{long:.0%} of the images are longer than 2:1: {lose}"
+        yield f"{long:.0%} of the images are longer than 2:1: a larger --canvas keeps more of them"
     for group in config["groups"]:
         chance = (config["sampling"] or {}).get(group, {}).get("p", 1)
         if chance == 0 or (group == "blur" and config["size"] < SMALLEST_BLURRED):
@@ -1524,12 +1499,10 @@ def odd_settings(config, n, aspect):
     late = [at for at in schedule.split(",") if at != "cosine" and float(at) >= epochs]
     if late:
         yield f"--schedule={schedule}: {', '.join(late)} never come in --epochs={epochs}"
-    if get_method(config).spaces:
-        share = own_key_share(n, config["batch"], queue)
-        if share > 0.1:
-            meet = f"{share:.0%} of the queries meet an older key of their own image"
-            advice = f"--queue={queue} is long for {n} images, take a shorter one"
-            yield f"{meet} among the negatives: {advice}"
+    share = own_key_share(n, config["batch"], queue)
+    if get_method(config).spaces and share > 0.1:
+        meet = f"{share:.0%} of the queries meet an older key of their own image in it"
+        yield f"--queue={queue} is long for {n} images: {meet}"
 
 
 def unfit_splits(config):
@@ -1541,16 +1514,16 @@ def unfit_splits(config):
     splits = data.dataset_splits(name, **where)
     if splits == ("train",):
         yield f"{config['root']} has no images for val or test, which evaluations need"
+        return
     for split in splits[1:]:
         try:
             found = data.open_dataset(name, split, **where)
         except UserError as error:
             yield f"evaluations will not start: {error}"
             return
-    if len(splits) > 1:
-        for label in data.label_names(found.classes):
-            if (found.labels[label] < 0).all():
-                yield f"no {split} image has the label {label}, which evaluations need"
+    for label in data.label_names(found.classes):
+        if (found.labels[label] < 0).all():
+            yield f"no {split} image has the label {label}, which evaluations need"
 
 
 def own_key_share(n, batch, queue):
@@ -1567,7 +1540,7 @@ def save_views(dataset, config, path):
     some = torch.linspace(0, n - 1, min(12, n)).long()  # of all classes, which lie in order
     on_cpu = config | {"device": "cpu", "precision": "float32"}
     _, images, aspect, textures = get_batch(dataset, on_cpu, some)
-    query, keys, _ = training_views(images, config, 0, aspect=aspect, textures=textures)
+    query, keys, _ = training_views(images, config, 0, aspect, textures)
     names = ["query"]
     for shared, role in zip(method.share, method.role.T):
         groups = " + ".join(itertools.compress(method.groups, shared)) or "nothing"
@@ -1666,7 +1639,7 @@ def train_loop(state, dataset, labels, config, out, asked):
         saving = state.step % save_every == 0 or state.step == steps or number
         if saving or logging:
             all_reduce_mean([state.total])
-            check_finite(state, out)
+            check_finite(state)
         if logging:
             record = make_record(state, compared, config, marks, steps, log_every)
             record |= {"unreadable": len(dataset.unreadable)} if dataset.unreadable else {}
@@ -1734,14 +1707,12 @@ def print_record(record, config, steps, seldom):
     def by_space(key, form):
         return " ".join(f"{name} {x:{form}}" for name, x in zip(spaces, record[key]))
 
-    left = record["seconds_left"]
-    clock = str(datetime.timedelta(seconds=int(left))).removeprefix("0:")
+    clock = str(datetime.timedelta(seconds=int(record["seconds_left"]))).removeprefix("0:")
     text = f"step {record['step']}/{steps}  loss {by_space('loss', '.2f')}"
     text += f"  wins {by_space('win', '.0%')}" if "win" in record else ""
     text += f"  lr {record['lr']:.3g}  {record['images_per_s']:.0f} images/s  {clock} left"
-    last = record["step"] == steps
     if sys.stdout.isatty():
-        print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
+        print(f"\r\033[K{text}", end="\n" if record["step"] == steps else "", flush=True)
     elif seldom:
         print(text, flush=True)
 
@@ -1773,16 +1744,13 @@ class NonFiniteError(UserError):
 
 
 @torch.no_grad()
-def check_finite(state, out):
+def check_finite(state):
     """NonFiniteError if a loss or a weight is not finite."""
     norms = torch._foreach_norm(list(state.encoder_q.parameters()))
     if math.isfinite(torch.stack(norms).sum() + state.total.sum()):
         return
-    path = out / "checkpoint.pt"
-    kept = f"{path} holds the last good step" if path.exists() else "no checkpoint was written yet"
-    problem = f"the loss or a weight is not finite at step {state.step}"
-    advice = "lower --lr, raise --tau, or take --precision=float32"
-    raise NonFiniteError(f"{problem}: {advice}; {kept}")
+    problem = f"the loss or a weight is not finite at step {state.step}, which is not saved"
+    raise NonFiniteError(f"{problem}: lower --lr, raise --tau, or take --precision=float32")
 
 
 STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
@@ -1937,8 +1905,7 @@ def init_distributed(device):
         of_peers = re.search("gloo|nccl|connection|peer", str(error), re.IGNORECASE)
         if not isinstance(error, dist.DistError) and not of_peers:
             raise
-        message = f"another process was lost; its own last words say why ({first_line(error)})"
-        raise PeerLost(message) from None
+        raise PeerLost(f"another process was lost, and said why ({first_line(error)})") from None
     # In a thread, for NCCL may wait for a process that the signal ended.
     closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
     closing.start()
@@ -1954,11 +1921,9 @@ def meet_processes(patience):
         store.set(f"rank {me}", "here")
         store.wait([f"rank {i}" for i in range(size)], patience)
     except (RuntimeError, ValueError) as error:
-        within = f"within {patience.total_seconds():.0f} s ({first_line(error)})"
+        within = f"within LOOC_PATIENCE={patience.total_seconds():.0f} s ({first_line(error)})"
         problem = f"not all WORLD_SIZE={os.environ['WORLD_SIZE']} processes came {within}"
-        how = "as torchrun or srun does, with the same MASTER_ADDR and MASTER_PORT"
-        advice = f"start all of them, {how}; LOOC_PATIENCE=SECONDS waits longer"
-        raise UserError(f"{problem}: {advice}") from None
+        raise UserError(f"{problem}: start all by torchrun or srun, or wait longer") from None
     return store, me, size
 
 
@@ -2002,10 +1967,15 @@ def load_checkpoint(state, config, out):
     """The state saved in the run folder, or `state` where there is none; UserError if neither."""
     paths = [out / name for name in ("checkpoint.pt", "checkpoint.old.pt") if (out / name).exists()]
     for path in paths:
-        saved = read_checkpoint(path, config["device"])
-        if saved is None:
+        try:
+            saved = data_module().read_tensors(path, config["device"])
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
             continue
         try:
+            if saved["version"] not in (1, VERSION):
+                raise ValueError(f"of version {saved['version']}, not {VERSION}")
+            saved = {VERSION_1.get(name, name): x for name, x in saved.items()}
             check_same_config(config, saved["config"], out)
             for part in ("encoder_q", "encoder_k", "classifier", "optimizer"):
                 unwrap_model(getattr(state, part)).load_state_dict(saved[part])
@@ -2018,18 +1988,6 @@ def load_checkpoint(state, config, out):
     if paths:
         raise UserError(f"{paths[0]} cannot be read: --fresh moves it aside and starts over")
     return state
-
-
-def read_checkpoint(path, device):
-    """A checkpoint of this version, or None and a warning that says why not."""
-    try:
-        saved = data_module().read_tensors(path, device)
-        if isinstance(saved, dict) and saved.get("version") in (1, VERSION):
-            return {VERSION_1.get(name, name): x for name, x in saved.items()}
-        reason = f"{path} is no checkpoint of version {VERSION}, which this program reads"
-    except UserError as error:
-        reason = error
-    print(f"warning: {reason}", file=sys.stderr)
 
 
 # Flags that may differ between the parts of a run.
@@ -2062,7 +2020,9 @@ def lock_folder(out):
     """Let one trainer use a run folder: a lock that dies with its process."""
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        if fcntl:
+        with contextlib.suppress(ImportError):  # Windows has no such lock
+            import fcntl
+
             folder = os.open(out, os.O_RDONLY)
             stack.callback(os.close, folder)
             try:
@@ -2184,30 +2144,28 @@ def start_weights(config):
 
     A run with the same method, groups and head sizes gives its heads too. The classifier goes.
     """
-    init, heads, encoder = config["init"], {}, meta_encoder(config)
+    init, encoder, saved = config["init"], meta_encoder(config), None
     expected, own_heads = split_state(encoder.state_dict())
-    state = saved = None
     if init == "imagenet":
-        tensors = imagenet_weights(config["arch"])
+        content = imagenet_weights(config["arch"])
     elif Path(init).is_dir():
         other, saved = load_encoder(init)
-        state = other.state_dict()
+        content = other.state_dict()
     elif Path(init).exists():
         content = data_module().read_tensors(init)
         if isinstance(content, dict) and {"encoder_q", "config"} <= content.keys():
-            state, saved = content["encoder_q"], content["config"]  # a run's checkpoint
-        else:
-            tensors = strip_prefix(flatten(content), expected)
+            content, saved = content["encoder_q"], content["config"]  # a run's checkpoint
     else:
         raise UserError(f"--init={init}: no such file; expected a file, a run folder or imagenet")
-    if state:
+    tensors, heads = strip_prefix(flatten(content), expected), {}
+    if saved:
         for flag in ("arch", "stem"):
             if saved[flag] != config[flag]:
                 problem = f"the run has --{flag}={saved[flag]}, not {config[flag]}"
                 raise UserError(f"--init={init}: {problem}: give this flag too")
-        tensors, heads = split_state(state)
-        if any(saved[name] != config[name] for name in ("method", "groups", "hidden", "dim")):
-            heads = {}
+        tensors, other_heads = split_state(content)
+        if all(saved[name] == config[name] for name in ("method", "groups", "hidden", "dim")):
+            heads = other_heads
     if "encoder.pos_embedding" in tensors and config["arch"].startswith("vit"):
         resize = torchvision.models.vision_transformer.interpolate_embeddings
         with contextlib.suppress(ValueError):  # no square of patches: check_fit names it
@@ -2221,9 +2179,8 @@ def imagenet_weights(arch):
     try:
         return torchvision.models.get_model(arch, weights="DEFAULT").state_dict()
     except Exception as error:  # offline, no weights, or a file that was cut short
-        problem = f"torchvision has no weights of --arch={arch}, or cannot fetch them"
-        advice = "take another --arch, such as resnet18, or name a file of them, --init=FILE"
-        raise UserError(f"--init=imagenet: {problem} ({first_line(error)}): {advice}") from None
+        problem = f"--init=imagenet: no weights of --arch={arch} ({first_line(error)})"
+        raise UserError(f"{problem}: take another --arch, or name a file, --init=FILE") from None
 
 
 def flatten(content, prefix=""):
@@ -2284,8 +2241,7 @@ def load_encoder(run, device="cpu"):
     # UserError is a ValueError.
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         problem = f"{run} holds no run of ours, or a file that is not whole ({first_line(error)})"
-        advice = "the command that trained it mends it from its checkpoint"
-        raise UserError(f"{problem}: {advice}") from None
+        raise UserError(f"{problem}: give its training's command again, to mend it") from None
     encoder.eval().requires_grad_(False)
     if device == "auto":
         device = data_module().resolve_device(device)
@@ -2345,11 +2301,11 @@ def bench(
         compile: with torch.compile, whose time to warm up is printed
         json: print one JSON line and nothing else
     """
-    given = {k: v for k, v in locals().items() if k not in ("steps", "json")}
+    given = {k: v for k, v in locals().items() if k not in ("steps", "json")} | {"data": recipe}
     if method == "supervised":
         raise UserError(f"--method={method}: expected a contrastive method")
     tune_backends()
-    config = default_config(**given, data=recipe)
+    config = default_config(**given)
     begun = time.perf_counter()
     phases = bench_phases(config)
     time_once(phases["step"], config)
@@ -2358,7 +2314,7 @@ def bench(
     if on_gpu(config):
         record["memory_gib"] = torch.cuda.max_memory_allocated(config["device"]) / 2**30
     if method in ("looc", "looc++") and len(groups) > 1:
-        fewer = default_config(**given | {"data": recipe, "groups": groups[:-1]})
+        fewer = default_config(**given | {"groups": groups[:-1]})
         phases["one group less"] = bench_phases(fewer)["step"]
     times = {name: [] for name in phases}
     for _ in range(steps + 3):
@@ -2382,14 +2338,13 @@ def bench_phases(config):
     from_disk = file_reader(in_memory.images)
     rows = torch.arange(config["batch"]) * 2
     _, canvases, aspect, textures = get_batch(dataset, config, rows)
-    parts = dict(aspect=aspect, textures=textures)
-    images, _, _ = training_views(canvases, config, 0, **parts)
+    images, _, _ = training_views(canvases, config, 0, aspect, textures)
     state, (_, q, k, _, role) = train_step(state, canvases, aspect, config, textures)
     positives = positive_keys(k, role)
 
     @torch.inference_mode()
     def augment():
-        training_views(canvases, config, 0, **parts)
+        training_views(canvases, config, 0, aspect, textures)
 
     def query():
         with autocast(config):
@@ -2462,11 +2417,11 @@ def file_reader(images):
 
 def time_once(function, config):
     """Milliseconds of one call, with all the work that it gives to a GPU."""
-    wait = partial(torch.cuda.synchronize, config["device"]) if on_gpu(config) else lambda: None
-    wait()
+    wait = torch.cuda.synchronize if on_gpu(config) else torch.cpu.synchronize
+    wait(config["device"])
     begun = time.perf_counter()
     function()
-    wait()
+    wait(config["device"])
     return (time.perf_counter() - begun) * 1e3
 
 

@@ -755,7 +755,7 @@ def test_views_of_shapes_that_cannot_be_are_refused(changed, says):
 
 
 BAD_GROUPS = [
-    (lambda b, generator: torch.rand(b), lambda x, params: x, "to return {parameter"),
+    (lambda b, generator: torch.rand(b), lambda x, params: x, "must return {parameter"),
     (lambda b, generator: {"p": torch.rand(1)}, lambda x, params: x, "32 rows in each"),
     (lambda b, generator: {}, lambda x, params: None, "makes is a NoneType"),
     (lambda b, generator: {}, lambda x, params: x[1:], "makes has the shape"),
@@ -801,7 +801,7 @@ def test_other_functions_by_hand_name_what_does_not_fit():
     raises(ValueError, "expected mlp or conv5", loo.Encoder, "small", heads="conv")
     raises(ValueError, "expected a ResNet", loo.Encoder, "mobilenet_v2", heads="conv5")
     for names in (["color"], [("color", "rotation"), "rotation"]):
-        raises(ValueError, "expected a tuple of names, as .'color', 'rot", loo.methods, *names)
+        raises(ValueError, "expected a tuple, as .'color', 'rot", loo.methods, *names)
     raises(ValueError, "groups is {'color'}: expected a tuple", loo.methods, {"color"})
     state, config = loo.init_state(CONFIG | dict(batch=8)), CONFIG | dict(batch=8)
     says = "images has .* with .*b=8"
@@ -3138,6 +3138,7 @@ def test_train_then_evaluate(method, here, capsys):
     assert [line["step"] for line in log] == list(range(1, 9))
     assert len(log[0]["loss"]) == (3 if "looc" in method else 1)
     assert (here / "runs" / "latest").resolve() == here / "run"
+    assert data.ImageSet._field_defaults["held"] == {}  # of every set of images to come
     capsys.readouterr()
     run(eval, "linear --label=object,hue --json")
     run(eval, "fewshot --run=run --label=hue --trials=3 --json")
