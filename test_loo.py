@@ -1861,7 +1861,7 @@ def test_groups_stay_on_one_side(tmp_path, capsys):
     write_table(tmp_path, *lines, images="")
     assert data.dataset_splits("folder", tmp_path) == ("train", "test")
     opened(tmp_path), opened(tmp_path, "test")
-    torn = "warning: 1 groups in labels.csv are in more than one split, the first is g\n"
+    torn = "warning: 1 groups in labels.csv are in several splits, the first is g\n"
     assert capsys.readouterr().err == torn
 
 
