@@ -379,7 +379,8 @@ def image_folder(split, root, seed=0):
     others += flat
     if splits and split == "train":
         for path in set(root.iterdir()) - set(splits.values()):
-            others += files_below(path) if path.is_dir() else [path]
+            if not is_hidden(path.name):
+                others += files_below(path) if path.is_dir() else [path]
     warn_left_out(root, others)
     classes = classes or ["."]  # images without labels, enough to train on
     for name, place in (here or {".": top}).items():
@@ -405,8 +406,7 @@ def check_further_splits(top, here, splits):
     further = [place for place in places if len(split_folders(place)) > 1]
     if len(further) > 1:
         both = " and ".join(place.name for place in further[:2])
-        advice = f"put the classes into the splits, as train/{further[0].name}"
-        raise UserError(f"{top}: {both} have splits of their own: {advice}, or write a {TABLE}")
+        raise UserError(f"{top}: {both} have splits of their own: expected train/{further[0].name}")
     if further:
         raise UserError(f"{top}: its splits are one folder further: --root={further[0]}")
 
@@ -466,8 +466,7 @@ def warn_odd_classes(where, names):
 
 def warn_left_out(root, paths):
     """Warn of files below root that are not read: how many of each suffix, and the first."""
-    below = (path.relative_to(root) for path in paths if path != root / TABLE)
-    paths = sorted(root / path for path in below if not is_hidden(*path.parts))
+    paths = sorted({*paths} - {root / TABLE})
     if paths:
         counts = Counter(path.suffix.lower() or "without a suffix" for path in paths)
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(5))
@@ -492,8 +491,7 @@ def hashed_splits(keys, seed):
     for key in keys:
         name = f"{seed}/{key}".encode("utf-8", "surrogateescape")  # a file's name may be in Latin-1
         places[key] = int(hashlib.sha1(name).hexdigest()[:8], 16) / 2**32
-    last = max(places.values()) if len(places) > 1 else 1
-    border = min(0.8, last)
+    border = min(0.8, max(places.values())) if len(places) > 1 else 0.8
     return {key: "train" if place < border else "val" for key, place in places.items()}
 
 
@@ -560,8 +558,7 @@ def read_table(root, seed=0):
     columns = [name.lower() if name.lower() in own else name for name in columns]
     if "file" not in columns:
         names = ", ".join(columns) or "none"
-        hint = "give the column of paths this name, and put commas between columns"
-        refuse(line, f"expected a column file, found {names}; {hint}")
+        refuse(line, f"expected a column file, found {names}; give the column of paths this name")
     for name in filter(None, columns):
         if columns.count(name) > 1:
             refuse(line, f"two columns are named {name}")
@@ -879,7 +876,7 @@ def iter_batches(dataset, workers=None, batch=256, part=(0, 1), count=None, name
                 aspect = torch.tensor(aspect, dtype=torch.float64)
                 yield rows[good], torch.from_numpy(images)[good], aspect[good]
     except RuntimeError as error:  # a worker was killed
-        hint = "free some memory, or take --workers=0"
+        hint = "free some memory, or take --workers=0 where the command has it"
         raise UserError(f"decoding stopped ({first_line(error)}): {hint}") from None
     if failures and len(failures) == n:
         raise UserError(f"none of the {n} images can be read; the first: {failures[0]}")
@@ -2031,14 +2028,12 @@ def pack(
     canvas = canvas or loo.recipe_canvas(data, size)
     where = dict(root=root, size=size, canvas=canvas, split_seed=split_seed)
     files = open_dataset(data, "pretrain", download=download, **where)
-    begun = time.perf_counter()
     images = decode_all(files, workers, out, shared=True).images
     n, _, side, _ = images.shape
-    seconds, gib = time.perf_counter() - begun, images.numel() / 2**30
+    gib = images.numel() / 2**30
     where |= dict(data=data, packed=out)
     flags = shlex.join(f"--{name}={value}" for name, value in where.items() if value)
-    done = f"{n} images of {side} x {side} ({gib:.2f} GiB) in {out}, in {seconds:.0f} s"
-    print(f"{done}; train with {flags}")
+    print(f"{n} images of {side} x {side} ({gib:.2f} GiB) in {out}; train with {flags}")
 
 
 @typed
@@ -2240,8 +2235,6 @@ RANGES = {
     "stylize size": (16, 2**14, "16 or more, at most 16384"),
     "bench steps": (2, 2**31 - 1, "2 or more, below 2**31"),
 }
-# of every command, see `open_image`
-MEGAPIXELS_FLAG = inspect.Parameter("megapixels", inspect.Parameter.KEYWORD_ONLY, annotation=int)
 
 
 def suggest(word, words):
@@ -2306,9 +2299,10 @@ def parse_words(function, words):
 
     Words that stand without a flag are its first arguments. UserError for a word that is no flag
     of it and no value of one."""
-    parameters = inspect.signature(function).parameters | {"megapixels": MEGAPIXELS_FLAG}
-    flags = [f"--{name}" for name in parameters]
-    switches = [name for name, p in parameters.items() if p.annotation is bool]
+    parameters = inspect.signature(function).parameters
+    kinds = {name: p.annotation for name, p in parameters.items()} | {"megapixels": int}
+    flags = [f"--{name}" for name in kinds]
+    switches = [name for name, kind in kinds.items() if kind is bool]
     negated = {f"--no{name}": f"--{name}=false" for name in switches}
     words, given, unnamed = [negated.get(word, word) for word in words], {}, []
     while words:
@@ -2320,7 +2314,7 @@ def parse_words(function, words):
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        if name not in parameters:
+        if name not in kinds:
             hint = suggest(f"--{name}", flags) or f"it has {', '.join(flags)}"
             raise UserError(f"--{name}: {function.__name__} has no such flag; {hint.strip()}")
         following = "--" if equals or not words else words[0]
@@ -2329,14 +2323,13 @@ def parse_words(function, words):
         elif not following.startswith("--"):
             value = words.pop(0)
             # A flag that takes many has all words up to the next one: the shell expands runs/*.
-            while parameters[name].annotation is tuple and words and words[0][:1] != "-":
+            while kinds[name] is tuple and words and words[0][:1] != "-":
                 value += f",{words.pop(0)}"
         elif not equals:
-            kind = EXPECTED[parameters[name].annotation]
-            raise UserError(f"--{name}: expected a value, {kind}, as in --{name}=VALUE")
+            raise UserError(f"--{name}: expected a value, {EXPECTED[kinds[name]]}: --{name}=VALUE")
         given[name] = value
     free = [n for n, p in parameters.items() if p.kind != p.KEYWORD_ONLY and n not in given]
-    if unnamed and free and parameters[free[0]].annotation is tuple:
+    if unnamed and free and kinds[free[0]] is tuple:
         unnamed = [",".join(unnamed)]
     if unnamed[len(free) :]:
         raise UserError(f"{unnamed[len(free)]}: one word too many; flags are --NAME=VALUE")
@@ -2397,7 +2390,7 @@ def command_line(commands, argv=None):
         Stream.lost = ""
         loo.environ_count("LOOC_MEGAPIXELS", MEGAPIXELS)  # UserError if it is no count
         flags = parse_words(commands[word], argv[1:])
-        if "megapixels" in flags:
+        if "megapixels" in flags:  # a flag of every command, see `open_image`
             megapixels = parse_flag("megapixels", int, flags.pop("megapixels"), COUNT)
             os.environ["LOOC_MEGAPIXELS"] = str(megapixels)  # which workers inherit
         typed(commands[word])(**flags)
@@ -2552,8 +2545,7 @@ def write_atomic(path, content, keep=None, size=None):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
         needs = f", which needs {size / 2**20:.1f} MB" if size else ""
-        unknown = f"not all was written, is the disk full? ({first_line(error)})"
-        reason = getattr(error, "strerror", None) or unknown
+        reason = getattr(error, "strerror", None) or f"is the disk full? ({first_line(error)})"
         raise WriteError(f"cannot write {path}{needs}: {reason}") from None
     finally:
         with contextlib.suppress(OSError):  # not there, or on a read-only disk
