@@ -147,11 +147,11 @@ def open_dataset(
     source = DATASETS[check_choice("data", name, DATASETS)]
     if split == "pretrain" and split not in source.splits:
         split = "train"
-    check_choice("split", split, FACTORS if name == "factors" else source.splits or SPLITS)
     if name == "factors":
         if root:
             raise UserError(f"--root={root}: factors reads no folder; your images: --data=folder")
         return factors(split, size)
+    check_choice("split", split, source.splits or SPLITS)
     if source.torchvision:
         read = read_item
         files, labels, classes = from_torchvision(name, split, root, download)
@@ -406,7 +406,8 @@ def check_further_splits(top, here, splits):
     further = [place for place in places if len(split_folders(place)) > 1]
     if len(further) > 1:
         both = " and ".join(place.name for place in further[:2])
-        raise UserError(f"{top}: {both} have splits of their own: expected train/{further[0].name}")
+        advice = f"put the classes into the splits, as train/{further[0].name}"
+        raise UserError(f"{top}: {both} have splits of their own: {advice}, or write a {TABLE}")
     if further:
         raise UserError(f"{top}: its splits are one folder further: --root={further[0]}")
 
@@ -558,7 +559,8 @@ def read_table(root, seed=0):
     columns = [name.lower() if name.lower() in own else name for name in columns]
     if "file" not in columns:
         names = ", ".join(columns) or "none"
-        refuse(line, f"expected a column file, found {names}; give the column of paths this name")
+        hint = "give the column of paths this name, and put commas between columns"
+        refuse(line, f"expected a column file, found {names}; {hint}")
     for name in filter(None, columns):
         if columns.count(name) > 1:
             refuse(line, f"two columns are named {name}")
@@ -641,15 +643,14 @@ def table_folder(split, root, seed=0):
         if label in ("", "file", "split", "group"):
             continue
         labeled = [row for row in table.values() if row.get(label)]
-        names = {row[label] for row in labeled}
+        names = sorted({row[label] for row in labeled})
         if len(names) > max(100, len(labeled) / 2):  # a number or a caption for each image
             values = f"{len(names)} different values for {len(labeled)} images"
             warn_once(f"{root / TABLE}: column {label} is no label and left out: {values}")
-            labeled, names = [], {}
-        warn_odd_classes(f"{root / TABLE}, column {label}", sorted(names))
-        # of all splits, so that a class has the same number in each
-        classes[label] = sorted(names)
-        number = {name: i for i, name in enumerate(classes[label])}
+            labeled, names = [], []
+        warn_odd_classes(f"{root / TABLE}, column {label}", names)
+        classes[label] = names  # of all splits, so that a class has the same number in each
+        number = {name: i for i, name in enumerate(names)}
         labels[label] = [number.get(table[file].get(label), -1) for file in files]
         where = [row["split"] for row in labeled]
         warn_missing_classes(root, label, where, [row[label] for row in labeled])
@@ -703,8 +704,7 @@ def read_image(paths, i, border=0):
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 warn_once(f"{path} has several pages or frames: the first is read", kind="pages")
             image = to_rgb(image)
-            box = border, border, image.width - border, image.height - border
-            return image.crop(box) if border else image
+            return ImageOps.crop(image, border) if border else image
     except Exception as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: {reason}") from None
@@ -1318,7 +1318,7 @@ def fetch_archives(name, root):
     """--download of a published set -> root. Only Flowers-102 asks for no conditions or form."""
     source, root = DATASETS[name], root or "downloads"
     if not source.fetched:
-        raise UserError(f"--download cannot fetch {name}: leave the flag out, and give --root=DIR")
+        raise UserError(f"--download cannot fetch {name}: leave it out, and give --root=DIR")
     try:
         with contextlib.suppress(ModuleNotFoundError):  # all is fetched when it looks for scipy
             torchvision.datasets.Flowers102(root, download=True)
@@ -1819,7 +1819,7 @@ def style_transfer(
 
 def copy_paths(path, top, root, count):
     """The stylized copies of an image below `top`: the same path below `root`, numbered."""
-    target = Path(root) / Path(path).relative_to(top)  # a.png and a.jpg are two images
+    target = Path(root) / path.relative_to(top)  # a.png and a.jpg are two images
     return [target.with_name(f"{target.name}.{k}.jpg") for k in range(count)]
 
 
@@ -1843,7 +1843,7 @@ def with_textures(name, files, dataset, root, textures, cache, workers, device, 
         count += 1
     copies = [copy for path in paths for copy in copy_paths(path, top, textures, count)]
     if lost := [path for path in copies if not path.exists()]:
-        raise UserError(f"{lost[0]}: no such file; {hint} (with its --copies and --styles)")
+        raise UserError(f"{lost[0]}: no such file; {hint} (with --copies={count}, its --styles)")
     advice = "remove it: `python data.py stylize` writes it again"
     copies = ImageFiles(copies, read_image, side, advice=advice)
     copies = ImageSet(copies, torch.ones(len(copies)), {}, {})
