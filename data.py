@@ -42,7 +42,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import TiffImagePlugin as tiff
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.transforms.v2 import functional as v2
 
@@ -145,11 +147,11 @@ def open_dataset(
     source = DATASETS[check_choice("data", name, DATASETS)]
     if split == "pretrain" and split not in source.splits:
         split = "train"
-    check_choice("split", split, FACTORS if name == "factors" else source.splits or SPLITS)
     if name == "factors":
         if root:
             raise UserError(f"--root={root}: factors reads no folder; your images: --data=folder")
         return factors(split, size)
+    check_choice("split", split, source.splits or SPLITS)
     if source.torchvision:
         read = read_item
         files, labels, classes = from_torchvision(name, split, root, download)
@@ -164,8 +166,7 @@ def open_dataset(
         else:
             files, labels, classes = published(name, split, root)
             if whole and (problems := incomplete(name, split, files, labels)):
-                more = f"`python data.py check --data={name} --root=DIR` says more"
-                raise UserError(f"{name} {problems[0]}; {more}; get it at {source.address}")
+                raise UserError(f"{name} {problems[0]}; get it at {source.address}")
     canvas = canvas or round(size / source.crop_pct)
     side, crop_pct = (size, source.crop_pct) if central else (canvas, None)
     advice = "download it again, an incomplete published set gives meaningless numbers"
@@ -200,9 +201,7 @@ def check_root(root, name="folder"):
         root = root or "downloads"
     if not root or not Path(root).is_dir():
         problem = f"--root={root}: no such folder; " if root else ""
-        content = f"one sub-folder of images for each class, or a {TABLE}"
-        if source.address:
-            content = f"what {source.address} gives"
+        content = source.address or f"one sub-folder of images for each class, or a {TABLE}"
         raise UserError(f"{problem}--data={name} needs --root=DIR with {content}")
     return Path(root)
 
@@ -213,8 +212,7 @@ def forbid_inside(out, root):
     splits = {} if has_table(tree) else split_folders(tree)
     for top in splits.values() if len(splits) > 1 else [tree]:
         if folder.is_relative_to(top) and not is_hidden(*folder.relative_to(top).parts):
-            problem = f"--out={out} lies in --root={root} and would be read as a class"
-            raise UserError(f"{problem}: choose one outside")
+            raise UserError(f"--out={out} would be read as a class of {root}: choose one outside")
 
 
 # ---------------------------------------------------------------- reading and decoding
@@ -222,12 +220,7 @@ def forbid_inside(out, root):
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # read_image says what is wrong
 Image.MAX_IMAGE_PIXELS = None  # open_image has a limit that can be lifted
 MEGAPIXELS = 64  # of an image; decoded, as RGBA and on white they take 1 GB
-# tags of TIFF files
-CHANNELS = TiffImagePlugin.SAMPLESPERPIXEL
-WHITE_IS_ZERO = TiffImagePlugin.PHOTOMETRIC_INTERPRETATION  # where it is 0
-NUMBERS = TiffImagePlugin.SAMPLEFORMAT  # of each channel: 1 unsigned, 2 signed, 3 floating point
-PLANES = TiffImagePlugin.PLANAR_CONFIGURATION  # 2: one after the other
-BITS = TiffImagePlugin.BITSPERSAMPLE
+
 Image.init()
 # no pixels of their own, or another program is started
 NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
@@ -311,12 +304,12 @@ def split_folders(root):
     sets = [pairs for pairs in named.values() if {"train"} < dict(pairs).keys()]
     if not sets and len(named[""]) == len(names):
         sets = [named[""]]
-    pairs = list(itertools.chain(*sets))
-    splits = {split: root / name for split, name in pairs}
-    for split in splits:
-        same = [name for other, name in pairs if other == split]
-        if len(same) > 1:
-            raise UserError(f"{root}: {' and '.join(same)} are both for {split}: join them")
+    splits = {}
+    for split, name in itertools.chain(*sets):
+        if split in splits:
+            both = f"{splits[split].name} and {name}"
+            raise UserError(f"{root}: {both} are both for {split}: join them")
+        splits[split] = root / name
     return splits
 
 
@@ -364,8 +357,7 @@ def image_folder(split, root, seed=0):
         here = class_folders(top)
     classes = sorted(in_train)  # a class has the same number in every split
     if new := sorted(here.keys() - in_train.keys()):
-        problem = f"{here[new[0]]}: a class that {train} does not have"
-        raise UserError(f"{problem}; add it there, or list all images in {TABLE}")
+        raise UserError(f"{here[new[0]]}: a class that {train} does not have; add it there")
     if classes and not here:
         raise UserError(f"{top}: no sub-folders; it needs those of {train}, one for each class")
     check_further_splits(top, here, splits)
@@ -375,8 +367,8 @@ def image_folder(split, root, seed=0):
     images, others = list_files(top)
     files, inner = defaultdict(list), defaultdict(set)  # of each class: images, sub-folders
     for path in images:
-        name, *below = path.relative_to(top).parts
-        name = composed(name) if below else "."
+        name, *below = map(composed, path.relative_to(top).parts)
+        name = name if below else "."
         files[name].append(path)
         inner[name].update(below[:-1][:1])
     flat = files.pop(".", []) if classes else []
@@ -387,20 +379,17 @@ def image_folder(split, root, seed=0):
     others += flat
     if splits and split == "train":
         for path in set(root.iterdir()) - set(splits.values()):
-            others += files_below(path) if path.is_dir() else [path]
+            if not is_hidden(path.name):
+                others += files_below(path) if path.is_dir() else [path]
     warn_left_out(root, others)
     classes = classes or ["."]  # images without labels, enough to train on
     for name, place in (here or {".": top}).items():
         if not files[name]:
-            kinds = count_kinds(path for path in others if path.is_relative_to(place))
-            found = f", but {kinds}; save them as JPEG or PNG" if kinds else "; put some there"
-            raise UserError(f"{place}: no images{found}, or remove the folder")
-
+            raise UserError(f"{place}: no images; put some there (JPEG, PNG) or remove the folder")
     pairs = [(path, i) for i, name in enumerate(classes) for path in files.get(name, ())]
     if not splits:
         keys = [path.relative_to(root).as_posix() for path, _ in pairs]
-        split_of_key = hashed_splits(keys, seed)
-        sides = [split_of_key[key] for key in keys]
+        sides = hashed_splits(keys, seed).values()
         warn_missing_classes(root, "class", sides, [i for _, i in pairs])
         side = "train" if split == "train" else "val"
         pairs = [pair for pair, its_side in zip(pairs, sides) if its_side == side]
@@ -430,7 +419,7 @@ def check_class_folders(top, here, files, inner):
     """Warn of folders that are hardly classes; UserError for one that holds the others again.
 
     here {name: folder}, files {name: images in it and below}, inner {name: its sub-folders}."""
-    again = {name: sorted({*map(composed, inner[name])} & here.keys() - {name}) for name in here}
+    again = {name: sorted(inner[name] & here.keys() - {name}) for name in here}
     holders = [name for name in here if again[name]]
     for name in holders if len(holders) < len(here) else ():
         problem = f"{here[name]} holds {', '.join(again[name][:3])} again, classes beside it"
@@ -448,13 +437,13 @@ def check_class_folders(top, here, files, inner):
         place = here[next(iter(here))]
         hint = f"if those are the classes, --root={place}, or name splits train and test"
         warn_once(f"{top}: read as classes: {found}; {hint}")
-    every = itertools.chain(*files.values())
-    if named := [path for path in every if re.search(MASK, path.stem)]:
-        stems = {path.with_suffix("") for path in itertools.chain(*files.values())}
-        masks = [path for path in named if path.with_name(re.sub(MASK, "", path.stem)) in stems]
-        if masks:
-            count = f"{len(masks)} images are named as masks of others, the first is {masks[0]}"
-            warn_once(f"{top}: {count}; move them elsewhere if they are")
+    every = [*itertools.chain(*files.values())]
+    named = [path for path in every if re.search(MASK, path.stem)]
+    stems = {path.with_suffix("") for path in every} if named else ()
+    masks = [path for path in named if path.with_name(re.sub(MASK, "", path.stem)) in stems]
+    if masks:
+        count = f"{len(masks)} images are named as masks of others, the first is {masks[0]}"
+        warn_once(f"{top}: {count}; move them elsewhere if they are")
 
 
 NO_LABEL = {"nan", "na", "n/a", "#n/a", "null"}  # how programs write that a label is not known
@@ -470,8 +459,7 @@ def warn_odd_classes(where, names):
             plain = float(plain.replace("_", "x"))  # 1_1 is no number
         alike[plain].append(name)
         if name.lower() in NO_LABEL:
-            hint = "leave the cell empty where an image has no label"
-            warn_once(f"{where}: {name} is read as a class; {hint}")
+            warn_once(f"{where}: {name} is read as a class; leave the cell empty for no label")
     for some in alike.values():
         if len(some) > 1:
             warn_once(f"{where}: {' and '.join(map(ascii, some))} are different classes", where)
@@ -479,17 +467,11 @@ def warn_odd_classes(where, names):
 
 def warn_left_out(root, paths):
     """Warn of files below root that are not read: how many of each suffix, and the first."""
-    below = (path.relative_to(root) for path in paths if path != root / TABLE)
-    paths = sorted(root / path for path in below if not is_hidden(*path.parts))
+    paths = sorted({*paths} - {root / TABLE})
     if paths:
-        count = f"{len(paths)} files ({count_kinds(paths)}), the first is {paths[0]}"
-        warn_once(f"{root}: not every file is read; left out: {count}")
-
-
-def count_kinds(paths):
-    """How many files of each suffix, in words."""
-    counts = Counter(path.suffix.lower() or "without a suffix" for path in paths).most_common(5)
-    return ", ".join(f"{count} {suffix}" for suffix, count in counts)
+        counts = Counter(path.suffix.lower() or "without a suffix" for path in paths)
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(5))
+        warn_once(f"{root}: left out: {len(paths)} files ({kinds}), the first is {paths[0]}")
 
 
 def warn_missing_classes(root, label, splits, names):
@@ -510,8 +492,7 @@ def hashed_splits(keys, seed):
     for key in keys:
         name = f"{seed}/{key}".encode("utf-8", "surrogateescape")  # a file's name may be in Latin-1
         places[key] = int(hashlib.sha1(name).hexdigest()[:8], 16) / 2**32
-    last = max(places.values()) if len(places) > 1 else 1
-    border = min(0.8, last)
+    border = min(0.8, max(places.values())) if len(places) > 1 else 0.8
     return {key: "train" if place < border else "val" for key, place in places.items()}
 
 
@@ -597,12 +578,10 @@ def read_table(root, seed=0):
         if not row["file"]:
             refuse(line, "no file is named")
         file = Path(os.path.normpath(row["file"].replace("\\", "/"))).as_posix()
-        if file not in exact:
-            below = Path(os.path.relpath(file, root)).as_posix()
-            file = below if below in exact else file
-        if file not in exact and file in short:
+        found = exact.get(file) or exact.get(Path(os.path.relpath(file, root)).as_posix())
+        if not found and file in short:
             by_name.append(f"{file} as {short[file]}")
-        file = exact.get(file) or short.get(file, file)
+        file = found or short.get(file, file)
         if table.get(file):
             refuse(line, f"{file} is listed twice")
         if "split" in row:
@@ -623,7 +602,7 @@ def read_table(root, seed=0):
         count = f"{len(by_name)} files are found by their names alone"
         warn_once(f"{root / TABLE}: {count}, the first is {by_name[0]}")
     tops = {top.name: split for split, top in split_folders(root).items()}
-    keys = [row.get("group") or file for file, row in table.items() if row and not tops]
+    keys = [row.get("group") or file for file, row in table.items() if row]
     hashed = hashed_splits(keys, seed)
     for file, row in table.items():
         folders, split = file.split("/")[:-1], "train"
@@ -657,24 +636,21 @@ def table_folder(split, root, seed=0):
     splits = defaultdict(set)
     for row in table.values():
         splits[row.get("group")].add(row["split"])
-    torn = [group for group, where in splits.items() if group and len(where) > 1]
-    if torn:
-        count = f"{len(torn)} groups in {TABLE} are in more than one split"
-        warn_once(f"{count}, the first is {torn[0]}")
+    if torn := [group for group, where in splits.items() if group and len(where) > 1]:
+        warn_once(f"{len(torn)} groups in {TABLE} are in several splits, the first is {torn[0]}")
     labels, classes = {}, {}
     for label in dict.fromkeys(["class", *columns]):
         if label in ("", "file", "split", "group"):
             continue
         labeled = [row for row in table.values() if row.get(label)]
-        names = {row[label] for row in labeled}
+        names = sorted({row[label] for row in labeled})
         if len(names) > max(100, len(labeled) / 2):  # a number or a caption for each image
             values = f"{len(names)} different values for {len(labeled)} images"
             warn_once(f"{root / TABLE}: column {label} is no label and left out: {values}")
-            labeled, names = [], {}
-        warn_odd_classes(f"{root / TABLE}, column {label}", sorted(names))
-        # of all splits, so that a class has the same number in each
-        classes[label] = sorted(names)
-        number = {name: i for i, name in enumerate(classes[label])}
+            labeled, names = [], []
+        warn_odd_classes(f"{root / TABLE}, column {label}", names)
+        classes[label] = names  # of all splits, so that a class has the same number in each
+        number = {name: i for i, name in enumerate(names)}
         labels[label] = [number.get(table[file].get(label), -1) for file in files]
         where = [row["split"] for row in labeled]
         warn_missing_classes(root, label, where, [row[label] for row in labeled])
@@ -704,14 +680,18 @@ def open_image(path):
     A larger JPEG is decoded at a half, a quarter or an eighth of its size."""
     if not os.path.isfile(path) and os.path.exists(path):
         raise ValueError("not a file")
-    image = Image.open(path, formats=FORMATS)
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError:
+        check_tiff(tiff_tags(path))
+        raise ValueError("no image that Pillow can read; save it as JPEG or PNG") from None
     most = loo.environ_count("LOOC_MEGAPIXELS", MEGAPIXELS)
-    megapixels = image.width * image.height / 1e6
+    megapixels = math.ceil(image.width * image.height / 1e6)
     if megapixels > most:
         part = 2 ** math.ceil(math.log(megapixels / most, 4))
         if not image.draft(image.mode, (image.width // part or 1, image.height // part or 1)):
-            problem = f"{megapixels:.0f} megapixels, more than {most}"
-            raise ValueError(f"{problem}: --megapixels={math.ceil(megapixels)} reads it")
+            hint = f"--megapixels={megapixels} reads it"
+            raise ValueError(f"{megapixels} megapixels, more than {most}: {hint}")
     return image
 
 
@@ -722,19 +702,11 @@ def read_image(paths, i, border=0):
         with open_image(path) as image:
             check_tiff(getattr(image, "tag_v2", {}), len(image.getbands()))
             if getattr(image, "is_animated", False) and image.format != "MPO":
-                problem = f"{path} has several pages or frames: of such files the first is read"
-                warn_once(problem, kind="pages")
+                warn_once(f"{path} has several pages or frames: the first is read", kind="pages")
             image = to_rgb(image)
-            box = border, border, image.width - border, image.height - border
-            return image.crop(box) if border else image
+            return ImageOps.crop(image, border) if border else image
     except Exception as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        if isinstance(error, UnidentifiedImageError):
-            reason = "no image that Pillow can read; save it as JPEG or PNG"
-            try:
-                check_tiff(tiff_tags(path))
-            except ValueError as why:
-                reason = why
         raise UserError(f"{path}: {reason}") from None
 
 
@@ -743,7 +715,7 @@ def tiff_tags(path):
     with open(path, "rb") as file, contextlib.suppress(SyntaxError, struct.error):
         header = file.read(8)
         header += file.read(8) if header[2:3] == b"+" else b""  # BigTIFF
-        directory = TiffImagePlugin.ImageFileDirectory_v2(header)
+        directory = tiff.ImageFileDirectory_v2(header)
         file.seek(directory.next)
         directory.load(file)
         return directory
@@ -757,13 +729,13 @@ def check_tiff(tags, bands=None):
     """ValueError for a TIFF file that Pillow does not read, or not as it is meant.
 
     bands: how many channels Pillow sees; it drops the others."""
-    channels = tags.get(CHANNELS, 1)
+    channels = tags.get(tiff.SAMPLESPERPIXEL, 1)
     if channels not in ((1, 3) if bands is None else range(bands + 1)):
         raise ValueError(f"{channels} channels, expected gray or RGB")
     for number, kind in ((2, "signed"), (3, "floating point")):
-        if number in tags.get(NUMBERS, ()):
+        if number in tags.get(tiff.SAMPLEFORMAT, ()):
             raise ValueError(f"{kind} pixels {UNKNOWN_WHITE}")
-    if tags.get(PLANES) == 2 and max(tags.get(BITS, (8,))) > 8:
+    if tags.get(tiff.PLANAR_CONFIGURATION) == 2 and max(tags.get(tiff.BITSPERSAMPLE, (8,))) > 8:
         raise ValueError("16 bits a channel, one channel after the other: save them interleaved")
 
 
@@ -784,7 +756,8 @@ def to_rgb(image):
     clear = image.info.get("transparency")
     if image.mode.startswith("I"):  # convert() would clip, not scale
         shades = [value // 256 for value in range(1 << 16)]
-        if getattr(image, "tag_v2", {}).get(WHITE_IS_ZERO) == 0:  # Pillow inverts 8 bits alone
+        # 0 is white, which Pillow inverts in 8 bits alone
+        if getattr(image, "tag_v2", {}).get(tiff.PHOTOMETRIC_INTERPRETATION) == 0:
             shades.reverse()
         if image.info.pop("transparency", None) is not None:
             shades[clear] = 255
@@ -799,12 +772,11 @@ def to_rgb(image):
         counts = image.convert("L").histogram()
         used = [i for i, count in enumerate(counts) if count * 1000 > image.width * image.height]
         if used[-1] - used[0] < 64:
-            problem = "16-bit images keep few of 256 gray levels, as if they had fewer bits"
-            warn_once(f"{problem}: scale them to 0 to 65535")
+            warn_once("16-bit images keep few of 256 gray levels: scale them to 0 to 65535")
     return image
 
 
-class ImageFiles(torch.utils.data.Dataset):
+class ImageFiles(Dataset):
     """Images by index -> (3 side side) uint8, aspect, what was wrong ("" if nothing).
 
     read(source, i) gives a PIL image; source: paths, or a torchvision data set. The whole image is
@@ -891,12 +863,9 @@ def iter_batches(dataset, workers=None, batch=256, part=(0, 1), count=None, name
             yield rows, files[rows], dataset.aspect[rows]
         return
     n, failures = sum(map(len, batches)), []
-    loader = torch.utils.data.DataLoader(
-        files,
-        batch_sampler=[rows.tolist() for rows in batches],
-        num_workers=decoding_workers(workers, len(batches), part[1]) if n > 256 else 0,
-        collate_fn=collate,
-    )
+    workers = decoding_workers(workers, len(batches), part[1]) if n > 256 else 0
+    sampler = [rows.tolist() for rows in batches]
+    loader = DataLoader(files, batch_sampler=sampler, num_workers=workers, collate_fn=collate)
     try:
         for rows, (images, aspect, errors) in zip(batches, loader):
             good = torch.tensor([not error for error in errors])
@@ -951,11 +920,11 @@ def decode_all(dataset, workers=None, cache=None, shared=False):
             decoded = decode_into(map_file(file.name, *shape), dataset, workers)
             write_tensors(index, (*decoded, mtimes))
 
-        cached_mtimes = None
-        with contextlib.suppress(UserError):  # not there, or not whole: decoded again
+        whole = False
+        with contextlib.suppress(UserError, OSError):  # not there, or cut short: decoded again
             *_, cached_mtimes = read_tensors(index)
-        whole = path.exists() and path.stat().st_size == size and cached_mtimes is not None
-        if not whole or not torch.equal(cached_mtimes, mtimes):
+            whole = path.stat().st_size == size and torch.equal(cached_mtimes, mtimes)
+        if not whole:
             print(f"decoding {n} images, once: {path}", file=sys.stderr, flush=True)
             with contextlib.suppress(OSError):  # not there, or on a read-only disk
                 path.unlink()
@@ -1231,8 +1200,8 @@ def first_existing(name, root, *places):
     """The first of root/place that exists, else UserError."""
     found = next((root / place for place in places if (root / place).exists()), None)
     if not found:
-        problem = f"expected {' or '.join(places)} in it, as --data={name} has it"
-        raise UserError(f"{root}: {problem} from {DATASETS[name].address}")
+        expected = f"expected {' or '.join(places)} in it"
+        raise UserError(f"{root}: {expected}, as {DATASETS[name].address} gives them")
     return found
 
 
@@ -1330,8 +1299,7 @@ def read_mat(path):
     except ImportError:
         raise UserError(f"{path}: a MATLAB file needs scipy: pip install scipy") from None
     except Exception as error:  # whatever a broken file raises
-        problem = f"cannot be read as a MATLAB file ({first_line(error)})"
-        raise UserError(f"{path}: {problem}; download it again") from None
+        raise UserError(f"{path}: no MATLAB file ({first_line(error)}); get it again") from None
 
 
 def incomplete(name, split, paths, labels):
@@ -1350,12 +1318,10 @@ def fetch_archives(name, root):
     """--download of a published set -> root. Only Flowers-102 asks for no conditions or form."""
     source, root = DATASETS[name], root or "downloads"
     if not source.fetched:
-        where = f"get it at {source.address}" if source.address else "leave the flag out"
-        raise UserError(f"--download: --data={name} cannot be fetched: {where}")
+        raise UserError(f"--download cannot fetch {name}: leave it out, and give --root=DIR")
     try:
-        torchvision.datasets.Flowers102(root, download=True)
-    except ModuleNotFoundError:  # all is fetched when it looks for scipy
-        pass
+        with contextlib.suppress(ModuleNotFoundError):  # all is fetched when it looks for scipy
+            torchvision.datasets.Flowers102(root, download=True)
     except (RuntimeError, OSError) as error:
         raise UserError(f"--download: {first_line(error)}; get it at {source.address}") from None
     return root
@@ -1853,7 +1819,7 @@ def style_transfer(
 
 def copy_paths(path, top, root, count):
     """The stylized copies of an image below `top`: the same path below `root`, numbered."""
-    target = Path(root) / Path(path).relative_to(top)  # a.png and a.jpg are two images
+    target = Path(root) / path.relative_to(top)  # a.png and a.jpg are two images
     return [target.with_name(f"{target.name}.{k}.jpg") for k in range(count)]
 
 
@@ -1866,8 +1832,9 @@ def with_textures(name, files, dataset, root, textures, cache, workers, device, 
     if DATASETS[name].torchvision:
         raise UserError(f"--data={name}: torchvision's sets have no stylized copies; use a folder")
     flags = [f"--data={name}", f"--root={root}", f"--split_seed={split_seed}"]
+    flags += [f"--out={textures}"] if textures else []
+    hint = f"`python data.py stylize {shlex.join(flags)}` writes it"
     if not textures:
-        hint = f"`python data.py stylize {shlex.join(flags)}` writes it"
         raise UserError(f"--groups=texture needs --textures=DIR; {hint}")
     side, top, unread = dataset.images.shape[-1], check_root(root, name), set(dataset.unreadable)
     paths = [path for i, path in enumerate(files.images.source) if i not in unread]
@@ -1876,9 +1843,7 @@ def with_textures(name, files, dataset, root, textures, cache, workers, device, 
         count += 1
     copies = [copy for path in paths for copy in copy_paths(path, top, textures, count)]
     if lost := [path for path in copies if not path.exists()]:
-        flags += [f"--out={textures}", f"--copies={count}"]
-        hint = f"`python data.py stylize {shlex.join(flags)}` (and its --styles) writes it"
-        raise UserError(f"{lost[0]}: no such file; {hint}")
+        raise UserError(f"{lost[0]}: no such file; {hint} (with --copies={count}, its --styles)")
     advice = "remove it: `python data.py stylize` writes it again"
     copies = ImageFiles(copies, read_image, side, advice=advice)
     copies = ImageSet(copies, torch.ones(len(copies)), {}, {})
@@ -1890,25 +1855,25 @@ def with_textures(name, files, dataset, root, textures, cache, workers, device, 
 def factors_textures(dataset, cache, device):
     """Stylized copies (n copy 3 h w) uint8 of the images of `factors`, made once."""
     path = Path(cache) / f"factors-textures-{COPIES}-{fingerprint(dataset)[:16]}.pt"
-    if not path.exists():
-        n, side = len(dataset.images), dataset.images.shape[-1]
-        print(f"making {COPIES} stylized copies of {n} images, once: {path}", flush=True)
-        styles = F.interpolate(procedural_textures(STYLES, max(64, side)), size=side, mode="area")
-        copies = torch.zeros(n, COPIES, 3, side, side, dtype=torch.uint8)
-        for rows in torch.arange(n).split(64):
-            if rows[0] and rows[0] % 2048 == 0:
-                print(f"{int(rows[0])} of {n}", flush=True)
-            generator = make_generator("style", int(rows[0]))
-            picks = torch.rand(len(rows), STYLES, generator=generator).argsort(1)[:, :COPIES]
-            images = dataset.images[rows].to(device) / 255
-            for copy, pick in enumerate(picks.unbind(1)):
-                # the colors stay: hue is another group's
-                changed = style_transfer(images, styles[pick].to(device), keep_color=True)
-                copies[rows, copy] = to_uint8(changed).cpu()
-        with optional_write(path):
-            write_tensors(path, copies)
-        return copies
-    return read_tensors(path)
+    if path.exists():
+        return read_tensors(path)
+    n, side = len(dataset.images), dataset.images.shape[-1]
+    print(f"making {COPIES} stylized copies of {n} images, once: {path}", flush=True)
+    styles = F.interpolate(procedural_textures(STYLES, max(64, side)), size=side, mode="area")
+    copies = torch.zeros(n, COPIES, 3, side, side, dtype=torch.uint8)
+    for rows in torch.arange(n).split(64):
+        first = int(rows[0])
+        if first and first % 2048 == 0:
+            print(f"{first} of {n}", flush=True)
+        picks = torch.rand(len(rows), STYLES, generator=make_generator("style", first))
+        images = dataset.images[rows].to(device) / 255
+        for copy, pick in enumerate(picks.argsort(1)[:, :COPIES].unbind(1)):
+            # the colors stay: hue is another group's
+            changed = style_transfer(images, styles[pick].to(device), keep_color=True)
+            copies[rows, copy] = to_uint8(changed).cpu()
+    with optional_write(path):
+        write_tensors(path, copies)
+    return copies
 
 
 # ---------------------------------------------------------------- commands
@@ -1954,8 +1919,7 @@ def stylize(
     """
     check_choice("features", features, ("auto", "vgg19", "random"))
     if check_choice("data", data, DATASETS) == "factors" or DATASETS[data].torchvision:
-        hint = "factors makes copies when trained on"
-        raise UserError(f"--data={data} is no tree of images ({hint})")
+        raise UserError(f"--data={data} is no tree of images (factors makes copies in training)")
     where = dict(root=root, size=size, canvas=size, split_seed=split_seed)
     files = open_dataset(data, split, **where).images
     top = check_root(root, data)
@@ -2026,8 +1990,7 @@ def style_reader(styles, size, seed):
         try:
             image = ImageOps.fit(read_image([style], 0), (size, size), Image.Resampling.BICUBIC)
         except UserError as error:
-            advice = "remove it from --styles, and the same command goes on"
-            raise UserError(f"{error}; {advice}") from None
+            raise UserError(f"{error}; remove it from --styles and start again") from None
         return pil_to_tensor(image) / 255
 
     return read
@@ -2065,14 +2028,12 @@ def pack(
     canvas = canvas or loo.recipe_canvas(data, size)
     where = dict(root=root, size=size, canvas=canvas, split_seed=split_seed)
     files = open_dataset(data, "pretrain", download=download, **where)
-    begun = time.perf_counter()
     images = decode_all(files, workers, out, shared=True).images
     n, _, side, _ = images.shape
-    seconds, gib = time.perf_counter() - begun, images.numel() / 2**30
+    gib = images.numel() / 2**30
     where |= dict(data=data, packed=out)
     flags = shlex.join(f"--{name}={value}" for name, value in where.items() if value)
-    done = f"{n} images of {side} x {side} ({gib:.2f} GiB) in {out}, in {seconds:.0f} s"
-    print(f"{done}; train with {flags}")
+    print(f"{n} images of {side} x {side} ({gib:.2f} GiB) in {out}; train with {flags}")
 
 
 @typed
@@ -2274,8 +2235,6 @@ RANGES = {
     "stylize size": (16, 2**14, "16 or more, at most 16384"),
     "bench steps": (2, 2**31 - 1, "2 or more, below 2**31"),
 }
-# of every command, see `open_image`
-MEGAPIXELS_FLAG = inspect.Parameter("megapixels", inspect.Parameter.KEYWORD_ONLY, annotation=int)
 
 
 def suggest(word, words):
@@ -2340,9 +2299,10 @@ def parse_words(function, words):
 
     Words that stand without a flag are its first arguments. UserError for a word that is no flag
     of it and no value of one."""
-    parameters = inspect.signature(function).parameters | {"megapixels": MEGAPIXELS_FLAG}
-    flags = [f"--{name}" for name in parameters]
-    switches = [name for name, p in parameters.items() if p.annotation is bool]
+    parameters = inspect.signature(function).parameters
+    kinds = {name: p.annotation for name, p in parameters.items()} | {"megapixels": int}
+    flags = [f"--{name}" for name in kinds]
+    switches = [name for name, kind in kinds.items() if kind is bool]
     negated = {f"--no{name}": f"--{name}=false" for name in switches}
     words, given, unnamed = [negated.get(word, word) for word in words], {}, []
     while words:
@@ -2354,7 +2314,7 @@ def parse_words(function, words):
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        if name not in parameters:
+        if name not in kinds:
             hint = suggest(f"--{name}", flags) or f"it has {', '.join(flags)}"
             raise UserError(f"--{name}: {function.__name__} has no such flag; {hint.strip()}")
         following = "--" if equals or not words else words[0]
@@ -2363,14 +2323,13 @@ def parse_words(function, words):
         elif not following.startswith("--"):
             value = words.pop(0)
             # A flag that takes many has all words up to the next one: the shell expands runs/*.
-            while parameters[name].annotation is tuple and words and words[0][:1] != "-":
+            while kinds[name] is tuple and words and words[0][:1] != "-":
                 value += f",{words.pop(0)}"
         elif not equals:
-            kind = EXPECTED[parameters[name].annotation]
-            raise UserError(f"--{name}: expected a value, {kind}, as in --{name}=VALUE")
+            raise UserError(f"--{name}: expected a value, {EXPECTED[kinds[name]]}: --{name}=VALUE")
         given[name] = value
     free = [n for n, p in parameters.items() if p.kind != p.KEYWORD_ONLY and n not in given]
-    if unnamed and free and parameters[free[0]].annotation is tuple:
+    if unnamed and free and kinds[free[0]] is tuple:
         unnamed = [",".join(unnamed)]
     if unnamed[len(free) :]:
         raise UserError(f"{unnamed[len(free)]}: one word too many; flags are --NAME=VALUE")
@@ -2431,7 +2390,7 @@ def command_line(commands, argv=None):
         Stream.lost = ""
         loo.environ_count("LOOC_MEGAPIXELS", MEGAPIXELS)  # UserError if it is no count
         flags = parse_words(commands[word], argv[1:])
-        if "megapixels" in flags:
+        if "megapixels" in flags:  # a flag of every command, see `open_image`
             megapixels = parse_flag("megapixels", int, flags.pop("megapixels"), COUNT)
             os.environ["LOOC_MEGAPIXELS"] = str(megapixels)  # which workers inherit
         typed(commands[word])(**flags)
@@ -2586,8 +2545,7 @@ def write_atomic(path, content, keep=None, size=None):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
         needs = f", which needs {size / 2**20:.1f} MB" if size else ""
-        unknown = f"not all was written, is the disk full? ({first_line(error)})"
-        reason = getattr(error, "strerror", None) or unknown
+        reason = getattr(error, "strerror", None) or f"is the disk full? ({first_line(error)})"
         raise WriteError(f"cannot write {path}{needs}: {reason}") from None
     finally:
         with contextlib.suppress(OSError):  # not there, or on a read-only disk

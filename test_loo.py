@@ -1784,7 +1784,7 @@ def test_groups_stay_on_one_side(tmp_path, capsys):
     lines = ["file,split,group", "x0.png,train,g", "x1.png,test,g", "x2.png,train,h"]
     write_table(tmp_path, *lines, images="")
     opened(tmp_path), opened(tmp_path, "test")
-    torn = "warning: 1 groups in labels.csv are in more than one split, the first is g\n"
+    torn = "warning: 1 groups in labels.csv are in several splits, the first is g\n"
     assert capsys.readouterr().err == torn
 
 
