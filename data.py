@@ -22,6 +22,7 @@ import itertools
 import json
 import logging
 import math
+import numbers
 import os
 import pickle
 import re
@@ -201,7 +202,9 @@ def check_root(root, name="folder"):
         root = root or "downloads"
     if not root or not Path(root).is_dir():
         problem = f"--root={root}: no such folder; " if root else ""
-        content = source.address or f"one sub-folder of images for each class, or a {TABLE}"
+        content = f"one sub-folder of images for each class, or a {TABLE}"
+        if source.address:
+            content = f"what {source.address} gives"
         raise UserError(f"{problem}--data={name} needs --root=DIR with {content}")
     return Path(root)
 
@@ -293,8 +296,8 @@ def composed(name):
 def split_folders(root):
     """The folders of a root's splits -> {split: folder}; {} where its folders are classes.
 
-    They are splits where all are named so, or where one for training stands beside another; what
-    else their names say, as seg in seg_train and seg_test, is the same."""
+    They are splits where the names of all begin so, or where one for training stands beside another
+    and what else their names say, as seg in seg_train and seg_test, is the same."""
     names = sub_folders(root) if root.is_dir() else []
     named = defaultdict(list)  # {rest of the name: [(split, name), ...]}
     for name in names:
@@ -304,6 +307,10 @@ def split_folders(root):
     sets = [pairs for pairs in named.values() if {"train"} < dict(pairs).keys()]
     if not sets and len(named[""]) == len(names):
         sets = [named[""]]
+    first_words = [re.match("[^a-z]*([a-z]*)", name.lower())[1] for name in names]
+    leading = list(zip(map(split_of, first_words), names))
+    if not sets and {"train"} < dict(leading).keys() and None not in dict(leading):
+        sets = [leading]
     splits = {}
     for split, name in itertools.chain(*sets):
         if split in splits:
@@ -376,6 +383,9 @@ def image_folder(split, root, seed=0):
         problem = f"{len(flat)} images lie beside the folders {', '.join(list(here)[:5])}"
         raise UserError(f"{top}: {problem}: put them into a class, or move them or the folders")
     check_class_folders(top, here, files, inner)
+    if strange := [path.name for path in files["."] if "\\" in path.name]:
+        hint = "was the zip packed on Windows? `unzip` makes folders of these"
+        warn_once(f"{top}: {len(strange)} names have backslashes, as {strange[0]}: {hint}")
     others += flat
     if splits and split == "train":
         for path in set(root.iterdir()) - set(splits.values()):
@@ -388,7 +398,7 @@ def image_folder(split, root, seed=0):
             raise UserError(f"{place}: no images; put some there (JPEG, PNG) or remove the folder")
     pairs = [(path, i) for i, name in enumerate(classes) for path in files.get(name, ())]
     if not splits:
-        keys = [path.relative_to(root).as_posix() for path, _ in pairs]
+        keys = [path.relative_to(train).as_posix() for path, _ in pairs]  # of any --root above
         sides = hashed_splits(keys, seed).values()
         warn_missing_classes(root, "class", sides, [i for _, i in pairs])
         side = "train" if split == "train" else "val"
@@ -427,6 +437,9 @@ def check_class_folders(top, here, files, inner):
             raise UserError(f"{problem}: move it elsewhere, or name the splits train and test")
         warn_once(problem, kind="again")
     for name in here:
+        if split_of(name) and inner[name]:
+            problem = f"{name} is read as one class, not as a split"
+            warn_once(f"{top}: {problem}; name splits train and test, and move others elsewhere")
         if re.search("(?i)mask|segm|annot|label|truth|^gt$|depth", name):
             stems = {path.stem for other in files if other != name for path in files[other]}
             if stems.issuperset(path.stem for path in files[name]):
@@ -435,7 +448,9 @@ def check_class_folders(top, here, files, inner):
     if len(first) > 1 and all(names == first for names in more):
         found = f"{', '.join(list(here)[:3])}, each with the folders {', '.join(sorted(first)[:3])}"
         place = here[next(iter(here))]
-        hint = f"if those are the classes, --root={place}, or name splits train and test"
+        hint = (
+            f"if those are the classes, --root={place}, or name splits train and test; move masks"
+        )
         warn_once(f"{top}: read as classes: {found}; {hint}")
     every = [*itertools.chain(*files.values())]
     named = [path for path in every if re.search(MASK, path.stem)]
@@ -446,7 +461,8 @@ def check_class_folders(top, here, files, inner):
         warn_once(f"{top}: {count}; move them elsewhere if they are")
 
 
-NO_LABEL = {"nan", "na", "n/a", "#n/a", "null"}  # how programs write that a label is not known
+# how programs write that a label is not known
+NO_LABEL = {"nan", "na", "n/a", "#n/a", "<na>", "nat", "null", "none", "?", "-"}
 
 
 def warn_odd_classes(where, names):
@@ -500,7 +516,7 @@ TABLE = "labels.csv"  # at the top of a folder: a row for each image, a column f
 # how people spell the splits, as in Training, valid, test_set or train2017
 SPLITS = {
     "train": "train(ing|val)?",
-    "val": "val(id(ation)?)?|dev",
+    "val": "val(id(ate|ation)?)?|dev",
     "test": "test(ing)?|eval(uation)?",
 }
 
@@ -521,6 +537,12 @@ def split_of(word):
             return split
 
 
+def has_file_column(header, comma):
+    """Has the first line of a table a column `file`, if `comma` stands between its cells?"""
+    cells = next(csv.reader([header.strip()], delimiter=comma, skipinitialspace=True), [])
+    return "file" in [cell.strip().lower() for cell in cells]
+
+
 def table_rows(path):
     """Yield the line number and the cells of each row that is not blank."""
     line = 0
@@ -528,7 +550,7 @@ def table_rows(path):
     try:
         text = path.read_text("utf-8-sig")
         first, _, rest = text.lstrip().partition("\n")
-        comma = max(",;\t", key=first.count) if re.search("[,;\t]", first) else "|"
+        comma = next((c for c in ",;\t|" if has_file_column(first, c)), ",")
         if excel := re.fullmatch("sep=(.)", first.rstrip("\r\n")):
             comma, text, line = excel[1], rest, 1
         reader = csv.reader(io.StringIO(text), delimiter=comma, skipinitialspace=True, strict=True)
@@ -547,8 +569,9 @@ def read_table(root, seed=0):
     """labels.csv -> its columns, {file: {column: cell}} of all images, listed or not.
 
     A file is a path below root, or a name that only one of them has. "split" is the column's, else
-    the folder's (train/, val/ or test/), else a hash of "group" or of the path; images not listed
-    have their folder's split, else train. "class" is the column's, else the folder's name."""
+    the folder's (train/, val/ or test/), else a hash of "group" or of the path; images not listed,
+    or with an empty cell, have their folder's split, else train. "class" is the column's, else the
+    folder's name."""
     rows = table_rows(root / TABLE)
 
     def refuse(line, problem):
@@ -584,11 +607,12 @@ def read_table(root, seed=0):
         file = found or short.get(file, file)
         if table.get(file):
             refuse(line, f"{file} is listed twice")
-        if "split" in row:
-            word = row["split"] or "train"
-            row["split"] = split_of(word)
+        if word := row.pop("split", ""):
+            row["split"], _ = split_and_rest(word)
             if not row["split"]:
                 refuse(line, f"split {word}: expected train, val or test")
+        if row.get("group", "").lower() in NO_LABEL:
+            row["group"] = ""
         if file in table:
             table[file] = row
         else:
@@ -609,7 +633,7 @@ def read_table(root, seed=0):
         if tops:
             top, *folders = folders or [""]
             split = tops.get(top, "train")
-        elif row:
+        elif row and "split" not in columns:
             split = hashed[row.get("group") or file]
         row.setdefault("split", split)
         row.setdefault("class", folders[0] if folders and "class" not in columns else "")
@@ -638,6 +662,10 @@ def table_folder(split, root, seed=0):
         splits[row.get("group")].add(row["split"])
     if torn := [group for group, where in splits.items() if group and len(where) > 1]:
         warn_once(f"{len(torn)} groups in {TABLE} are in several splits, the first is {torn[0]}")
+    groups = {table[file].get("group") or file for file in files}
+    if split != "train" and len(groups) < len(files):
+        count = f"the {len(files)} images for {split}, but they are of {len(groups)} group(s)"
+        warn_once(f"{root}: intervals take as independent {count}")
     labels, classes = {}, {}
     for label in dict.fromkeys(["class", *columns]):
         if label in ("", "file", "split", "group"):
@@ -648,6 +676,9 @@ def table_folder(split, root, seed=0):
             values = f"{len(names)} different values for {len(labeled)} images"
             warn_once(f"{root / TABLE}: column {label} is no label and left out: {values}")
             labeled, names = [], []
+        meant = {split_and_rest(name)[0] for name in names}
+        if {"train"} < meant and None not in meant and "split" not in columns:
+            raise UserError(f"{root / TABLE}: column {label} names splits: call it split")
         warn_odd_classes(f"{root / TABLE}, column {label}", names)
         classes[label] = names  # of all splits, so that a class has the same number in each
         number = {name: i for i, name in enumerate(names)}
@@ -731,6 +762,9 @@ def check_tiff(tags, bands=None):
     bands: how many channels Pillow sees; it drops the others."""
     channels = tags.get(tiff.SAMPLESPERPIXEL, 1)
     if channels not in ((1, 3) if bands is None else range(bands + 1)):
+        raise ValueError(f"{channels} channels, expected gray or RGB")
+    of_color = tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 2
+    if channels > 3 and of_color and tiff.EXTRASAMPLES not in tags:  # Pillow sees transparency
         raise ValueError(f"{channels} channels, expected gray or RGB")
     for number, kind in ((2, "signed"), (3, "floating point")):
         if number in tags.get(tiff.SAMPLEFORMAT, ()):
@@ -857,12 +891,13 @@ def iter_batches(dataset, workers=None, batch=256, part=(0, 1), count=None, name
     i-th on. Unreadable images are left out with a warning that names the first `named` (None: all);
     UserError where all are unreadable, or one in a published set."""
     files = dataset.images
-    batches = torch.arange(len(files))[:count].split(batch)[part[0] :: part[1]]
+    every = torch.arange(len(files))[:count]
+    batches = every.split(batch)[part[0] :: part[1]]
     if torch.is_tensor(files):
         for rows in batches:
             yield rows, files[rows], dataset.aspect[rows]
         return
-    n, failures = sum(map(len, batches)), []
+    n, failures = len(every), []
     workers = decoding_workers(workers, len(batches), part[1]) if n > 256 else 0
     sampler = [rows.tolist() for rows in batches]
     loader = DataLoader(files, batch_sampler=sampler, num_workers=workers, collate_fn=collate)
@@ -2258,7 +2293,7 @@ def parse_flag(flag, kind, value, limits):
     limits: of a number, a row of RANGES. A name that begins with ~ is one in the home folder."""
     expected = EXPECTED[kind]
     # What Python has for a word of the shell: --shots=5, --device=cpu, --schedule=300,400.
-    word = {str: torch.device, tuple: (int, Path)}.get(kind, ())
+    word = {str: torch.device, tuple: (numbers.Integral, Path)}.get(kind, ())
     if isinstance(value, word) and not isinstance(value, bool):
         value = str(value)
     elif kind is str and isinstance(value, (list, tuple)):
@@ -2386,7 +2421,6 @@ def command_line(commands, argv=None):
         if word not in commands:
             hint = f"{suggest(word, commands)}there are {', '.join(commands)}; --help says more"
             raise UserError(f"{word}: expected a command; {hint}")
-        WARNED.clear()
         Stream.lost = ""
         loo.environ_count("LOOC_MEGAPIXELS", MEGAPIXELS)  # UserError if it is no count
         flags = parse_words(commands[word], argv[1:])

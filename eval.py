@@ -1380,8 +1380,8 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
 def read_results(runs):
     """(config, line) for each line of the results, oldest run first, so the last one counts.
 
-    Those on the same images have one root, wherever these were. Other test images, or labels that
-    have changed, are named there.
+    Those on the same images have one root, wherever these were. Another test set, also of the same
+    images with other labels, is named there.
     """
     pairs = []
     for path in sorted(find_files(runs, "results.jsonl"), key=os.path.getmtime):
@@ -1405,7 +1405,7 @@ def read_results(runs):
                 unify(line, line["images"])
             if tested := line.get("tested"):
                 other = tested != tests.setdefault((line["root"], line["label"]), tested)
-                line["root"] += f" (test images {tested[:6]})" * other
+                line["root"] += f" (test set {tested[:6]})" * other
     return pairs
 
 

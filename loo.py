@@ -1022,6 +1022,7 @@ def typed(function):
 
     @wraps(function)
     def command(*args, **flags):
+        data_module().WARNED.clear()
         given = inspect.signature(function).bind(*args, **flags).arguments
         return function(**data_module().parse_flags(function, given))
 
@@ -1377,7 +1378,9 @@ def train(
     start = {}
     with init_distributed(config["device"]) as leader_first, contextlib.ExitStack() as stack:
         with leader_first():
-            if config["init"] and (fresh or not any(out.glob("checkpoint*.pt"))):
+            if not fresh and any(out.glob("checkpoint*.pt")):
+                check_same_run(config, out)
+            elif config["init"]:
                 start = start_weights(config)
             shared = world_size() > 1 or cache == "none" or bool(packed)
             files = open_dataset(data, split, root=root, **where)
@@ -2015,6 +2018,16 @@ def check_same_config(config, saved, out):
         raise UserError(f"{out} holds a run with other settings: {', '.join(words)}; {advice}")
 
 
+def check_same_run(config, out):
+    """check_same_config of what is known before images are read, which may take an hour."""
+    try:
+        saved = read_config(out, ("seed",))
+    except (OSError, ValueError, TypeError):
+        return  # load_checkpoint will tell
+    later = ("root", "textures", "label")
+    check_same_config({k: v for k, v in config.items() if k not in later}, saved, out)
+
+
 @contextlib.contextmanager
 def lock_folder(out):
     """Let one trainer use a run folder: a lock that dies with its process."""
@@ -2037,6 +2050,8 @@ def lock_folder(out):
 
 def move_aside(out):
     """Rename a run folder to the first free name.1, name.2, ... -> its new path."""
+    if not out.name:
+        raise UserError(f"--fresh cannot move --out={out} aside: start it from another folder")
     paths = (out.with_name(f"{out.name}.{i}") for i in itertools.count(1))
     return out.rename(next(path for path in paths if not path.exists()))
 
@@ -2197,7 +2212,11 @@ def strip_prefix(tensors, expected):
     """The tensors under the prefix, such as "module.encoder_q.", with the most expected names."""
     first = next(iter(expected))
     prefixes = [name.removesuffix(first) for name in tensors if name.endswith(first)]
-    prefix = max(prefixes, key=lambda p: sum(p + name in tensors for name in expected), default="")
+    known = {p: sum(p + name in tensors for name in expected) for p in prefixes}
+    prefix = max(known, key=known.get, default="")
+    networks = [p for p, count in known.items() if count > len(expected) / 2]
+    if len(networks) > 1:
+        data_module().warn_once(f"--init holds several networks, {networks}: {prefix!r} is taken")
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
@@ -2219,7 +2238,7 @@ def check_fit(tensors, expected, classifier, config):
 
 def load_encoder(run, device="cpu"):
     """The trained encoder of a run folder, frozen and in eval mode, and its config."""
-    run = Path(run)
+    run = Path(run).expanduser()
     files = [run / name for name in ("config.json", "backbone.pt", "heads.pt")]
     missing = [path for path in files if not path.exists()]
     if missing and run.is_dir():

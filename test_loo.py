@@ -957,6 +957,7 @@ def test_a_home_folder_may_be_named_by_its_sign(here, monkeypatch):
     config = loo.default_config(out="~/run", root="~/photos", data="folder")
     assert (config["out"], config["root"]) == (f"{here}/run", f"{here}/photos")
     assert data.parse_flags(eval.table, dict(runs="~/a*, b")) == {"runs": (f"{here}/a*", "b")}
+    assert data.parse_flags(eval.fewshot, dict(shots=np.int64(5))) == {"shots": ("5",)}
     run(data, "sheet --out=~/new/sheet.png --size=8")
     assert (here / "new" / "sheet.png").exists()
 
@@ -1129,6 +1130,14 @@ def test_start_weights_of_a_state_dict_whatever_it_is_nested_in(prefix, tmp_path
         assert torch.equal(state[f"tops.{space}.1.conv2.weight"], net.layer4[1].conv2.weight)
 
 
+def test_start_weights_of_two_networks_say_which_is_taken(tmp_path, capsys):
+    content = torchvision.models.resnet18().state_dict()
+    torch.save({"ema": content, "model": content}, tmp_path / "net.pt")
+    loo.start_weights(init_config(tmp_path / "net.pt"))
+    said = "--init holds several networks, ['ema.', 'model.']: 'ema.' is taken"
+    assert said in capsys.readouterr().err
+
+
 def test_start_weights_of_a_vision_transformer_at_another_size(tmp_path, shallow_vit):
     net = torchvision.models.get_model("vit_b_32", image_size=96)
     torch.save(net.state_dict(), tmp_path / "net.pt")
@@ -1176,7 +1185,9 @@ def test_a_run_starts_from_another_and_goes_on_without_it(here, capsys):
     out = printed(capsys, loo, f"{line} --out=third --init=first --dim=8").out
     assert "small (backbone from" in out
     assert "dim" in refused(capsys, loo, f"{line} --out=third --init=first")
-    assert "other settings: --init" in refused(capsys, loo, f"{line} --out=second")
+    with unittest.mock.patch.object(data, "decode_cached", side_effect=AssertionError):
+        assert "other settings: --init" in refused(capsys, loo, f"{line} --out=second")
+    raises(UserError, "--fresh cannot move --out=. aside", loo.move_aside, Path("."))
     line = f"{line} --out=second --init=first"
     shutil.rmtree("first")
     assert "second is trained already" in printed(capsys, loo, line).out
@@ -1540,6 +1551,9 @@ LAYOUTS += [({"train_256/x": 2, "test_256/x": 1}, ("train", "test"), 1)]
 LAYOUTS += [(dict(trainval__x=2, test__x=1), ("train", "test"), 1)]
 LAYOUTS += [(dict(Xtrain__x=2, Xtest__x=1), ("train", "test"), 1)]
 LAYOUTS += [(dict(contest=9, latest=9, train=9), ("train", "val"), 3)]
+LAYOUTS += [({"train-2023T1Z/train/x": 2, "test-2024T2Z/test/x": 1}, ("train", "test"), 1)]
+LAYOUTS += [(dict(train_val__x=2, test__x=1), ("train", "test"), 1)]
+LAYOUTS += [(dict(train__x=2, validate__x=1), ("train", "val"), 1)]
 LAYOUTS += [(dict(a_train__a_train__x=2, a_test__a_test__x=1), ("train", "test"), 1)]
 
 
@@ -1556,6 +1570,7 @@ def test_folders_named_like_splits_are_splits_beside_others(counts, splits, clas
 REFUSED = [(dict(train__x=1, val__x=1, valid__x=1), "val and valid are both for val")]
 REFUSED += [(dict(val__x=1, test__x=1), "no folder train")]
 REFUSED += [(dict(trainA=1, trainB=1, testA=1, testB=1), "testA and testB are both for test")]
+REFUSED += [(dict(train_a=1, train_b=1, test=1), "train_a and train_b are both for train")]
 REFUSED += [(dict(a__train__x=1, a__val__x=1), "one folder further: --root=.*/a$")]
 REFUSED += [({"day/train": 1, "day/val": 1, "night/train": 1}, "--root=.*/day$")]
 REFUSED += [(dict(a__train=1, a__val=1, b__train=1, b__val=1), "a and b have splits of")]
@@ -1578,6 +1593,7 @@ ODD_CLASSES += [(dict(a=9, b__a=9), "b holds a again, classes beside it")]
 ODD_CLASSES += [(dict(a__a=5, a__b=5, b__a=5, b__b=5), "a, b, each with .* a, b; .* name splits")]
 ODD_CLASSES += [(dict(cats__s0=9, cats__s1=9), "its classes are the folders in")]
 ODD_CLASSES += [(dict(Cat=9, cat=9), "'Cat' and 'cat' are different classes")]
+ODD_CLASSES += [(dict(train__a=9, train__b=9, docs=3), "train is read as one class, not as a")]
 ODD_CLASSES += [(dict(NA=9, b=9), "NA is read as a class; leave the cell empty")]
 
 
@@ -1587,10 +1603,27 @@ def test_folders_that_are_hardly_classes_are_named(counts, hint, tmp_path, capsy
     assert re.search(hint, capsys.readouterr().err)
 
 
+def test_names_of_a_windows_zip_are_named(tmp_path, capsys):
+    for i in range(3):
+        write_image(tmp_path / f"data\\cat\\{i}.png")
+    opened(tmp_path)
+    assert "3 names have backslashes, as data\\cat\\0.png" in capsys.readouterr().err
+
+
+def test_a_split_of_its_own_is_the_same_from_a_folder_above(tmp_path):
+    folder_of(tmp_path / "above", cats__a=9, cats__b=9)
+    ours, above = (data.image_folder("val", tmp_path / root)[0] for root in ("above/cats", "above"))
+    assert ours == above
+
+
 def test_a_folder_to_train_on_alone_is_checked_and_not_evaluated(untrained, capsys):
     photo_tree(untrained / "photos" / "train", 2, 15)
-    run(data, "check --data=folder --root=photos")
-    assert "| train | 2 | - | 30 |" in capsys.readouterr().out
+    write_image(untrained / "photos" / "more.heic.txt")
+    for _ in range(2):  # from Python every call warns again
+        data.check("folder", "photos")
+        out, err = capsys.readouterr()
+        assert "| train | 2 | - | 30 |" in out
+        assert "left out: 1 files" in err
     err = refused(capsys, eval, "knn --data=folder --root=photos")
     assert "evaluations need val or test too" in err
     train = f"train moco color folder --root=photos --epochs=1 --batch=16 --out=alone {TINY}"
@@ -1693,11 +1726,14 @@ def test_tables_of_spreadsheets_are_read(separator, first, tmp_path):
     columns, table = data.read_table(tmp_path)
     assert columns == ["file", "kind", ""]
     assert [table[file]["kind"] for file in ("a.png", "b.png")] == ["x", "y"]
+    other = ";" if separator == "," else ","
+    write_table(tmp_path, f'file{separator}"a{other} b{other}"', f"a.png{separator}x", images="")
+    assert data.read_table(tmp_path)[0] == ["file", f"a{other} b{other}"]
 
 
 def test_tables_know_files_by_any_path_and_accent_and_columns_in_capitals(tmp_path, capsys):
     folder = os.path.relpath(tmp_path)  # from where python runs
-    rows = f"{tmp_path}/a.png,1,train", f"{folder}/b.png,2,TEST"
+    rows = f"{tmp_path}/a.png,1,train", f"{folder}/b.png,2,PublicTest"
     write_table(tmp_path, "File,Kind,SPLIT", *rows, images="ab")
     assert data.read_table(tmp_path)[0] == ["file", "Kind", "split"]
     assert opened(tmp_path, "test")[:2] == (["b.png"], {"class": [-1], "Kind": [1]})
@@ -1768,6 +1804,8 @@ def test_a_table_beside_train_and_val_keeps_their_splits(tmp_path):
     labels, classes = {"class": [0], "kind": [1]}, {"class": ["x", "y"], "kind": ["1", "2"]}
     assert opened(tmp_path, "val") == (["val/x/0.png"], labels, classes)
     assert data.dataset_splits("folder", tmp_path) == ("train", "val")
+    write_table(tmp_path, "file,split", "train/x/0.png,", "train/y/0.png,val", images="")
+    assert opened(tmp_path, "val")[0] == ["train/y/0.png", "val/x/0.png"]
     # All of it is read.
     raises(UserError, "choose one outside", data.forbid_inside, tmp_path / "runs", tmp_path)
 
@@ -1780,8 +1818,10 @@ def test_groups_stay_on_one_side(tmp_path, capsys):
     assert all(sides)
     assert not sides[0] & sides[1]
     assert "group" not in opened(tmp_path)[2]
-    assert not capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert re.search(r"independent the \d+ images for val, but they are of \d group", err)
     lines = ["file,split,group", "x0.png,train,g", "x1.png,test,g", "x2.png,train,h"]
+    lines += ["x3.png,train,NA", "x4.png,test,NA"]  # of no group
     write_table(tmp_path, *lines, images="")
     opened(tmp_path), opened(tmp_path, "test")
     torn = "warning: 1 groups in labels.csv are in several splits, the first is g\n"
@@ -1795,6 +1835,9 @@ BAD_TABLES += [("file,rotation", "line 1: evaluations use the name rotation")]
 BAD_TABLES += [("file,kind\n\na.png,1,2", "line 3: 3 cells, the header has 2")]
 BAD_TABLES += [("file,kind\na.png", "line 2: 1 cells, the header has 2")]
 BAD_TABLES += [("file,kind\na.png,1\n./a.png,2", "line 3: a.png is listed twice")]
+BAD_TABLES += [
+    ("file,Usage\na.png,Training\nb.png,PublicTest", "Usage names splits: call it split")
+]
 BAD_TABLES += [("file,split\na.png,trian", "line 2: split trian: expected train")]
 LOST = "line 3: x.png: no such image in .*; 2 files .* such as a.png"
 BAD_TABLES += [("file\na.png\nx.png\nlabels.csv", LOST)]
@@ -1924,6 +1967,10 @@ def test_files_that_are_no_image_of_known_channels_are_refused_by_what_they_are(
     for channels in (2, 5, 13):
         path.write_bytes(head + tag + struct.pack("<H", channels) + tail[2:])
         raises(UserError, f"x.tif: {channels} channels, expected gray or RGB", read_image, path)
+    Image.new("RGBA", (8, 8)).save(path)
+    transparency = struct.pack("<H", 338)  # the tag that says what the fourth channel is
+    path.write_bytes(path.read_bytes().replace(transparency, struct.pack("<H", 65000)))
+    raises(UserError, "x.tif: 4 channels, expected gray or RGB", read_image, path)
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     raises(UserError, "x.tif: no image that Pillow can read; save it as", read_image, path)
     path.unlink()
@@ -1976,6 +2023,7 @@ def test_a_stream_leaves_out_what_cannot_be_read(tmp_path):
     assert rows.tolist() == [0, 2, 3, 5, 6]
     assert len(aspect) == 5
     assert images[:, 0, 9, 9].tolist() == [0, 60, 90, 150, 180]
+    assert not list(data.iter_batches(dataset, batch=1, part=(1, 7)))  # another process has more
     raises(UserError, "2 of 7 images cannot be read", data.decode_all, dataset)  # and more than 1%
     (folder / "4.png").unlink()
     raises(UserError, "2 of 7 images cannot be read", data.decode_all, dataset, cache=tmp_path)
@@ -2231,7 +2279,7 @@ def test_flowers102_follows_setid(few, tmp_path):
         assert {int(path[-9:-4]): label for path, label in by_path.items()} == labels
     table = tmp_path / "flowers-102" / "imagelabels.mat"
     table.write_bytes(table.read_bytes()[:-20])
-    says = "imagelabels.mat: cannot be read as a MATLAB file"
+    says = "imagelabels.mat: no MATLAB file"
     raises(UserError, says, opened, tmp_path, "test", "flowers102")
     table.unlink()
     raises(UserError, "imagelabels.mat", opened, tmp_path, "test", "flowers102")
@@ -3298,7 +3346,9 @@ def test_a_kept_classifier_classifies_new_images(untrained, capsys):
         assert "expected a file that `linear --save` wrote" in err
     backbone = torch.load("runs/latest/backbone.pt")
     torch.save(backbone | {"conv1.weight": backbone["conv1.weight"] + 1}, "runs/latest/backbone.pt")
-    assert "was trained on --run=" in refused(capsys, eval, "embed --root=more --classify=head.pt")
+    embed = "embed --root=more --classify=head.pt"
+    assert "was trained on --run=" in refused(capsys, eval, embed)
+    assert "nope: no such run" in refused(capsys, eval, f"{embed} --run=nope")
 
 
 def test_papers_transfer_tasks_run(untrained, few):
@@ -3454,8 +3504,8 @@ def test_every_task_takes_the_images_that_have_the_label(untrained, capsys, monk
     tasks += ["linear --label=hue --protocol=paper --epochs=1"]
     for line in (*tasks, "fewshot --label=hue --shots=2 --trials=2"):
         run(eval, line)
-    raises(SystemExit, "^2$", run, eval, "robust --label=hue --pictures=1")
-    assert "these test images have no hue" in capsys.readouterr().err
+    err = refused(capsys, eval, "robust --label=hue --pictures=1")
+    assert "these test images have no hue" in err
     run(eval, "retrieve --label=hue --queries=32")
     known = [data.factors(split).labels["hue"] >= 0 for split in ("train", "test")]
     n_train, n_test = (int(labeled.sum()) for labeled in known)
@@ -3564,7 +3614,22 @@ def test_table_knows_a_folder_by_its_images(here, capsys):
     images |= dict(held={"root": [9, "one"]})
     write_run(here / "run2", images, line | dict(tested="2"), line)
     out = printed(capsys, eval, "table --runs=run2").out
-    assert "linear class on folder y (test images two)" in out
+    assert "linear class on folder y (test set two)" in out
+
+
+def test_a_test_set_is_its_images_and_what_they_are_labeled():
+    marks = []
+    for labels in ([0, 1], [1, 1]):
+        labels = {"kind": torch.tensor(labels)}
+        test = data.ImageSet((noise(2) * 255).byte(), None, labels, {"kind": ["a", "b"]})
+        marks.append((eval.test_mark(test, "kind"), eval.test_mark(test, "rotation")))
+    assert marks[0][0] != marks[1][0]
+    assert marks[0][1] == marks[1][1]
+
+
+def test_claims_are_judged_on_the_images_of_the_training(tmp_path):
+    write_run(tmp_path, dict(data="folder", root="x"), dict(root="x", top1=1.0), dict(root="y"))
+    assert [line["top1"] for line in eval.own_results(tmp_path)] == [1.0]
 
 
 def test_table_names_what_was_trained_unlike(here, capsys):
