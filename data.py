@@ -897,8 +897,8 @@ def iter_batches(dataset, workers=None, batch=256, part=(0, 1), count=None, name
         for rows in batches:
             yield rows, files[rows], dataset.aspect[rows]
         return
-    n, failures = len(every), []
-    workers = decoding_workers(workers, len(batches), part[1]) if n > 256 else 0
+    failures, n_own = [], sum(map(len, batches))
+    workers = decoding_workers(workers, len(batches), part[1]) if n_own > 256 else 0
     sampler = [rows.tolist() for rows in batches]
     loader = DataLoader(files, batch_sampler=sampler, num_workers=workers, collate_fn=collate)
     try:
@@ -913,8 +913,8 @@ def iter_batches(dataset, workers=None, batch=256, part=(0, 1), count=None, name
     except RuntimeError as error:  # a worker was killed
         hint = "free some memory, or take --workers=0 where the command has it"
         raise UserError(f"decoding stopped ({first_line(error)}): {hint}") from None
-    if failures and len(failures) == n:
-        raise UserError(f"none of the {n} images can be read; the first: {failures[0]}")
+    if failures and len(failures) == len(every):
+        raise UserError(f"none of the {len(every)} images can be read; the first: {failures[0]}")
     for error in failures[:named]:
         print(f"warning: unreadable: {error}", file=sys.stderr)
     if named and len(failures) > named:
