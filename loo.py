@@ -25,7 +25,6 @@ d feature, c embedding or color channel, n queue slot or view, f filter, h w pix
 
 import collections
 import contextlib
-import ctypes
 import datetime
 import hashlib
 import inspect
@@ -162,22 +161,6 @@ def queue_update(queue, pointer, keys):
 # ---------------------------------------- the training step
 
 
-class State(NamedTuple):
-    """All that decides the next step, beside the configuration; init_state makes the first one.
-
-    The supervised baseline leaves the key encoder idle, the others the classifier.
-    """
-
-    encoder_q: nn.Module
-    encoder_k: nn.Module
-    classifier: nn.Module
-    optimizer: torch.optim.Optimizer
-    queue: torch.Tensor  # (s n c) unit norm
-    queue_ptr: int  # the queue's oldest slot
-    step: int
-    total: torch.Tensor  # (s,) the loss summed since the last line of the log
-
-
 def train_step(state, images, aspect, config, textures=None):
     """One step of section 3, or of a contrastive baseline -> State, (loss, q, k, queue, role).
 
@@ -215,15 +198,6 @@ def train_step(state, images, aspect, config, textures=None):
     queue, queue_ptr = queue_update(state.queue, state.queue_ptr, positives)
     compared = (loss.detach(), q.detach(), k, state.queue, role)
     return state._replace(queue=queue, queue_ptr=queue_ptr, step=step + 1), compared
-
-
-@torch.no_grad()
-def ema(encoder_k, encoder_q, momentum):
-    """The key encoder follows the query encoder, as in MoCo: parameters only, no buffers."""
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum is {momentum}: expected 0 to 1")
-    parameters_k, parameters_q = list(encoder_k.parameters()), list(encoder_q.parameters())
-    torch._foreach_lerp_(parameters_k, parameters_q, 1 - momentum)
 
 
 # ---------------------------------------- views: sample parameters, then apply them
@@ -266,9 +240,7 @@ def augment_groups(
     share = torch.as_tensor(share)
     sampling = dict(sampling or {})
     check_views(images, groups, share, always, aspect, textures, rows, sampling)
-    if rows is None:
-        every = torch.arange(len(images))
-        rows = Rows(len(images), every, every, every)
+    rows = rows or all_rows(len(images))
     v, b = len(share), len(rows.query)
     if textures is not None:
         sampling["texture"] = {"copies": textures.shape[1]} | sampling.get("texture", {})
@@ -327,7 +299,23 @@ def apply_groups(images, index, params, size=None, aspect=None, textures=None):
     return x
 
 
-# ---------------------------------------- the parts of a step: its rows, its views, other baselines
+# ---------------------------------------- the parts of a step, and the supervised baseline
+
+
+class State(NamedTuple):
+    """All that decides the next step, beside the configuration; init_state makes the first one.
+
+    The supervised baseline leaves the key encoder idle, the others the classifier.
+    """
+
+    encoder_q: nn.Module
+    encoder_k: nn.Module
+    classifier: nn.Module
+    optimizer: torch.optim.Optimizer
+    queue: torch.Tensor  # (s n c) unit norm
+    queue_ptr: int  # the queue's oldest slot
+    step: int
+    total: torch.Tensor  # (s,) the loss summed since the last line of the log
 
 
 class Rows(NamedTuple):
@@ -337,6 +325,12 @@ class Rows(NamedTuple):
     images: torch.Tensor  # (m,) ascending: the rows that it has read
     query: torch.Tensor  # (b,) the rows of its query views
     key: torch.Tensor  # (b,) the rows of its key views
+
+
+def all_rows(n):
+    """The Rows of a process that has the whole batch of n."""
+    every = torch.arange(n)
+    return Rows(n, every, every, every)
 
 
 def map_params(params, change):
@@ -373,6 +367,15 @@ def key_permutation(config, step):
     """
     generator = make_generator("shuffle", config["seed"], step)
     return torch.randperm(config["batch"], generator=generator)
+
+
+@torch.no_grad()
+def ema(encoder_k, encoder_q, momentum):
+    """The key encoder follows the query encoder, as in MoCo: parameters only, no buffers."""
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is {momentum}: expected 0 to 1")
+    parameters_k, parameters_q = list(encoder_k.parameters()), list(encoder_q.parameters())
+    torch._foreach_lerp_(parameters_k, parameters_q, 1 - momentum)
 
 
 def optimizer_step(optimizer, loss):
@@ -1795,6 +1798,8 @@ def tune_backends():
     """
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
     if sys.platform == "linux":
+        import ctypes
+
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
