@@ -800,7 +800,8 @@ def to_rgb(image):
         image.info["transparency"] = tuple(value // 256 for value in clear)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.getextrema()[3] != (0, 0):  # as some TGA have it where it means nothing
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     if deep:
         counts = image.convert("L").histogram()

@@ -1925,6 +1925,7 @@ TO_THE_RIGHT[0x0112] = 6  # is to be shown a quarter turn to the right
 ODD_FILES = [("bad_exif.png", Image.new("RGB", (8, 8), GREEN), {"exif": b"garbage" * 9}, GREEN)]
 ODD_FILES += [("white_zero.tif", Image.new("I;16", (8, 8), 200 << 8), {"tiffinfo": {262: 0}}, 55)]
 ODD_FILES += [("turned.png", TURNED, {"exif": TO_THE_RIGHT}, np.rot90(RAMP, -1))]
+ODD_FILES += [("alpha_0.tga", Image.new("RGBA", (8, 8), (*GREEN, 0)), {}, GREEN)]
 ODD_FILES += [("20_is_transparent.png", RAMP_16, {"transparency": 20 << 8}, WITHOUT_20)]
 
 
