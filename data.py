@@ -296,8 +296,9 @@ def composed(name):
 def split_folders(root):
     """The folders of a root's splits -> {split: folder}; {} where its folders are classes.
 
-    They are splits where the names of all begin so, or where one for training stands beside another
-    and what else their names say, as seg in seg_train and seg_test, is the same."""
+    They are splits where one for training stands beside another and what else their names say, as
+    seg in seg_train and seg_test, is the same; and where the names of all begin so and all hold
+    folders."""
     names = sub_folders(root) if root.is_dir() else []
     named = defaultdict(list)  # {rest of the name: [(split, name), ...]}
     for name in names:
@@ -307,17 +308,21 @@ def split_folders(root):
     sets = [pairs for pairs in named.values() if {"train"} < dict(pairs).keys()]
     if not sets and len(named[""]) == len(names):
         sets = [named[""]]
-    first_words = [re.match("[^a-z]*([a-z]*)", name.lower())[1] for name in names]
-    leading = list(zip(map(split_of, first_words), names))
-    if not sets and {"train"} < dict(leading).keys() and None not in dict(leading):
-        sets = [leading]
+    leading = [(split_of(first_word(name)), name) for name in names]
+    found = dict(leading).keys()
+    if not sets and {"train"} < found and None not in found:
+        sets = [leading] if all(sub_folders(root / name) for name in names) else []
     splits = {}
     for split, name in itertools.chain(*sets):
         if split in splits:
             both = f"{splits[split].name} and {name}"
-            raise UserError(f"{root}: {both} are both for {split}: join them")
+            raise UserError(f"{root}: {both} are both for {split}: join them, or rename classes")
         splits[split] = root / name
     return splits
+
+
+def first_word(name):
+    return re.match("[^a-z]*([a-z]*)", name.lower())[1]
 
 
 def split_and_rest(name):
@@ -437,7 +442,7 @@ def check_class_folders(top, here, files, inner):
             raise UserError(f"{problem}: move it elsewhere, or name the splits train and test")
         warn_once(problem, kind="again")
     for name in here:
-        if split_of(name) and inner[name]:
+        if split_of(first_word(name)) == "train" and (inner[name] or not split_of(name)):
             problem = f"{name} is read as one class, not as a split"
             warn_once(f"{top}: {problem}; name splits train and test, and move others elsewhere")
         if re.search("(?i)mask|segm|annot|label|truth|^gt$|depth", name):
@@ -448,10 +453,8 @@ def check_class_folders(top, here, files, inner):
     if len(first) > 1 and all(names == first for names in more):
         found = f"{', '.join(list(here)[:3])}, each with the folders {', '.join(sorted(first)[:3])}"
         place = here[next(iter(here))]
-        hint = (
-            f"if those are the classes, --root={place}, or name splits train and test; move masks"
-        )
-        warn_once(f"{top}: read as classes: {found}; {hint}")
+        hint = f"if those are the classes, --root={place}, or name splits train and test"
+        warn_once(f"{top}: read as classes: {found}; {hint}; move masks elsewhere")
     every = [*itertools.chain(*files.values())]
     named = [path for path in every if re.search(MASK, path.stem)]
     stems = {path.with_suffix("") for path in every} if named else ()
@@ -475,7 +478,8 @@ def warn_odd_classes(where, names):
             plain = float(plain.replace("_", "x"))  # 1_1 is no number
         alike[plain].append(name)
         if name.lower() in NO_LABEL:
-            warn_once(f"{where}: {name} is read as a class; leave the cell empty for no label")
+            hint = f"leave the cell of {TABLE} empty for none"
+            warn_once(f"{where}: {name} is read as a class; {hint}")
     for some in alike.values():
         if len(some) > 1:
             warn_once(f"{where}: {' and '.join(map(ascii, some))} are different classes", where)
@@ -517,7 +521,7 @@ TABLE = "labels.csv"  # at the top of a folder: a row for each image, a column f
 SPLITS = {
     "train": "train(ing|val)?",
     "val": "val(id(ate|ation)?)?|dev",
-    "test": "test(ing)?|eval(uation)?",
+    "test": r"((public|private)[\W_]*)?test(ing)?|eval(uation)?",
 }
 
 
@@ -608,7 +612,7 @@ def read_table(root, seed=0):
         if table.get(file):
             refuse(line, f"{file} is listed twice")
         if word := row.pop("split", ""):
-            row["split"], _ = split_and_rest(word)
+            row["split"] = split_of(word)
             if not row["split"]:
                 refuse(line, f"split {word}: expected train, val or test")
         if row.get("group", "").lower() in NO_LABEL:
@@ -626,6 +630,10 @@ def read_table(root, seed=0):
         count = f"{len(by_name)} files are found by their names alone"
         warn_once(f"{root / TABLE}: {count}, the first is {by_name[0]}")
     tops = {top.name: split for split, top in split_folders(root).items()}
+    for name in columns if not tops and "split" not in columns else ():
+        meant = {split_of(row[name]) for row in table.values() if row.get(name)}
+        if {"train"} < meant and None not in meant:
+            refuse(1, f"column {name} names splits: call it split")
     keys = [row.get("group") or file for file, row in table.items() if row]
     hashed = hashed_splits(keys, seed)
     for file, row in table.items():
@@ -664,8 +672,8 @@ def table_folder(split, root, seed=0):
         warn_once(f"{len(torn)} groups in {TABLE} are in several splits, the first is {torn[0]}")
     groups = {table[file].get("group") or file for file in files}
     if split != "train" and len(groups) < len(files):
-        count = f"the {len(files)} images for {split}, but they are of {len(groups)} group(s)"
-        warn_once(f"{root}: intervals take as independent {count}")
+        count = f"the {len(files)} images for {split} are of {len(groups)} groups"
+        warn_once(f"{root}: {count}; intervals treat them as independent")
     labels, classes = {}, {}
     for label in dict.fromkeys(["class", *columns]):
         if label in ("", "file", "split", "group"):
@@ -676,9 +684,6 @@ def table_folder(split, root, seed=0):
             values = f"{len(names)} different values for {len(labeled)} images"
             warn_once(f"{root / TABLE}: column {label} is no label and left out: {values}")
             labeled, names = [], []
-        meant = {split_and_rest(name)[0] for name in names}
-        if {"train"} < meant and None not in meant and "split" not in columns:
-            raise UserError(f"{root / TABLE}: column {label} names splits: call it split")
         warn_odd_classes(f"{root / TABLE}, column {label}", names)
         classes[label] = names  # of all splits, so that a class has the same number in each
         number = {name: i for i, name in enumerate(names)}
@@ -765,7 +770,8 @@ def check_tiff(tags, bands=None):
         raise ValueError(f"{channels} channels, expected gray or RGB")
     of_color = tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 2
     if channels > 3 and of_color and tiff.EXTRASAMPLES not in tags:  # Pillow sees transparency
-        raise ValueError(f"{channels} channels, expected gray or RGB")
+        hint = "save it as PNG if one is transparency"
+        raise ValueError(f"{channels} channels, expected gray or RGB; {hint}")
     for number, kind in ((2, "signed"), (3, "floating point")):
         if number in tags.get(tiff.SAMPLEFORMAT, ()):
             raise ValueError(f"{kind} pixels {UNKNOWN_WHITE}")
@@ -890,7 +896,7 @@ def iter_batches(dataset, workers=None, batch=256, part=(0, 1), count=None, name
 
     Yields rows (b,), images (b 3 h w) uint8, aspect (b,). part (i, of): every of-th batch from the
     i-th on. Unreadable images are left out with a warning that names the first `named` (None: all);
-    UserError where all are unreadable, or one in a published set."""
+    UserError where the whole set is unreadable, or one of a published set."""
     files = dataset.images
     every = torch.arange(len(files))[:count]
     batches = every.split(batch)[part[0] :: part[1]]

@@ -187,10 +187,21 @@ def features(encoder, dataset, turns=(0,), workers=None, batch=256):
             v[r, rows] = some_v.float().cpu()  # (b d)
             z[:, r, rows] = some_z.float().cpu()  # (s b c)
         seen[rows] = 1
-    v, z, seen = map(loo.all_reduce_sum, (v, z, seen))
-    rows = seen.nonzero().squeeze(1)
+    v, z = map(loo.all_reduce_sum, (v, z))
+    rows = readable_rows(seen)
     v = rearrange(v[:, rows], "r n d -> (r n) d")
     return v, rearrange(z[:, :, rows], "s r n c -> s (r n) c"), rows
+
+
+def readable_rows(seen):
+    """seen (n,), 1 where this rank read an image -> rows (m,) that any rank read.
+
+    UserError where none is.
+    """
+    rows = loo.all_reduce_sum(seen).nonzero().squeeze(1)
+    if not len(rows):
+        raise UserError(f"none of the {len(seen)} images can be read")
+    return rows
 
 
 def cached_features(ctx, split, turns=(0,)):
@@ -1194,7 +1205,7 @@ def embed_files(encoder, config, feature, paths, part, workers, leader_first):
         check_all_finite(f"features of {named}", some)
         x[rows] = some
         seen[rows] = 1
-    rows = loo.all_reduce_sum(seen).nonzero().squeeze(1)
+    rows = readable_rows(seen)
     if loo.rank() == 0:
         # Close the gaps, in place: the rows ascend, so no row is overwritten before it is read.
         for to, some in zip(torch.arange(len(rows)).split(4096), rows.split(4096)):
@@ -1254,7 +1265,7 @@ KEYS += ("shots", "top1", "top5", "ci95", "largest", "balanced", "n_train", "n_t
 KEYS += ("seconds",)
 # What a line must have to be read again, see loo.check_types; the rest may be absent or null.
 TYPES = dict(task=str, data=str, label=str, feature=str, method=str, groups=[str], protocol=str)
-MAYBE = dict(shots=int, on=str, root=str, images=str, tested=str)
+MAYBE = dict(shots=int, on=str, root=str, images=str, tested=str, labeled=str)
 MAYBE |= dict.fromkeys(("top1", "top5"), loo.NUMBER)
 # The printed columns and their heads; OPTIONAL ones only where the first result has a value.
 PRINTED = dict(run="run", data="data", task="task", label="label", on="on", feature="feature")
@@ -1274,7 +1285,7 @@ def report(ctx, task_name, results, settings, json, begun):
     common = dict(run=ctx.run.name, task=task_name, data=ctx.data, root=ctx.root, protocol="fast")
     common |= dict(feature=ctx.feature, seed=ctx.seed)
     if ctx.data == "folder":
-        common["images"] = fingerprint(ctx.split["train"])
+        common["images"], common["tested"] = (fingerprint(ctx.split[s]) for s in ("train", "test"))
         count, mark = ctx.config["held"].get("root", (0, ""))
         if ctx.root == ctx.config["root"] and mark not in ("", common["images"]):
             changed = f"other training images than the run's {count}, by name or size"
@@ -1285,8 +1296,8 @@ def report(ctx, task_name, results, settings, json, begun):
             continue
         keep, note = found.pop("keep", True), found.pop("note", None)
         line = dict.fromkeys(KEYS) | common | found
-        if ctx.data == "folder":
-            line["tested"] = test_mark(ctx.split["test"], line["label"])
+        if ctx.data == "folder" and line["label"] != "rotation":
+            line["labeled"] = label_mark(ctx.split["test"], line["label"])
         line["protocol"] = ", ".join([line["protocol"], *settings])
         line["seconds"] = round(time.perf_counter() - begun, 1)
         begun = time.perf_counter()
@@ -1309,12 +1320,10 @@ def report(ctx, task_name, results, settings, json, begun):
         print("\n" + "\n".join(notes))
 
 
-def test_mark(test, label):
-    """What was tested, as a hash: the images, and what they are labeled."""
-    content = [fingerprint(test)]
-    if label != "rotation":
-        content += [test.classes[label], test.labels[label].tolist()]
-    return hashlib.sha1(repr(content).encode()).hexdigest()
+def label_mark(dataset, label):
+    """What the images are labeled, as a hash."""
+    names = repr(dataset.classes[label]).encode("utf-8", "surrogateescape")
+    return hashlib.sha1(names + dataset.labels[label].numpy().tobytes()).hexdigest()
 
 
 def append_line(path, text):
@@ -1380,8 +1389,8 @@ def table(runs: tuple = ("runs/*",), paper: bool = False):
 def read_results(runs):
     """(config, line) for each line of the results, oldest run first, so the last one counts.
 
-    Those on the same images have one root, wherever these were. Another test set, also of the same
-    images with other labels, is named there.
+    Those on the same images have one root, wherever these were; other test images, or other labels
+    of the same, are named there.
     """
     pairs = []
     for path in sorted(find_files(runs, "results.jsonl"), key=os.path.getmtime):
@@ -1390,7 +1399,7 @@ def read_results(runs):
         names = ",".join(runs)
         raise UserError(f"--runs={names}: no results to read; `python eval.py linear` writes some")
     roots = {}  # {mark of the images: root}
-    tests = {}  # {(root, label): mark of what was tested}
+    marks = {}  # {(key, root, label): the first mark}
 
     def unify(holder, mark):
         if mark not in roots:
@@ -1403,9 +1412,10 @@ def read_results(runs):
             unify(config, config["held"]["root"][1])
             if line.get("images"):
                 unify(line, line["images"])
-            if tested := line.get("tested"):
-                other = tested != tests.setdefault((line["root"], line["label"]), tested)
-                line["root"] += f" (test set {tested[:6]})" * other
+            for what, key in (("test images", "tested"), ("labels", "labeled")):
+                mark, place = line.get(key), (key, line["root"], line["label"])
+                if mark and mark != marks.setdefault(place, mark):
+                    line["root"] += f" ({what} {mark[:6]})"
     return pairs
 
 
@@ -1801,7 +1811,9 @@ def claims(
             check_choice("labels", label, known)
     folder = Path(out) / budget
     check_out(folder, folder=True)
-    folder.mkdir(parents=True, exist_ok=True)  # an error where it cannot be written, before all
+    check_out(Path(out) / f"{budget}.jsonl")
+    # An error where it cannot be written, before anything runs.
+    Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
     chains = missing_commands(folder, chosen, BUDGETS[budget] | place, tables)
     try:
         run_all(chains)

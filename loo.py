@@ -1145,9 +1145,8 @@ def check_config(config, packed):
     if batch % splits or batch == splits:
         raise UserError(f"--batch={batch} is not --splits={splits} parts of two images or more")
     if splits % processes:
-        raise UserError(
-            f"--splits={splits} does not divide among {processes}: start fewer processes"
-        )
+        problem = f"--splits={splits} does not divide among {processes} processes"
+        raise UserError(f"{problem}: start fewer, or change --splits, and with it the training")
     schedule = config["schedule"]
     number = r" *\d*\.?\d+ *"
     if not re.fullmatch(f"cosine|{number}(,{number})*", schedule):
@@ -1913,7 +1912,8 @@ def init_distributed(device):
         of_peers = re.search("gloo|nccl|connection|peer", str(error), re.IGNORECASE)
         if not isinstance(error, dist.DistError) and not of_peers:
             raise
-        raise PeerLost(f"another process was lost, and said why ({first_line(error)})") from None
+        message = f"another process was lost; its own message says why ({first_line(error)})"
+        raise PeerLost(message) from None
     # In a thread, for NCCL may wait for a process that the signal ended.
     closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
     closing.start()
@@ -2200,7 +2200,8 @@ def imagenet_weights(arch):
         return torchvision.models.get_model(arch, weights="DEFAULT").state_dict()
     except Exception as error:  # offline, no weights, or a file that was cut short
         problem = f"--init=imagenet: no weights of --arch={arch} ({first_line(error)})"
-        raise UserError(f"{problem}: take another --arch, or name a file, --init=FILE") from None
+        advice = "take another --arch, such as resnet18, or name a file, --init=FILE"
+        raise UserError(f"{problem}: {advice}") from None
 
 
 def flatten(content, prefix=""):
@@ -2221,7 +2222,8 @@ def strip_prefix(tensors, expected):
     prefix = max(known, key=known.get, default="")
     networks = [p for p, count in known.items() if count > len(expected) / 2]
     if len(networks) > 1:
-        data_module().warn_once(f"--init holds several networks, {networks}: {prefix!r} is taken")
+        taken = f"--init holds several networks, {networks}: {prefix!r} is taken"
+        data_module().warn_once(f"{taken}; to take another, save it alone in a file")
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 

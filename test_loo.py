@@ -1134,7 +1134,7 @@ def test_start_weights_of_two_networks_say_which_is_taken(tmp_path, capsys):
     content = torchvision.models.resnet18().state_dict()
     torch.save({"ema": content, "model": content}, tmp_path / "net.pt")
     loo.start_weights(init_config(tmp_path / "net.pt"))
-    said = "--init holds several networks, ['ema.', 'model.']: 'ema.' is taken"
+    said = "--init holds several networks, ['ema.', 'model.']: 'ema.' is taken; to take another"
     assert said in capsys.readouterr().err
 
 
@@ -1553,6 +1553,7 @@ LAYOUTS += [(dict(Xtrain__x=2, Xtest__x=1), ("train", "test"), 1)]
 LAYOUTS += [(dict(contest=9, latest=9, train=9), ("train", "val"), 3)]
 LAYOUTS += [({"train-2023T1Z/train/x": 2, "test-2024T2Z/test/x": 1}, ("train", "test"), 1)]
 LAYOUTS += [(dict(train_val__x=2, test__x=1), ("train", "test"), 1)]
+LAYOUTS += [({"train": 9, "test strip": 9, "test tube": 9}, ("train", "val"), 3)]
 LAYOUTS += [(dict(train__x=2, validate__x=1), ("train", "val"), 1)]
 LAYOUTS += [(dict(a_train__a_train__x=2, a_test__a_test__x=1), ("train", "test"), 1)]
 
@@ -1570,7 +1571,7 @@ def test_folders_named_like_splits_are_splits_beside_others(counts, splits, clas
 REFUSED = [(dict(train__x=1, val__x=1, valid__x=1), "val and valid are both for val")]
 REFUSED += [(dict(val__x=1, test__x=1), "no folder train")]
 REFUSED += [(dict(trainA=1, trainB=1, testA=1, testB=1), "testA and testB are both for test")]
-REFUSED += [(dict(train_a=1, train_b=1, test=1), "train_a and train_b are both for train")]
+REFUSED += [(dict(train_a__x=1, train_b__x=1, test__x=1), "train_a and train_b are both for")]
 REFUSED += [(dict(a__train__x=1, a__val__x=1), "one folder further: --root=.*/a$")]
 REFUSED += [({"day/train": 1, "day/val": 1, "night/train": 1}, "--root=.*/day$")]
 REFUSED += [(dict(a__train=1, a__val=1, b__train=1, b__val=1), "a and b have splits of")]
@@ -1594,7 +1595,8 @@ ODD_CLASSES += [(dict(a__a=5, a__b=5, b__a=5, b__b=5), "a, b, each with .* a, b;
 ODD_CLASSES += [(dict(cats__s0=9, cats__s1=9), "its classes are the folders in")]
 ODD_CLASSES += [(dict(Cat=9, cat=9), "'Cat' and 'cat' are different classes")]
 ODD_CLASSES += [(dict(train__a=9, train__b=9, docs=3), "train is read as one class, not as a")]
-ODD_CLASSES += [(dict(NA=9, b=9), "NA is read as a class; leave the cell empty")]
+ODD_CLASSES += [(dict(train_val=9, test=9), "train_val is read as one class, not as a split")]
+ODD_CLASSES += [(dict(NA=9, b=9), "NA is read as a class; leave the cell of")]
 
 
 @pytest.mark.parametrize("counts, hint", ODD_CLASSES)
@@ -1711,7 +1713,7 @@ def test_columns_that_are_hardly_labels_are_named(tmp_path, capsys):
     assert data.label_names(opened(tmp_path)[2]) == ["kind", "size"]
     err = capsys.readouterr().err
     assert "column id is no label and left out: 101 different values" in err
-    assert "column kind: NaN is read as a class; leave the cell empty" in err
+    assert "column kind: NaN is read as a class; leave the cell of" in err
     assert "column kind: 'TRUE' and 'True' are different classes" in err
     assert "column size: '1' and '1.0' are different classes" in err
 
@@ -1819,7 +1821,7 @@ def test_groups_stay_on_one_side(tmp_path, capsys):
     assert not sides[0] & sides[1]
     assert "group" not in opened(tmp_path)[2]
     err = capsys.readouterr().err
-    assert re.search(r"independent the \d+ images for val, but they are of \d group", err)
+    assert re.search(r"\d+ images for val are of \d groups; intervals treat them", err)
     lines = ["file,split,group", "x0.png,train,g", "x1.png,test,g", "x2.png,train,h"]
     lines += ["x3.png,train,NA", "x4.png,test,NA"]  # of no group
     write_table(tmp_path, *lines, images="")
@@ -2025,6 +2027,7 @@ def test_a_stream_leaves_out_what_cannot_be_read(tmp_path):
     assert len(aspect) == 5
     assert images[:, 0, 9, 9].tolist() == [0, 60, 90, 150, 180]
     assert not list(data.iter_batches(dataset, batch=1, part=(1, 7)))  # another process has more
+    raises(UserError, "none of the 7 images can be read", eval.readable_rows, torch.zeros(7))
     raises(UserError, "2 of 7 images cannot be read", data.decode_all, dataset)  # and more than 1%
     (folder / "4.png").unlink()
     raises(UserError, "2 of 7 images cannot be read", data.decode_all, dataset, cache=tmp_path)
@@ -3615,17 +3618,13 @@ def test_table_knows_a_folder_by_its_images(here, capsys):
     images |= dict(held={"root": [9, "one"]})
     write_run(here / "run2", images, line | dict(tested="2"), line)
     out = printed(capsys, eval, "table --runs=run2").out
-    assert "linear class on folder y (test set two)" in out
-
-
-def test_a_test_set_is_its_images_and_what_they_are_labeled():
-    marks = []
-    for labels in ([0, 1], [1, 1]):
-        labels = {"kind": torch.tensor(labels)}
-        test = data.ImageSet((noise(2) * 255).byte(), None, labels, {"kind": ["a", "b"]})
-        marks.append((eval.test_mark(test, "kind"), eval.test_mark(test, "rotation")))
-    assert marks[0][0] != marks[1][0]
-    assert marks[0][1] == marks[1][1]
+    assert "linear class on folder y (test images two)" in out
+    line |= dict(tested=None)
+    write_run(here / "run2", images, line, line | dict(labeled="3"), line | dict(labeled="4"))
+    assert "linear class on folder y (labels 4)" in printed(capsys, eval, "table --runs=run2").out
+    one = data.ImageSet(None, None, {"x": torch.tensor([0, 1])}, {"x": ["a", "b"]})
+    other = one._replace(labels={"x": torch.tensor([1, 1])})
+    assert eval.label_mark(one, "x") != eval.label_mark(other, "x")
 
 
 def test_claims_are_judged_on_the_images_of_the_training(tmp_path):
