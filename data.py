@@ -297,8 +297,8 @@ def split_folders(root):
     """The folders of a root's splits -> {split: folder}; {} where its folders are classes.
 
     They are splits where one for training stands beside another and what else their names say, as
-    seg in seg_train and seg_test, is the same; and where the names of all begin so and all hold
-    folders."""
+    seg in seg_train and seg_test, is the same; where all are named so and no more; and where one
+    for training stands beside another, the names of all begin so and all hold folders."""
     names = sub_folders(root) if root.is_dir() else []
     named = defaultdict(list)  # {rest of the name: [(split, name), ...]}
     for name in names:
@@ -308,10 +308,11 @@ def split_folders(root):
     sets = [pairs for pairs in named.values() if {"train"} < dict(pairs).keys()]
     if not sets and len(named[""]) == len(names):
         sets = [named[""]]
-    leading = [(split_of(first_word(name)), name) for name in names]
-    found = dict(leading).keys()
-    if not sets and {"train"} < found and None not in found:
-        sets = [leading] if all(sub_folders(root / name) for name in names) else []
+    if not sets and all(sub_folders(root / name) for name in names):
+        leading = [(split_of(first_word(name)), name) for name in names]
+        found = dict(leading).keys()
+        if {"train"} < found and None not in found:
+            sets = [leading]
     splits = {}
     for split, name in itertools.chain(*sets):
         if split in splits:
@@ -322,6 +323,7 @@ def split_folders(root):
 
 
 def first_word(name):
+    """The first letters of a name in a row, in lower case: "train" of 1-Train_2023."""
     return re.match("[^a-z]*([a-z]*)", name.lower())[1]
 
 

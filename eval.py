@@ -839,7 +839,7 @@ def robust(
     source, published, shifted = robust_datasets(ctx, source, corrupted, objectnet)
     ctx = ctx._replace(split=ctx.split | shifted)
     labels = select_labels(ctx, label)
-    test = (published or [ctx.split["test"]])[0]
+    test = (published or [ctx.split["test"]])[0]  # all cells are of the same images
     for name in labels:
         if (test.labels[name][:pictures] < 0).all():
             raise UserError(f"--pictures={pictures}: these test images have no {name}, take more")
@@ -855,7 +855,7 @@ def robust(
     scale = f"{ctx.config['size']} / {REFERENCE_SIZE}"
     note = None if published else f"the lengths in the corruptions are scaled by {scale}"
     on_whole = whole_results(ctx, ("test", *shifted), labels, logits_of)
-    on_corrupted = corrupted_results(ctx, published, labels, logits_of, pictures)
+    on_corrupted = corrupted_results(ctx, test, published, labels, logits_of, pictures)
     for found in itertools.chain(on_whole, on_corrupted):
         n_train = int((y[found["label"]] >= 0).sum())
         yield found | dict(protocol=source, n_train=n_train, note=note)
@@ -896,9 +896,8 @@ def whole_results(ctx, splits, labels, logits_of):
                 yield result(logits, y[name], name, on=f"{on}, of its 13")
 
 
-def corrupted_results(ctx, published, labels, logits_of, count):
+def corrupted_results(ctx, test, published, labels, logits_of, count):
     """For each label and each of SUMMARIES a result, over the images that could be read."""
-    test = (published or [ctx.split["test"]])[0]  # all cells are of the same images
     n = len(test.images)
     right = {name: torch.zeros(len(CELLS), n, 2) for name in labels}  # top-1 and top-5
     seen = torch.zeros(n)  # an image is there in all cells or in none
