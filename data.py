@@ -502,8 +502,9 @@ def warn_missing_classes(root, label, splits, names):
     test = {name for split, name in zip(splits, names) if split != "train"}
     lost = [len(train | test) - len(side) for side in (train, test)]
     if any(lost) and train and test:
-        counts = f"{lost[0]} of the {len(train | test)} classes have no training image"
-        warn_once(f"{root}, label {label}: {counts}, {lost[1]} have no test image")
+        kinds = zip(lost, ("training", "test"))
+        counts = " and ".join(f"{n} have no {kind} image" for n, kind in kinds if n)
+        warn_once(f"{root}, label {label}: of the {len(train | test)} classes {counts}")
 
 
 def hashed_splits(keys, seed):
@@ -1383,14 +1384,15 @@ REFERENCE_SIZE = 224
 
 
 def corrupt(images, name, severity, generator):
-    """images (b 3 h w) in [0, 1], severity 1 to 5 -> (b 3 h w) in [0, 1], in steps of 1 / 255.
+    """images (b 3 h h) float32 in [0, 1], severity 1 to 5 -> the same, in steps of 1 / 255.
 
+    name: of CORRUPTIONS; lengths are scaled by h / 224; generator: on the CPU.
     ValueError for other images, another severity or name."""
     loo.check_shapes({"c": 3}, images=(images, "b c h h"))
     loo.check_images(images, (torch.float32,))
     if name not in CORRUPTIONS or severity not in range(1, 6):
-        expected = f"expected 1 to 5 of {', '.join(CORRUPTIONS)}"
-        raise ValueError(f"corruption {name}, severity {severity}: {expected}")
+        expected = f"expected 1 to 5, and one of {', '.join(CORRUPTIONS)}"
+        raise ValueError(f"severity {severity} of corruption {name}: {expected}")
     function, constants = CORRUPTIONS[name]
     worse = function(images, generator, *constants[int(severity) - 1])
     return worse.clamp(0, 1).mul(255).round() / 255

@@ -314,7 +314,9 @@ def logistic(x, y, k, l2, *, iterations=300, start=None):
 def lbfgs_probe(x, y, k, seed, turns=1, grid=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)):
     """Choose the L2 weight on a random fifth of the training images, then train on all of them.
 
-    x ((r n) d), y ((r n),) of k classes -> w (k d), b (k,). All turns of an image are on one side.
+    x ((r n) d) standardized, y ((r n),) from 0 to k - 1, below 0 without a label: left out. Row
+    t n + i of r = turns is turn t of image i; all turns of an image are on one side of the fifth,
+    which `seed` draws -> w (k d), b (k,), of logits F.linear(x, w, b).
     """
     x, y = labeled(x, y)
     check_all_finite("inputs of the probe", x)
@@ -443,6 +445,7 @@ def sample_shots(y, k, shots, trials, seed, label="the label", names=()):
 def knn_predict(x, y, k, test, neighbours=20, tau=0.07):
     """kNN, weighted by exp(cosine similarity / tau): x (n d), y (n,), test (m d) -> votes (m k).
 
+    y: of k classes, from 0 to k - 1; neighbours: how many vote.
     The nearest neighbor's vote is scaled to 1, which changes no order and never underflows.
     """
     if neighbours < 1 or not tau > 0:
@@ -537,6 +540,8 @@ def paired_ci95(right, other):
     """
     right, other = torch.as_tensor(right).double(), torch.as_tensor(other).double()
     loo.check_shapes(right=(right, "n"), other=(other, "n"))
+    if not all(((x >= 0) & (x <= 1)).all() for x in (right, other)):
+        raise ValueError("right or other holds something else than shares from 0 to 1")
     difference = (right - other) * 100
     return difference.mean().item(), ci95(difference, (-100.0, 100.0))
 
@@ -961,7 +966,8 @@ def spaces(ctx, label: tuple = (), layer: str = "output", margin: float = 1.0):
             found = result(logits, y_logits, name, len(turns), gain=gain, gain95=half, on=on)
             found |= dict(feature="+".join(subset), n_train=int((y >= 0).sum()))
             if subset == with_all[-1]:
-                found["note"] = f"{name} {', '.join(verdicts(right, groups, margin))}"
+                says = ", ".join(verdicts(right, groups, margin))
+                found["note"] = f"{name} {says} (all spaces over all but this one)"
             yield found
 
 
@@ -1157,7 +1163,8 @@ def embed(
     out = Path(out)
     check_user_out(out, WRITERS)
     if not root or not Path(root).is_dir():
-        raise UserError(f"--root={root}: no such folder; embed needs --root=DIR, images in it")
+        problem = f"--root={root}: no such folder; " if root else ""
+        raise UserError(f"{problem}embed needs --root=DIR, a folder of images")
     with loo.init_distributed(resolve_device(device)) as leader_first:
         encoder, config = open_encoder(run, feature or "v", device)
         head = read_classifier(classify, run, feature) if classify else {}

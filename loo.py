@@ -225,7 +225,7 @@ def augment_groups(
     generator: torch.Generator() on the CPU, so that the views are the same on every device
     always: other names in GROUPS, drawn independently for every view; a group among them stays a
         group. Add "color" if it is none, as `train` does, or images can be matched by their colors
-    size: height and width of the views. By default h, or that of the images if nothing resamples
+    size: side of the square views in pixels. By default h, or the images stay if nothing resamples
     aspect (b,): width / height of each image before it was squashed into a square, by default 1
     textures (b copy c h w): stylized copies of the images, for the group "texture"
     rows: a Rows, when `images`, aspect and textures are m rows of a global batch; b is then the
@@ -239,7 +239,7 @@ def augment_groups(
     groups, always = tuple(groups), tuple(always)
     share = torch.as_tensor(share)
     sampling = dict(sampling or {})
-    check_views(images, groups, share, always, aspect, textures, rows, sampling)
+    check_views(images, groups, share, always, size, aspect, textures, rows, sampling)
     rows = rows or all_rows(len(images))
     v, b = len(share), len(rows.query)
     if textures is not None:
@@ -421,7 +421,7 @@ def supervised_step(state, images, aspect, labels, config, textures=None):
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check_views(images, groups, share, always, aspect, textures, rows, sampling):
+def check_views(images, groups, share, always, size, aspect, textures, rows, sampling):
     """ValueError for arguments of augment_groups that do not fit, as it says."""
     known = {"g": len(set(groups)), "b": len(images if rows is None else rows.images)}
     known |= {"c": 3} if "color" in {*groups, *always} else {}
@@ -434,6 +434,8 @@ def check_views(images, groups, share, always, aspect, textures, rows, sampling)
         raise ValueError("share holds something else than 0 and 1")
     if aspect is not None and aspect.device.type == "cpu" and not (aspect > 0).all():
         raise ValueError("aspect holds something else than numbers above 0")
+    if size is not None and not (hasattr(size, "__index__") and size > 0):
+        raise ValueError(f"size is {size}: expected the side of a square view in pixels")
     if images.requires_grad and torch.is_grad_enabled():
         raise ValueError("images require a gradient, which views do not pass on: images.detach()")
     if unknown := {*groups, *always, *sampling} - GROUPS.keys():
@@ -620,7 +622,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         splits = self.splits
         if len(x) % splits:
-            raise ValueError(f"a batch of {len(x)} does not divide into {splits} BatchNorm splits")
+            problem = f"a batch of {len(x)} does not divide into {splits} BatchNorm splits"
+            raise ValueError(f"{problem}: drop the loader's last batch, or take fewer splits")
         mean = self.running_mean.repeat(splits, 1)  # (splits f)
         var = self.running_var.repeat(splits, 1)
         affine, settings = (self.weight, self.bias), (True, self.momentum, self.eps)
@@ -1174,6 +1177,8 @@ def on_gpu(config):
 
 def dtype_of(config):
     """The precision of weights and images. (bfloat16 is autocast's: the weights are float32.)"""
+    if config["precision"] not in ("float32", "bfloat16", "float64"):
+        raise ValueError(f"precision is {config['precision']}: expected float32, bfloat16, float64")
     return torch.float64 if config["precision"] == "float64" else torch.float32
 
 
@@ -1198,7 +1203,10 @@ def learning_rate(config, epoch):
 
 def get_method(config):
     """The Method that a configuration names."""
-    return methods(config["groups"], config["same"])[config["method"]]
+    table = methods(config["groups"], config["same"])
+    if config["method"] not in table:
+        raise ValueError(f"method is {config['method']!r}: expected one of {', '.join(table)}")
+    return table[config["method"]]
 
 
 def build_encoder(config, splits=1):
@@ -1385,7 +1393,7 @@ def train(
             elif config["init"]:
                 start = start_weights(config)
             shared = world_size() > 1 or cache == "none" or bool(packed)
-            files = open_dataset(data, split, root=root, **where)
+            files = open_dataset(data, split, root=config["root"], **where)
             dataset = decode_cached(files, workers, folder, shared)
             if "texture" in config["groups"] + config["always"]:
                 options = workers, config["device"], split_seed
@@ -1423,7 +1431,7 @@ def train(
             seconds = time.perf_counter() - begun
             if state.step > first:
                 print(f"trained in {seconds:.0f} s; wrote {out}: {files}, views.png")
-            task = "fewshot" if label_names(dataset.classes) else "rotation"
+            task = "linear" if label_names(dataset.classes) else "rotation"
             latest = os.path.realpath(out) == os.path.realpath("runs/latest")
             print(f"next: python eval.py {task}" + ("" if latest else f" --run={out}"))
 

@@ -738,6 +738,7 @@ BAD_VIEWS += [(dict(textures=torch.ones(2, 3, 32, 32)), "textures"), (dict(grad=
 BAD_VIEWS += [(dict(aspect=torch.tensor([1, number])), "aspect holds") for number in (0, math.nan)]
 BAD_VIEWS += [(dict(sampling={"crop": {"area": 2}}), "crop area is 2, expected 0 to 1")]
 BAD_VIEWS += [(dict(sampling={"rotaton": {"p": 1}}), "no such augmentation: rotaton")]
+BAD_VIEWS += [(dict(size=size), "size is .*: expected the side") for size in (0, -3, (32, 32))]
 BAD_VIEWS += [(dict(always="crop"), "always is 'crop': expected a tuple")]
 WHITE = torch.full((2, 1, 3, 32, 32), 255.0)
 TEXTURE = dict(groups=("texture",), share=[[0]], sampling={"texture": {"p": 1}})
@@ -806,6 +807,14 @@ def test_other_functions_by_hand_name_what_does_not_fit():
     state, config = loo.init_state(CONFIG | dict(batch=8)), CONFIG | dict(batch=8)
     says = "images has .* with .*b=8"
     raises(ValueError, says, loo.train_step, state, images, None, config)
+    for other, says in (
+        ("method", "'loc': expected one of moco"),
+        ("precision", "loc: expected fl"),
+    ):
+        raises(ValueError, f"{other} is {says}", loo.init_state, CONFIG | {other: "loc"})
+    shares = torch.rand(5, dtype=torch.float64)
+    for wrong in (shares * 100, shares / 0):
+        raises(ValueError, "shares from 0 to 1", eval.paired_ci95, shares, wrong)
     for momentum in (-0.1, 1.1, math.nan):
         raises(ValueError, "momentum is .*: expected 0 to 1", loo.ema, encoder, encoder, momentum)
     for path in ("x.png", Path("x.png")):
@@ -818,7 +827,7 @@ def test_other_functions_by_hand_name_what_does_not_fit():
     for wrong in (images[:, :1], images[..., :16]):  # gray, and not square
         inputs = wrong, "fog", 1, make_generator(0)
         raises(ValueError, "images has the shape", data.corrupt, *inputs)
-    says = "expected 1 to 5 of gaussian_noise|give floats"
+    says = "expected 1 to 5, and one of gaussian_noise|give floats"
     for name, severity, scale in (("fog", 0, 1), ("fog", 6, 1), ("smog", 1, 1), ("fog", 1, 255)):
         raises(ValueError, says, data.corrupt, images * scale, name, severity, make_generator(0))
 
@@ -1493,10 +1502,10 @@ def test_classes_without_images_in_a_split_are_counted(tmp_path, capsys):
         absent.append(30 - len(classes.unique()))
     data.open_dataset("folder", "train", root=tmp_path / "table")
     of_tree, of_table = capsys.readouterr().err.splitlines()  # each once
-    none, test = "classes have no training image", "have no test image"
+    none, test = "have no training image", "have no test image"
     assert min(absent) > 0
-    assert f"label class: {absent[0]} of the 30 {none}, {absent[1]} {test}" in of_tree
-    assert f"label kind: 1 of the 3 {none}, 2 {test}" in of_table
+    assert f"label class: of the 30 classes {absent[0]} {none} and {absent[1]} {test}" in of_tree
+    assert f"label kind: of the 3 classes 1 {none} and 2 {test}" in of_table
     splits = folder_of(tmp_path / "splits", train__a=1, train__b=1, train__c=1, val__a=5, val__c=5)
     # A class has the same number in every split.
     assert opened(splits, "val")[1] == {"class": [0] * 5 + [2] * 5}

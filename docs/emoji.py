@@ -64,4 +64,6 @@ def main(out, *sources):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     main(Path(sys.argv[1]), *(sys.argv[2:] or NAMES))
