@@ -340,18 +340,23 @@ def split_and_rest(name):
     return None, name
 
 
-def inner_folder(top, classes=()):
-    """The folder of the classes: one in which nothing is but another one of folders is skipped,
-    unless it is one of these classes."""
+def inner_folder(top, classes=(), say=True):
+    """The folder of the classes below `top`.
+
+    A folder with no image and no other folder beside it is entered if it holds folders alone, or
+    has the name of the folder above, as in train/train. None of these classes is entered."""
     while True:
-        paths = [path for path in top.iterdir() if not is_hidden(path.name)]
-        if len(paths) != 1 or not paths[0].is_dir() or not sub_folders(paths[0]):
+        inside = (path for path in top.iterdir() if not is_hidden(path.name))
+        inside = (path for path in inside if path.is_dir() or is_image(path))
+        path, *more = [*itertools.islice(inside, 2)] or [top]
+        if more or path == top or not path.is_dir() or composed(path.name) in classes:
             return top
-        if composed(paths[0].name) in classes or any(map(is_image, paths[0].iterdir())):
+        same_name = path.name == top.name
+        if not same_name and (not sub_folders(path) or any(map(is_image, path.iterdir()))):
             return top
-        if paths[0].name != top.name:
-            warn_once(f"{top}: its classes are the folders in {paths[0]}")
-        top = paths[0]
+        if say and not same_name:
+            warn_once(f"{top}: its classes are the folders in {path}")
+        top = path
 
 
 def image_folder(split, root, seed=0):
@@ -378,7 +383,7 @@ def image_folder(split, root, seed=0):
     if lost := len(classes) - len(here):
         warn_once(f"{top}, label class: {lost} of the {len(classes)} classes have no image")
     warn_odd_classes(f"{top}, label class", classes)
-    images, others = list_files(top)
+    images, others = list_files(splits.get(split, root))
     files, inner = defaultdict(list), defaultdict(set)  # of each class: images, sub-folders
     for path in images:
         name, *below = map(composed, path.relative_to(top).parts)
@@ -420,10 +425,11 @@ def check_further_splits(top, here, splits):
     """UserError where a folder of splits was taken for one of classes {name: folder}."""
     # Classes are built alike: a look into three will do.
     places = [place for place in (top, *list(here.values())[:3]) if place not in splits.values()]
-    further = [place for place in places if len(split_folders(place)) > 1]
-    if len(further) > 1:
-        both = " and ".join(place.name for place in further[:2])
-        advice = f"put the classes into the splits, as train/{further[0].name}"
+    places = [inner_folder(place, say=False) for place in places]
+    further = [place for place in dict.fromkeys(places) if len(split_folders(place)) > 1]
+    if len(further) > 1 and top not in further:
+        both = " and ".join(str(place.relative_to(top)) for place in further[:2])
+        advice = f"put the classes into the splits, as train/{further[0].relative_to(top)}"
         raise UserError(f"{top}: {both} have splits of their own: {advice}, or write a {TABLE}")
     if further:
         raise UserError(f"{top}: its splits are one folder further: --root={further[0]}")
@@ -451,11 +457,11 @@ def check_class_folders(top, here, files, inner):
             stems = {path.stem for other in files if other != name for path in files[other]}
             if stems.issuperset(path.stem for path in files[name]):
                 warn_once(f"{top}: {name} is read as a class; if it holds masks, move it elsewhere")
-    first, *more = (inner[name] for name in here or [""])
-    if len(first) > 1 and all(names == first for names in more):
-        found = f"{', '.join(list(here)[:3])}, each with the folders {', '.join(sorted(first)[:3])}"
-        place = here[next(iter(here))]
-        hint = f"if those are the classes, --root={place}, or name splits train and test"
+    places = [inner_folder(place, say=False) for place in here.values()]
+    first = sub_folders(places[0]) if places else []
+    if len(first) > 1 and all(sub_folders(place) == first for place in places):
+        found = f"{', '.join(list(here)[:3])}, each with the folders {', '.join(first[:3])}"
+        hint = f"if those are the classes, --root={places[0]}, or name splits train and test"
         warn_once(f"{top}: read as classes: {found}; {hint}; move masks elsewhere")
     every = [*itertools.chain(*files.values())]
     named = [path for path in every if re.search(MASK, path.stem)]
@@ -468,6 +474,7 @@ def check_class_folders(top, here, files, inner):
 
 # how programs write that a label is not known
 NO_LABEL = {"nan", "na", "n/a", "#n/a", "<na>", "nat", "null", "none", "?", "-"}
+NO_LABEL |= {"unlabeled", "unlabelled"}
 
 
 def warn_odd_classes(where, names):
@@ -524,7 +531,7 @@ TABLE = "labels.csv"  # at the top of a folder: a row for each image, a column f
 SPLITS = {
     "train": "train(ing|val)?",
     "val": "val(id(ate|ation)?)?|dev",
-    "test": r"((public|private)[\W_]*)?test(ing)?|eval(uation)?",
+    "test": r"((public|private)[\W_]*)?test(ing)?|eval(uation)?|hold[\W_]?out",
 }
 
 
@@ -602,7 +609,7 @@ def read_table(root, seed=0):
     exact = {composed(file): file for file in table}
     short, by_name = short_names(exact), []
     for line, cells in rows:
-        if len(cells) != len(columns):
+        if len(cells) < len(columns) or any(cells[len(columns) :]):
             refuse(line, f"{len(cells)} cells, the header has {len(columns)}")
         row = dict(zip(columns, cells))
         if not row["file"]:
@@ -629,23 +636,28 @@ def read_table(root, seed=0):
         missing = f"{len(lost)} files of this table are missing"
         expected = f"; expected paths in it, such as {next(iter(table))}" if table else ""
         refuse(line, f"{file}: no such image in {root}; {missing}{expected}")
+    if unlisted := [file for file, row in table.items() if not row]:
+        count = f"{len(unlisted)} of {len(table)} images are not listed and have no labels"
+        warn_once(f"{root / TABLE}: {count}, the first is {unlisted[0]}")
     if by_name:
         count = f"{len(by_name)} files are found by their names alone"
         warn_once(f"{root / TABLE}: {count}, the first is {by_name[0]}")
-    tops = {top.name: split for split, top in split_folders(root).items()}
+    base = inner_folder(root, say=False)
+    tops = {top.name: split for split, top in split_folders(base).items()}
     for name in columns if not tops and "split" not in columns else ():
         meant = {split_of(row[name]) for row in table.values() if row.get(name)}
         if {"train"} < meant and None not in meant:
             refuse(1, f"column {name} names splits: call it split")
-    keys = [row.get("group") or file for file, row in table.items() if row]
+    inner = {file: (root / file).relative_to(base).as_posix() for file in table}
+    keys = [row.get("group") or inner[file] for file, row in table.items() if row]
     hashed = hashed_splits(keys, seed)
     for file, row in table.items():
-        folders, split = file.split("/")[:-1], "train"
+        folders, split = inner[file].split("/")[:-1], "train"
         if tops:
             top, *folders = folders or [""]
             split = tops.get(top, "train")
         elif row and "split" not in columns:
-            split = hashed[row.get("group") or file]
+            split = hashed[row.get("group") or inner[file]]
         row.setdefault("split", split)
         row.setdefault("class", folders[0] if folders and "class" not in columns else "")
     return columns, table
@@ -713,6 +725,15 @@ def read_item(dataset, i):
     return to_rgb(dataset[i][0])
 
 
+# what a file that is no image begins with, and what to do
+NO_IMAGE = {
+    b"(empty)": "an empty file: get it again",
+    b"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` gets the image",
+    b"<": "a web page or a drawing: get the image itself",
+    b"": "no image that Pillow can read; save it as JPEG or PNG",
+}
+
+
 def open_image(path):
     """A PIL image that is not decoded yet. ValueError where it is no file, or has too many pixels.
 
@@ -723,7 +744,10 @@ def open_image(path):
         image = Image.open(path, formats=FORMATS)
     except UnidentifiedImageError:
         check_tiff(tiff_tags(path))
-        raise ValueError("no image that Pillow can read; save it as JPEG or PNG") from None
+        with open(path, "rb") as file:
+            start = file.read(99).lstrip() or b"(empty)"
+        problem = next(says for head, says in NO_IMAGE.items() if start.startswith(head))
+        raise ValueError(problem) from None
     most = loo.environ_count("LOOC_MEGAPIXELS", MEGAPIXELS)
     megapixels = math.ceil(image.width * image.height / 1e6)
     if megapixels > most:
@@ -789,6 +813,8 @@ def to_rgb(image):
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floating point" if image.mode == "F" else "32-bit integer"
         raise ValueError(f"{kind} pixels {UNKNOWN_WHITE}")
+    if image.format == "FITS" and image.mode != "L":  # Pillow leaves BZERO out
+        raise ValueError(f"signed pixels {UNKNOWN_WHITE}")
     image.load()  # what fails after it is in the tags
     with contextlib.suppress(Exception):  # an orientation that cannot be read
         ImageOps.exif_transpose(image, in_place=True)
@@ -978,6 +1004,8 @@ def decode_all(dataset, workers=None, cache=None, shared=False):
             rate = n / (time.perf_counter() - begun)
             print(f"decoded {rate:.0f} images/s", file=sys.stderr, flush=True)
         images, (rows, aspect, _) = map_file(path, *shape), read_tensors(index)
+        if whole and len(rows) < n:
+            warn_once(f"{n - len(rows)} of the {n} images cannot be read, as before")
     unreadable = tuple(sorted(set(range(n)) - set(rows.tolist())))
     labels = {name: y[rows] for name, y in dataset.labels.items()}
     held = {"root": [len(rows), mark]}

@@ -224,6 +224,8 @@ def cached_features(ctx, split, turns=(0,)):
         if loo.rank() == 0:
             with optional_write(f"the features in {path.parent}"):
                 write_tensors(path, (*cached, mtimes))
+    elif lost := len(dataset.images) - len(cached[-1]):
+        warn_once(f"{lost} of the {len(dataset.images)} {split} images cannot be read, as before")
     v, z, rows = cached
     check_features(split, select_feature(v, z, ctx.config, ctx.feature)[: len(rows)])
     labels = {name: y[rows].repeat(len(turns)) for name, y in dataset.labels.items()}

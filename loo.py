@@ -1393,7 +1393,8 @@ def train(
             elif config["init"]:
                 start = start_weights(config)
             shared = world_size() > 1 or cache == "none" or bool(packed)
-            files = open_dataset(data, split, root=config["root"], **where)
+            root = config["root"]  # one name in all messages
+            files = open_dataset(data, split, root=root, **where)
             dataset = decode_cached(files, workers, folder, shared)
             if "texture" in config["groups"] + config["always"]:
                 options = workers, config["device"], split_seed

@@ -1113,8 +1113,10 @@ def test_your_own_images_are_trained_on_and_judged(here, capsys):
         path.write_bytes(b"broken")
     run(eval, f"retrieve --queries={len(paths)} --neighbours=2 --out=found.png")
     assert Path("found.png").exists()
-    err = refused(capsys, eval, f"retrieve --neighbours={readable}")
+    err = refused(capsys, eval, f"retrieve --neighbours={readable}", lines=2)
     assert f"there are {readable} test images that can be read" in err
+    lost = len(paths) - readable
+    assert f"{lost} of the {len(paths)} test images cannot be read, as before" in err
 
 
 def init_config(init, **changes):
@@ -1565,6 +1567,8 @@ LAYOUTS += [(dict(train_val__x=2, test__x=1), ("train", "test"), 1)]
 LAYOUTS += [({"train": 9, "test strip": 9, "test tube": 9}, ("train", "val"), 3)]
 LAYOUTS += [(dict(train__x=2, validate__x=1), ("train", "val"), 1)]
 LAYOUTS += [(dict(a_train__a_train__x=2, a_test__a_test__x=1), ("train", "test"), 1)]
+LAYOUTS += [(dict(train__train=2, test1__test1=1), ("train", "test"), 1)]
+LAYOUTS += [(dict(train__x=2, holdout__x=1), ("train", "test"), 1)]
 
 
 @pytest.mark.parametrize("counts, splits, classes", LAYOUTS, ids=str)
@@ -1587,6 +1591,12 @@ REFUSED += [(dict(a__train=1, a__val=1, b__train=1, b__val=1), "a and b have spl
 REFUSED += [(dict(a=9, b=9, flowers__a=9, flowers__b=9), "flowers holds a, b again")]
 REFUSED += [(dict(a=9, b=9, val__a=3, test__a=3), "holds a again.* name the splits")]
 REFUSED += [({".": 20, "thumbs": 3}, "20 images lie beside the folders thumbs")]
+REFUSED += [(dict(a__b__train__x=1, a__b__val__x=1), "one folder further: --root=.*/a/b$")]
+REFUSED += [(dict(a__a__train=1, a__a__val=1, b__train=1, b__val=1), "a/a and b have splits of")]
+REFUSED += [
+    (dict(a__train=1, a__val=1, a__a__train=1, a__a__val=1), "one folder further: --root=.*/a$")
+]
+REFUSED += [(dict(train__x=1, val__val=1), "no sub-folders; it needs those of .*train")]
 REFUSED += [(dict(train__x=1, val=1), "no sub-folders; it needs those of .*train")]
 REFUSED += [(dict(train__x=1, val__y=1), "y: a class that .*train does not have")]
 
@@ -1602,6 +1612,7 @@ ODD_CLASSES += [(dict(images=9, labels=9), "labels is read as a class")]
 ODD_CLASSES += [(dict(a=9, b__a=9), "b holds a again, classes beside it")]
 ODD_CLASSES += [(dict(a__a=5, a__b=5, b__a=5, b__b=5), "a, b, each with .* a, b; .* name splits")]
 ODD_CLASSES += [(dict(cats__s0=9, cats__s1=9), "its classes are the folders in")]
+ODD_CLASSES += [(dict(x__x__a=5, x__x__b=5, y__a=5, y__b=5), "x, y, each with .* a, b; if .*/x/x,")]
 ODD_CLASSES += [(dict(Cat=9, cat=9), "'Cat' and 'cat' are different classes")]
 ODD_CLASSES += [(dict(train__a=9, train__b=9, docs=3), "train is read as one class, not as a")]
 ODD_CLASSES += [(dict(train_val=9, test=9), "train_val is read as one class, not as a split")]
@@ -1623,6 +1634,7 @@ def test_names_of_a_windows_zip_are_named(tmp_path, capsys):
 
 def test_a_split_of_its_own_is_the_same_from_a_folder_above(tmp_path):
     folder_of(tmp_path / "above", cats__a=9, cats__b=9)
+    (tmp_path / "above" / "README.md").touch()
     ours, above = (data.image_folder("val", tmp_path / root)[0] for root in ("above/cats", "above"))
     assert ours == above
 
@@ -1716,13 +1728,13 @@ def test_a_table_gives_several_labels(tmp_path):
 
 
 def test_columns_that_are_hardly_labels_are_named(tmp_path, capsys):
-    kinds, sizes = ("True", "TRUE", "NaN"), ("1", "1.0", "2")
+    kinds, sizes = ("True", "TRUE", "Unlabeled"), ("1", "1.0", "2")
     rows = [f"{i}.png,{i},{kinds[i % 3]},{sizes[i % 3]}" for i in range(101)]
     write_table(tmp_path, "file,id,kind,size", *rows, images=map(str, range(101)))
     assert data.label_names(opened(tmp_path)[2]) == ["kind", "size"]
     err = capsys.readouterr().err
     assert "column id is no label and left out: 101 different values" in err
-    assert "column kind: NaN is read as a class; leave the cell of" in err
+    assert "column kind: Unlabeled is read as a class; leave the cell of" in err
     assert "column kind: 'TRUE' and 'True' are different classes" in err
     assert "column size: '1' and '1.0' are different classes" in err
 
@@ -1730,7 +1742,7 @@ def test_columns_that_are_hardly_labels_are_named(tmp_path, capsys):
 @pytest.mark.parametrize("first", ["", "sep=SEPARATOR\r\n"])
 @pytest.mark.parametrize("separator", ";\t,|")
 def test_tables_of_spreadsheets_are_read(separator, first, tmp_path):
-    lines = "file , kind,", "", ".\\a.png, x,", ",,", '"./b.png","y",'
+    lines = "file , kind,", "", ".\\a.png, x,", ",,", '"./b.png","y",,'
     text = first.replace("SEPARATOR", separator)
     text += "\r\n".join(lines).replace(",", separator)
     write_table(tmp_path, text, images="ab", encoding="utf-8-sig")
@@ -1794,13 +1806,15 @@ def test_training_says_what_evaluations_would_refuse(tmp_path):
     assert said == "no test image has the label tone, which evaluations need"
 
 
-def test_a_table_beside_class_folders_adds_labels(tmp_path):
-    folder_of(tmp_path, x0=10, x1=10)
-    listed = [f"x{c}/{i}.png" for c, i in itertools.product(range(2), range(8))]
-    write_table(tmp_path, "file,odd", *(f"{file},{int(file[3]) % 2}" for file in listed), images="")
+@pytest.mark.parametrize("above", ["", "data/"])
+def test_a_table_beside_class_folders_adds_labels(above, tmp_path):
+    folder_of(tmp_path, **{f"{above}x0": 10, f"{above}x1": 10})
+    listed = [f"{above}x{c}/{i}.png" for c, i in itertools.product(range(2), range(8))]
+    rows = [f"{file},{int(Path(file).stem) % 2}" for file in listed]
+    write_table(tmp_path, "file,odd", *rows, images="")
     files, labels, classes = opened(tmp_path)
     assert classes == {"class": ["x0", "x1"], "odd": ["0", "1"]}
-    assert labels["class"] == [int(file[1]) for file in files]
+    assert labels["class"] == [int(Path(file).parent.name[1]) for file in files]
     assert data.dataset_splits("folder", tmp_path) == ("train", "val")
     others = opened(tmp_path, "val")[0]
     assert len(set(files + others)) == len(files + others) == 20
@@ -1809,14 +1823,17 @@ def test_a_table_beside_class_folders_adds_labels(tmp_path):
     assert set(others) == kept & set(listed)
 
 
-def test_a_table_beside_train_and_val_keeps_their_splits(tmp_path):
-    folder_of(tmp_path, train__x=1, train__y=1, val__x=1)
-    write_table(tmp_path, "file,kind", "train/x/0.png,1", "val/x/0.png,2", images="")
+@pytest.mark.parametrize("above", ["", "images/"])
+def test_a_table_beside_train_and_val_keeps_their_splits(above, tmp_path):
+    x, y, val = (f"{above}{name}/0.png" for name in ("train/x", "train/y", "val/x"))
+    for file in (x, y, val):
+        write_image(tmp_path / file)
+    write_table(tmp_path, "file,kind", f"{x},1", f"{val},2", images="")
     labels, classes = {"class": [0], "kind": [1]}, {"class": ["x", "y"], "kind": ["1", "2"]}
-    assert opened(tmp_path, "val") == (["val/x/0.png"], labels, classes)
+    assert opened(tmp_path, "val") == ([val], labels, classes)
     assert data.dataset_splits("folder", tmp_path) == ("train", "val")
-    write_table(tmp_path, "file,split", "train/x/0.png,", "train/y/0.png,val", images="")
-    assert opened(tmp_path, "val")[0] == ["train/y/0.png", "val/x/0.png"]
+    write_table(tmp_path, "file,split", f"{x},", f"{y},val", images="")
+    assert opened(tmp_path, "val")[0] == [y, val]
     # All of it is read.
     raises(UserError, "choose one outside", data.forbid_inside, tmp_path / "runs", tmp_path)
 
@@ -1835,8 +1852,9 @@ def test_groups_stay_on_one_side(tmp_path, capsys):
     lines += ["x3.png,train,NA", "x4.png,test,NA"]  # of no group
     write_table(tmp_path, *lines, images="")
     opened(tmp_path), opened(tmp_path, "test")
-    torn = "warning: 1 groups in labels.csv are in several splits, the first is g\n"
-    assert capsys.readouterr().err == torn
+    unlisted, torn = capsys.readouterr().err.splitlines()
+    assert "35 of 40 images are not listed and have no labels, the first is x10.png" in unlisted
+    assert torn == "warning: 1 groups in labels.csv are in several splits, the first is g"
 
 
 BAD_TABLES = [("name,kind", "line 1: expected a column file, found name, kind")]
@@ -1985,6 +2003,19 @@ def test_files_that_are_no_image_of_known_channels_are_refused_by_what_they_are(
     raises(UserError, "x.tif: 4 channels, expected gray or RGB", read_image, path)
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     raises(UserError, "x.tif: no image that Pillow can read; save it as", read_image, path)
+    texts = {
+        "": "an empty file",
+        "version https://git-lfs": "`git lfs pull`",
+        "\n<html>": "a web page",
+    }
+    for text, says in texts.items():
+        path.write_text(text)
+        raises(UserError, f"x.tif: .*{says}", read_image, path)
+    cards = dict(SIMPLE="T", BITPIX=16, NAXIS=2, NAXIS1=8, NAXIS2=8)
+    header = "".join(f"{key:8}= {value:<70}" for key, value in cards.items()) + "END"
+    header = header.ljust(2880)
+    path.write_bytes(header.encode() + bytes(2880))  # FITS, which Pillow reads without its BZERO
+    raises(UserError, "x.tif: signed pixels have no known white", read_image, path)
     path.unlink()
     os.mkfifo(path)  # which must not hang
     raises(UserError, "not a file", read_image, path)
@@ -2026,7 +2057,7 @@ def test_training_sees_the_whole_image_as_pillow_squashes_it(w, h, tmp_path):
     assert (canvas.int() - want.int()).abs().max() <= 5
 
 
-def test_a_stream_leaves_out_what_cannot_be_read(tmp_path):
+def test_a_stream_leaves_out_what_cannot_be_read(tmp_path, capsys):
     folder = folder_of(tmp_path, train__a=7) / "train" / "a"
     for i in (1, 4):
         (folder / f"{i}.png").write_bytes(b"broken")
@@ -2044,6 +2075,10 @@ def test_a_stream_leaves_out_what_cannot_be_read(tmp_path):
     decoded = data.decode_all(data.open_dataset("folder", "train", root=tmp_path))
     assert len(decoded.unreadable) == 1
     assert decoded.images[:, 0, 9, 9].tolist() == [0, 60, 90, 120, 150, 180]
+    for _ in range(2):
+        capsys.readouterr()
+        data.decode_cached(data.open_dataset("folder", "train", root=tmp_path), 0, tmp_path, True)
+    assert "1 of the 7 images cannot be read, as before" in capsys.readouterr().err
 
 
 def test_every_core_decodes_unless_processes_share_them(monkeypatch):
