@@ -773,13 +773,21 @@ def fewshot(
     if fast:
         standardize(x, test)
     # All draws come first, so that too few images are found out before any result.
-    drawn = []
+    drawn, lacking = [], []
     for name in select_labels(ctx, label):
         y, classes = torch.cat([labels[name] for _, labels in pool]), class_names(ctx, name)
         k = len(classes)
-        for n in dict.fromkeys(map(int, shots)):
-            rows = sample_shots(y, k, n, trials, ctx.seed, name, classes)
-            drawn.append((name, k, n, y, rows))
+        try:
+            drawn += [
+                (name, k, n, y, sample_shots(y, k, n, trials, ctx.seed, name, classes))
+                for n in dict.fromkeys(map(int, shots))
+            ]
+        except UserError as error:
+            lacking.append(error)
+    if not drawn:
+        raise lacking[0]
+    for error in lacking:
+        warn_once(f"a label is left out: {error}")
     for name, k, n, y, rows in drawn:
         generator = None if fast else loo.make_generator("few shots", ctx.seed, n)
         w, b = fit_few_shot(x[rows], y[rows], k, generator=generator)

@@ -3529,6 +3529,15 @@ def test_labels_of_images_that_cannot_be_read_are_refused(untrained, capsys):
     assert "--shots=1: x,y a has only 0 to train on" in err
 
 
+def test_fewshot_leaves_out_a_label_with_too_few_images(untrained, capsys):
+    rows = "a.png,x,1,train", "b.png,x,1,train", "c.png,y,1,train", "d.png,y,2,train"
+    rows += "e.png,x,1,test", "f.png,y,2,test"
+    write_table(untrained / "photos", "file,kind,rare,split", *rows, images="abcdef")
+    err = printed(capsys, eval, "fewshot --shots=2 --trials=2 --data=folder --root=photos").err
+    assert "a label is left out: --shots=2: rare 2 has only 1 to train on" in err
+    assert [line["label"] for line in results(untrained)] == ["kind"]
+
+
 def gaps(factors, keep, split, *rest):
     """factors with some images without a hue, kept or left out, and none of test with a texture."""
     found = factors(split, *rest)
