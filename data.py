@@ -2594,6 +2594,9 @@ def check_user_out(path, suffixes=(".png",)):
     path = Path(path)
     if path.name in RUN_FILES and path.exists():
         raise UserError(f"{path} belongs to a run or a data set: name another file")
+    folder = next(place for place in path.absolute().parents if place.is_dir())
+    if not os.access(folder, os.W_OK):
+        raise WriteError(f"{path} cannot be written: no permission to write in {folder}")
     if suffixes and path.suffix.lower() not in suffixes:
         raise UserError(f"--out={path}: expected a file that ends in {', '.join(suffixes)}")
 

@@ -2934,7 +2934,7 @@ def test_a_rank_without_a_number_of_processes_is_alone(monkeypatch, capsys):
     assert "this is said" in capsys.readouterr().err
 
 
-def test_files_of_a_run_and_tables_are_not_replaced(untrained, capsys):
+def test_files_of_a_run_and_tables_are_not_replaced(untrained, capsys, monkeypatch):
     photo_tree(untrained / "more", 2, 15)
     backbone = Path("runs/latest/backbone.pt").read_bytes()
     line = "linear --data=folder --root=more --save=runs/latest/backbone.pt"
@@ -2947,6 +2947,8 @@ def test_files_of_a_run_and_tables_are_not_replaced(untrained, capsys):
     assert "not ours" in refused(capsys, eval, "linear --label=object --save=notes.txt")
     assert notes.read_text() == "mine"
     assert Path("runs/latest/backbone.pt").read_bytes() == backbone
+    monkeypatch.setattr(os, "access", lambda *_: False)  # a disk that cannot be written
+    assert "no permission to write in /" in refused(capsys, eval, "retrieve --out=found/all.png")
 
 
 def test_what_is_no_file_is_not_written_over(here, capsys):
