@@ -343,14 +343,14 @@ def split_and_rest(name):
 def inner_folder(top, classes=(), say=True):
     """The folder of the classes below `top`.
 
-    A folder with no image and no other folder beside it is entered if it holds folders alone, or
-    has the name of the folder above, as in train/train. None of these classes is entered."""
+    A folder that has no image and no other folder beside it is entered if it holds folders and no
+    image, or has the name of the folder above it, as in train/train; one of `classes` never is."""
     while True:
-        inside = (path for path in top.iterdir() if not is_hidden(path.name))
-        inside = (path for path in inside if path.is_dir() or is_image(path))
-        path, *more = [*itertools.islice(inside, 2)] or [top]
-        if more or path == top or not path.is_dir() or composed(path.name) in classes:
+        shown = (path for path in top.iterdir() if not is_hidden(path.name))
+        inside = [*itertools.islice((p for p in shown if p.is_dir() or is_image(p)), 2)]
+        if len(inside) != 1 or not inside[0].is_dir() or composed(inside[0].name) in classes:
             return top
+        path = inside[0]
         same_name = path.name == top.name
         if not same_name and (not sub_folders(path) or any(map(is_image, path.iterdir()))):
             return top
