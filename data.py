@@ -457,12 +457,15 @@ def check_class_folders(top, here, files, inner):
             stems = {path.stem for other in files if other != name for path in files[other]}
             if stems.issuperset(path.stem for path in files[name]):
                 warn_once(f"{top}: {name} is read as a class; if it holds masks, move it elsewhere")
-    places = [inner_folder(place, say=False) for place in here.values()]
-    first = sub_folders(places[0]) if places else []
-    if len(first) > 1 and all(sub_folders(place) == first for place in places):
-        found = f"{', '.join(list(here)[:3])}, each with the folders {', '.join(first[:3])}"
-        hint = f"if those are the classes, --root={places[0]}, or name splits train and test"
-        warn_once(f"{top}: read as classes: {found}; {hint}; move masks elsewhere")
+    if here and all(inner[name] for name in here):
+        places = [inner_folder(place, say=False) for place in here.values()]
+        count = Counter(itertools.chain(*map(sub_folders, places)))
+        shared = sorted(name for name, times in count.items() if times > 1 or len(here) == 1)
+        if len(count) > 1 and 2 * len(shared) >= len(count):
+            found = f"{', '.join(list(here)[:3])}, which share the folders {', '.join(shared[:3])}"
+            hint = f"if those are the classes, join them in one --root, as {places[0]}"
+            hint += ", or name splits train and test; move masks elsewhere"
+            warn_once(f"{top}: read as classes: {found}; {hint}")
     every = [*itertools.chain(*files.values())]
     named = [path for path in every if re.search(MASK, path.stem)]
     stems = {path.with_suffix("") for path in every} if named else ()

@@ -1610,9 +1610,14 @@ ODD_CLASSES = [(dict(images=9, masks=9), "masks is read as a class; if it holds 
 ODD_CLASSES += [(dict(JPEGImages=9, SegmentationClass=3), "SegmentationClass is read as a class")]
 ODD_CLASSES += [(dict(images=9, labels=9), "labels is read as a class")]
 ODD_CLASSES += [(dict(a=9, b__a=9), "b holds a again, classes beside it")]
-ODD_CLASSES += [(dict(a__a=5, a__b=5, b__a=5, b__b=5), "a, b, each with .* a, b; .* name splits")]
+ODD_CLASSES += [(dict(a__a=5, a__b=5, b__a=5, b__b=5), "a, b, which share .* a, b; .* name splits")]
 ODD_CLASSES += [(dict(cats__s0=9, cats__s1=9), "its classes are the folders in")]
-ODD_CLASSES += [(dict(x__x__a=5, x__x__b=5, y__a=5, y__b=5), "x, y, each with .* a, b; if .*/x/x,")]
+ODD_CLASSES += [
+    (dict(x__x__a=5, x__x__b=5, y__a=5, y__b=5), "x, y, which share .* a, b; if .*/x/x,")
+]
+ODD_CLASSES += [
+    ({"zip-1/d/a": 9, "zip-2/d/a": 5, "zip-2/d/b": 5}, "zip-1, zip-2, which share .* a;")
+]
 ODD_CLASSES += [(dict(Cat=9, cat=9), "'Cat' and 'cat' are different classes")]
 ODD_CLASSES += [(dict(train__a=9, train__b=9, docs=3), "train is read as one class, not as a")]
 ODD_CLASSES += [(dict(train_val=9, test=9), "train_val is read as one class, not as a split")]
