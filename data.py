@@ -636,6 +636,9 @@ def read_table(root, seed=0):
             lost.append((line, file))
     if lost:
         line, file = lost[0]
+        alike = [other for other in table if file in (Path(other).name, Path(other).stem)]
+        if alike:
+            refuse(line, f"{file}: {len(alike)} images have this name; write a path, as {alike[0]}")
         missing = f"{len(lost)} files of this table are missing"
         expected = f"; expected paths in it, such as {next(iter(table))}" if table else ""
         refuse(line, f"{file}: no such image in {root}; {missing}{expected}")

@@ -1768,6 +1768,9 @@ def test_tables_know_files_by_any_path_and_accent_and_columns_in_capitals(tmp_pa
     tree = folder_of(tmp_path / "tree", x=2, y__z=1)
     write_table(tree, "file,kind", "z/0.png,0", "1,1", "q/../y/z/0,2", images="")
     raises(UserError, "line 2: z/0.png: no such image .* such as x/0.png", data.read_table, tree)
+    write_table(tree, "file,kind", "0,1", images="")
+    says = "line 2: 0: 2 images have this name; write a path, as x/0.png"
+    raises(UserError, says, data.read_table, tree)
     write_table(tree, "file,kind", "1,1", "q/../y/z/0,2", images="")
     found = data.read_table(tree)[1]
     by_name = "2 files are found by their names alone, the first is 1 as x/1"
