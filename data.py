@@ -2338,7 +2338,7 @@ def parse_flag(flag, kind, value, limits):
     limits: of a number, a row of RANGES. A name that begins with ~ is one in the home folder."""
     expected = EXPECTED[kind]
     # What Python has for a word of the shell: --shots=5, --device=cpu, --schedule=300,400.
-    word = {str: torch.device, tuple: (numbers.Integral, Path)}.get(kind, ())
+    word = {str: (torch.device, numbers.Real), tuple: (numbers.Integral, Path)}.get(kind, ())
     if isinstance(value, word) and not isinstance(value, bool):
         value = str(value)
     elif kind is str and isinstance(value, (list, tuple)):
@@ -2347,7 +2347,7 @@ def parse_flag(flag, kind, value, limits):
         if kind is str:
             if text := os.path.expanduser(os.fspath(value)):
                 return text
-        elif kind is tuple:
+        elif kind is tuple and not isinstance(value, (set, frozenset)):  # a set has no order
             words = value.split(",") if isinstance(value, str) else map(str, value)
             return tuple(os.path.expanduser(word.strip()) for word in words if word.strip())
         elif kind is bool:
@@ -2453,6 +2453,7 @@ def command_line(commands, argv=None):
         if number.name in loo.STOPPING and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     argv = sys.argv[1:] if argv is None else argv
+    argv = [word.rstrip("\r") for word in argv]  # of a script written on Windows
     if {"-h", "--help"} & {*argv} or "help" in argv[:2]:
         named = [word for word in argv if word in commands]
         text = io.StringIO()

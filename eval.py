@@ -1454,7 +1454,8 @@ def results_of(run):
     """(config, line) for each result in a run folder; `seed` the training's, `out` the folder."""
     lines = read_lines(run / "results.jsonl")
     config = lines and read_config(run, "seed", "data", "method", "groups")
-    return [(config, line | {"seed": config["seed"]}) for line in lines if config]
+    absent = {"root": config["root"], "shots": None} if config else {}
+    return [(config, absent | line | {"seed": config["seed"]}) for line in lines if config]
 
 
 def own_results(run):

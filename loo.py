@@ -1030,9 +1030,28 @@ def typed(function):
     def command(*args, **flags):
         data_module().WARNED.clear()
         given = inspect.signature(function).bind(*args, **flags).arguments
-        return function(**data_module().parse_flags(function, given))
+        with own_settings():
+            return function(**data_module().parse_flags(function, given))
 
     return command
+
+
+@contextlib.contextmanager
+def own_settings():
+    """torch's global settings as a new process has them: a notebook may have changed them."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 def default_config(**flags):
@@ -1072,7 +1091,10 @@ def default_config(**flags):
     config["always"] = [name for name in flags["always"] if name not in groups]
     config["device"] = resolve_device(flags["device"])
     if config["precision"] == "auto":
-        config["precision"] = "bfloat16" if fast_bfloat16(config["device"]) else "float32"
+        # On a CPU, a convolution in bfloat16 of a map of a pixel or two leaves the gradients of
+        # weights that see padding alone unwritten.
+        wide = on_gpu(config) or config["size"] >= (8 if config["arch"] == "small" else 32)
+        config["precision"] = "bfloat16" if wide and fast_bfloat16(config["device"]) else "float32"
     check_config(config, packed)
     if data == "folder" and flags["root"]:
         forbid_inside(config["out"], flags["root"])
@@ -1390,6 +1412,10 @@ def train(
         with leader_first():
             if not fresh and any(out.glob("checkpoint*.pt")):
                 check_same_run(config, out)
+            elif not fresh and (out / "backbone.pt").exists():
+                problem = f"{out} holds a trained run without its checkpoint.pt: it cannot go on"
+                advice = f"name another --out (--init={out} goes on from its weights), or --fresh"
+                raise UserError(f"{problem}; {advice}")
             elif config["init"]:
                 start = start_weights(config)
             shared = world_size() > 1 or cache == "none" or bool(packed)
@@ -1793,9 +1819,9 @@ def exit_for_signal(number, step):
             by_srun = "SLURM_PROCID" in os.environ and not of_torchrun
             count = f"--nproc-per-node={of_torchrun or world_size()}"
             launch = ["srun", "python"] if by_srun else ["torchrun", count]
-        words = [word for word in sys.argv if not word.startswith("--fresh")]
         print(f"stopped by {signal.Signals(number).name} at step {step}, all is saved")
-        print(f"resume with: {shlex.join(launch + words)}", flush=True)
+        line = re.sub(r"(?i) --fresh(=\S+| true| false)?(?= |$)", "", shlex.join(launch + sys.argv))
+        print(f"resume with: {line}", flush=True)
     raise SystemExit(128 + number)
 
 
@@ -2245,7 +2271,11 @@ def check_fit(tensors, expected, classifier, config):
         have, want = (list(x[name].shape) if name in x else "none" for x in (tensors, expected))
         if have != want:
             wrong.append(f"{name} is {have}, expected {want}")
-        elif not tensors[name].isfinite().all():
+        elif (x := tensors[name]).is_meta or x.layout != torch.strided or not x.is_floating_point():
+            wrong.append(
+                f"{name} is of {x.dtype}, {x.layout}, on {x.device}: expected plain floats"
+            )
+        elif not x.float().isfinite().all():
             wrong.append(f"{name} is not finite")
     if wrong:
         flags = " ".join(f"--{flag}={config[flag]}" for flag in ("init", "arch", "stem", "size"))

@@ -967,6 +967,10 @@ def test_a_home_folder_may_be_named_by_its_sign(here, monkeypatch):
     assert (config["out"], config["root"]) == (f"{here}/run", f"{here}/photos")
     assert data.parse_flags(eval.table, dict(runs="~/a*, b")) == {"runs": (f"{here}/a*", "b")}
     assert data.parse_flags(eval.fewshot, dict(shots=np.int64(5))) == {"shots": ("5",)}
+    assert data.parse_flags(loo.train, dict(schedule=30)) == {"schedule": "30"}
+    raises(
+        UserError, "--groups=.*: expected words", data.parse_flags, loo.train, {"groups": {"color"}}
+    )
     run(data, "sheet --out=~/new/sheet.png --size=8")
     assert (here / "new" / "sheet.png").exists()
 
@@ -1165,6 +1169,12 @@ def test_start_weights_that_do_not_fit_or_cannot_be_had_are_named(tmp_path, monk
     raises(UserError, names, loo.start_weights, config)
     shapes = r"1 weights do not fit: conv1.weight is \[64, 3, 7, 7\], expected \[64, 3, 3, 3\]"
     raises(UserError, shapes, loo.start_weights, deeper | dict(stem="cifar"))
+    weights = torchvision.models.resnet18().state_dict()
+    like = dict(dtype=torch.float8_e4m3fn), dict(device="meta"), dict(dtype=torch.int8)
+    for kind, says in zip(like, ("not finite", "on meta: expected plain floats", "torch.int8")):
+        other = torch.full((64, 3, 7, 7), math.nan).to(**kind)
+        torch.save(weights | {"conv1.weight": other}, tmp_path / "net.pt")
+        raises(UserError, f"1 weights do not fit: conv1.weight .*{says}", loo.start_weights, config)
     torch.save([1], tmp_path / "net.pt")
     raises(UserError, "100 weights do not fit: conv1.weight is none", loo.start_weights, config)
     torch.save(torch.nn.Linear(1, 1), tmp_path / "net.pt")
@@ -1200,6 +1210,11 @@ def test_a_run_starts_from_another_and_goes_on_without_it(here, capsys):
         assert "other settings: --init" in refused(capsys, loo, f"{line} --out=second")
     raises(UserError, "--fresh cannot move --out=. aside", loo.move_aside, Path("."))
     line = f"{line} --out=second --init=first"
+    shutil.copytree("first", "copy", ignore=shutil.ignore_patterns("checkpoint*"))
+    without = (
+        "copy holds a trained run without its checkpoint.pt: it cannot go on; name another --out"
+    )
+    assert without in refused(capsys, loo, f"{line} --out=copy --seed=7")
     shutil.rmtree("first")
     assert "second is trained already" in printed(capsys, loo, line).out
     assert "no such file" in refused(capsys, loo, f"{line} --fresh")
@@ -1292,6 +1307,29 @@ def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
     same_run("whole", "parts")
     run(loo, f"train --method=moco --epochs=1 --out=parts --fresh {QUICK}")
     assert (here / "parts.1" / "backbone.pt").exists()
+
+
+def test_settings_of_a_notebook_change_no_number(here, monkeypatch):
+    monkeypatch.setattr(data, "FACTORS", {"train": 64, "val": 32, "test": 32})
+
+    def commands(out):
+        run(loo, f"train --method=moco --epochs=1 --precision=float32 --out={out} {QUICK}")
+        run(eval, f"rotation --run={out}")
+        return [line["top1"] for line in loo.read_jsonl(Path(out) / "results.jsonl")]
+
+    plain = commands("plain")
+    before = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_float32_matmul_precision("medium")
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+            assert commands("changed") == plain
+        assert torch.get_default_dtype() == torch.float64  # as it was
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_default_dtype(before[0])
+        torch.set_float32_matmul_precision(before[1])
+    same_run("plain", "changed")
 
 
 class Bomb:
@@ -3653,6 +3691,13 @@ def test_table_keeps_settings_apart_and_leaves_out_broken_runs(untrained, capsys
         assert "hue" in out
 
 
+def test_table_takes_lines_that_lack_what_may_be_absent(here, capsys):
+    write_run(here / "runs" / "a", dict(data="factors", root=None))
+    line = {k: RESULT[k] for k in (*eval.TYPES, "top1")}
+    Path("runs/a/results.jsonl").write_text(to_jsonl([line]))
+    assert f"| 1 | {RESULT['top1']:.1f} |" in printed(capsys, eval, "table").out
+
+
 def test_table_names_a_run_that_another_hides(here, capsys):
     """Also where names of folders hold what patterns are made of."""
     for name, top1 in (("a,b", 11.0), ("c[1]", 22.0), ("d", 33.0)):
@@ -4117,7 +4162,7 @@ def test_two_processes_then_one_then_two_is_one(here):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_after_a_last_checkpoint(number, here):
-    process = program(f"train --epochs=500 --out=run {QUICK}")
+    process = program(f"train --epochs=500 --fresh true --out=run {QUICK}")
     while "step" not in process.stdout.readline() or not (here / "run" / "log.jsonl").exists():
         assert process.poll() is None
     time.sleep(0.3)
@@ -4128,6 +4173,7 @@ def test_a_signal_ends_it_after_a_last_checkpoint(number, here):
     assert f"step {read_checkpoint(here / 'run')['step']}," in said
     assert resume_with.startswith("resume with: python")
     assert "--epochs=500 --out=run" in resume_with
+    assert "true" not in resume_with  # of --fresh
 
 
 def test_claims_run_one_command_after_the_other_and_stop_with_it(here):
