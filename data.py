@@ -2338,7 +2338,7 @@ def parse_flag(flag, kind, value, limits):
     limits: of a number, a row of RANGES. A name that begins with ~ is one in the home folder."""
     expected = EXPECTED[kind]
     # What Python has for a word of the shell: --shots=5, --device=cpu, --schedule=300,400.
-    word = {str: (torch.device, numbers.Real), tuple: (numbers.Integral, Path)}.get(kind, ())
+    word = {str: torch.device, tuple: (numbers.Integral, Path)}.get(kind, ())
     if isinstance(value, word) and not isinstance(value, bool):
         value = str(value)
     elif kind is str and isinstance(value, (list, tuple)):

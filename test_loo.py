@@ -967,7 +967,6 @@ def test_a_home_folder_may_be_named_by_its_sign(here, monkeypatch):
     assert (config["out"], config["root"]) == (f"{here}/run", f"{here}/photos")
     assert data.parse_flags(eval.table, dict(runs="~/a*, b")) == {"runs": (f"{here}/a*", "b")}
     assert data.parse_flags(eval.fewshot, dict(shots=np.int64(5))) == {"shots": ("5",)}
-    assert data.parse_flags(loo.train, dict(schedule=30)) == {"schedule": "30"}
     raises(
         UserError, "--groups=.*: expected words", data.parse_flags, loo.train, {"groups": {"color"}}
     )
