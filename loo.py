@@ -1049,7 +1049,7 @@ def own_settings():
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if torch.get_default_device().type != "cpu":
+        if torch.empty(0).device.type != "cpu":
             stack.enter_context(torch.device("cpu"))
         yield
 
