@@ -777,13 +777,13 @@ def fewshot(
     for name in select_labels(ctx, label):
         y, classes = torch.cat([labels[name] for _, labels in pool]), class_names(ctx, name)
         k = len(classes)
+        counts = dict.fromkeys(map(int, shots))
         try:
-            drawn += [
-                (name, k, n, y, sample_shots(y, k, n, trials, ctx.seed, name, classes))
-                for n in dict.fromkeys(map(int, shots))
-            ]
+            rows = [sample_shots(y, k, n, trials, ctx.seed, name, classes) for n in counts]
         except UserError as error:
             lacking.append(error)
+            continue
+        drawn += [(name, k, n, y, some) for n, some in zip(counts, rows)]
     if not drawn:
         raise lacking[0]
     for error in lacking:
@@ -977,7 +977,7 @@ def spaces(ctx, label: tuple = (), layer: str = "output", margin: float = 1.0):
             found |= dict(feature="+".join(subset), n_train=int((y >= 0).sum()))
             if subset == with_all[-1]:
                 says = ", ".join(verdicts(right, groups, margin))
-                found["note"] = f"{name} {says} (all spaces over all but this one)"
+                found["note"] = f"{name} {says}; in brackets: all spaces over all but the group's"
             yield found
 
 
