@@ -340,22 +340,20 @@ def split_and_rest(name):
     return None, name
 
 
-def inner_folder(top, classes=(), say=True):
-    """The folder of the classes below `top`.
+def inner_folder(top, classes=(), flat=False):
+    """Enter folders that stand alone, but for files that are no images, while they hold folders.
 
-    A folder that has no image and no other folder beside it is entered if it holds folders and no
-    image, or has the name of the folder above it, as in train/train; one of `classes` never is."""
+    One that holds images too is not entered, nor one of `classes`. flat: enter one that holds
+    images alone if it has the name of the folder above, as in train/train."""
     while True:
         shown = (path for path in top.iterdir() if not is_hidden(path.name))
         inside = [*itertools.islice((p for p in shown if p.is_dir() or is_image(p)), 2)]
         if len(inside) != 1 or not inside[0].is_dir() or composed(inside[0].name) in classes:
             return top
         path = inside[0]
-        same_name = path.name == top.name
-        if not same_name and (not sub_folders(path) or any(map(is_image, path.iterdir()))):
+        has_images, has_folders = any(map(is_image, path.iterdir())), bool(sub_folders(path))
+        if has_images == has_folders or (has_images and not (flat and path.name == top.name)):
             return top
-        if say and not same_name:
-            warn_once(f"{top}: its classes are the folders in {path}")
         top = path
 
 
@@ -368,11 +366,13 @@ def image_folder(split, root, seed=0):
     for name in ("train", split):
         if splits and name not in splits:
             raise UserError(f"{root}: no folder {name}, beside {', '.join(splits)} it needs one")
-    train = inner_folder(splits.get("train", root))
+    outer, flat = splits.get("train", root), bool(splits)
+    train = inner_folder(outer, flat=flat)
     in_train = class_folders(train)
     top, here = train, in_train
     if splits and split != "train":
-        top = inner_folder(splits[split], in_train)
+        outer = splits[split]
+        top = inner_folder(outer, in_train, flat)
         here = class_folders(top)
     classes = sorted(in_train)  # a class has the same number in every split
     if new := sorted(here.keys() - in_train.keys()):
@@ -380,10 +380,12 @@ def image_folder(split, root, seed=0):
     if classes and not here:
         raise UserError(f"{top}: no sub-folders; it needs those of {train}, one for each class")
     check_further_splits(top, here, splits)
+    if top.name != outer.name:
+        warn_once(f"{outer}: its classes are the folders in {top}")
     if lost := len(classes) - len(here):
         warn_once(f"{top}, label class: {lost} of the {len(classes)} classes have no image")
     warn_odd_classes(f"{top}, label class", classes)
-    images, others = list_files(splits.get(split, root))
+    images, others = list_files(outer)
     files, inner = defaultdict(list), defaultdict(set)  # of each class: images, sub-folders
     for path in images:
         name, *below = map(composed, path.relative_to(top).parts)
@@ -425,11 +427,11 @@ def check_further_splits(top, here, splits):
     """UserError where a folder of splits was taken for one of classes {name: folder}."""
     # Classes are built alike: a look into three will do.
     places = [place for place in (top, *list(here.values())[:3]) if place not in splits.values()]
-    places = [inner_folder(place, say=False) for place in places]
+    places = [*map(inner_folder, places)]
     further = [place for place in dict.fromkeys(places) if len(split_folders(place)) > 1]
     if len(further) > 1 and top not in further:
         both = " and ".join(str(place.relative_to(top)) for place in further[:2])
-        advice = f"put the classes into the splits, as train/{further[0].relative_to(top)}"
+        advice = f"put the classes into the splits, as train/{further[0].relative_to(top).parts[0]}"
         raise UserError(f"{top}: {both} have splits of their own: {advice}, or write a {TABLE}")
     if further:
         raise UserError(f"{top}: its splits are one folder further: --root={further[0]}")
@@ -458,12 +460,12 @@ def check_class_folders(top, here, files, inner):
             if stems.issuperset(path.stem for path in files[name]):
                 warn_once(f"{top}: {name} is read as a class; if it holds masks, move it elsewhere")
     if here and all(inner[name] for name in here):
-        places = [inner_folder(place, say=False) for place in here.values()]
+        places = [*map(inner_folder, here.values())]
         count = Counter(itertools.chain(*map(sub_folders, places)))
         shared = sorted(name for name, times in count.items() if times > 1 or len(here) == 1)
-        if len(count) > 1 and 2 * len(shared) >= len(count):
-            found = f"{', '.join(list(here)[:3])}, which share the folders {', '.join(shared[:3])}"
-            hint = f"if those are the classes, join them in one --root, as {places[0]}"
+        if len(count) > 1 and 3 * len(shared) >= 2 * len(count):
+            found = f"{', '.join(list(here)[:3])}, with the folders {', '.join(shared[:3])} in them"
+            hint = f"if those are the classes, --root={places[0]} (join all that share them)"
             hint += ", or name splits train and test; move masks elsewhere"
             warn_once(f"{top}: read as classes: {found}; {hint}")
     every = [*itertools.chain(*files.values())]
@@ -476,8 +478,7 @@ def check_class_folders(top, here, files, inner):
 
 
 # how programs write that a label is not known
-NO_LABEL = {"nan", "na", "n/a", "#n/a", "<na>", "nat", "null", "none", "?", "-"}
-NO_LABEL |= {"unlabeled", "unlabelled"}
+NO_LABEL = {"nan", "na", "n/a", "#n/a", "<na>", "nat", "null", "none", "?", "-", "unlabeled"}
 
 
 def warn_odd_classes(where, names):
@@ -643,27 +644,29 @@ def read_table(root, seed=0):
         expected = f"; expected paths in it, such as {next(iter(table))}" if table else ""
         refuse(line, f"{file}: no such image in {root}; {missing}{expected}")
     if unlisted := [file for file, row in table.items() if not row]:
-        count = f"{len(unlisted)} of {len(table)} images are not listed and have no labels"
+        count = (
+            f"{len(unlisted)} of {len(table)} images are not listed, no label but their folder's"
+        )
         warn_once(f"{root / TABLE}: {count}, the first is {unlisted[0]}")
     if by_name:
         count = f"{len(by_name)} files are found by their names alone"
         warn_once(f"{root / TABLE}: {count}, the first is {by_name[0]}")
-    base = inner_folder(root, say=False)
+    base = inner_folder(root)
     tops = {top.name: split for split, top in split_folders(base).items()}
     for name in columns if not tops and "split" not in columns else ():
         meant = {split_of(row[name]) for row in table.values() if row.get(name)}
         if {"train"} < meant and None not in meant:
             refuse(1, f"column {name} names splits: call it split")
-    inner = {file: (root / file).relative_to(base).as_posix() for file in table}
-    keys = [row.get("group") or inner[file] for file, row in table.items() if row]
+    below = {file: (root / file).relative_to(base).as_posix() for file in table}
+    keys = [row.get("group") or below[file] for file, row in table.items() if row]
     hashed = hashed_splits(keys, seed)
     for file, row in table.items():
-        folders, split = inner[file].split("/")[:-1], "train"
+        folders, split = below[file].split("/")[:-1], "train"
         if tops:
             top, *folders = folders or [""]
             split = tops.get(top, "train")
         elif row and "split" not in columns:
-            split = hashed[row.get("group") or inner[file]]
+            split = hashed[row.get("group") or below[file]]
         row.setdefault("split", split)
         row.setdefault("class", folders[0] if folders and "class" not in columns else "")
     return columns, table
@@ -733,7 +736,6 @@ def read_item(dataset, i):
 
 # what a file that is no image begins with, and what to do
 NO_IMAGE = {
-    b"(empty)": "an empty file: get it again",
     b"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` gets the image",
     b"<": "a web page or a drawing: get the image itself",
     b"": "no image that Pillow can read; save it as JPEG or PNG",
@@ -751,9 +753,9 @@ def open_image(path):
     except UnidentifiedImageError:
         check_tiff(tiff_tags(path))
         with open(path, "rb") as file:
-            start = file.read(99).lstrip() or b"(empty)"
+            start = file.read(99).lstrip()
         problem = next(says for head, says in NO_IMAGE.items() if start.startswith(head))
-        raise ValueError(problem) from None
+        raise ValueError(problem if start else "an empty file: get it again") from None
     most = loo.environ_count("LOOC_MEGAPIXELS", MEGAPIXELS)
     megapixels = math.ceil(image.width * image.height / 1e6)
     if megapixels > most:
@@ -1011,7 +1013,7 @@ def decode_all(dataset, workers=None, cache=None, shared=False):
             print(f"decoded {rate:.0f} images/s", file=sys.stderr, flush=True)
         images, (rows, aspect, _) = map_file(path, *shape), read_tensors(index)
         if whole and len(rows) < n:
-            warn_once(f"{n - len(rows)} of the {n} images cannot be read, as before")
+            warn_once(f"{n - len(rows)} of the {n} images could not be read when decoded")
     unreadable = tuple(sorted(set(range(n)) - set(rows.tolist())))
     labels = {name: y[rows] for name, y in dataset.labels.items()}
     held = {"root": [len(rows), mark]}
@@ -2601,7 +2603,7 @@ def check_user_out(path, suffixes=(".png",)):
     path = Path(path)
     if path.name in RUN_FILES and path.exists():
         raise UserError(f"{path} belongs to a run or a data set: name another file")
-    folder = next(place for place in path.absolute().parents if place.is_dir())
+    folder = next(place for place in Path(os.path.realpath(path)).parents if place.is_dir())
     if not os.access(folder, os.W_OK):
         raise WriteError(f"{path} cannot be written: no permission to write in {folder}")
     if suffixes and path.suffix.lower() not in suffixes:

@@ -225,7 +225,8 @@ def cached_features(ctx, split, turns=(0,)):
             with optional_write(f"the features in {path.parent}"):
                 write_tensors(path, (*cached, mtimes))
     elif lost := len(dataset.images) - len(cached[-1]):
-        warn_once(f"{lost} of the {len(dataset.images)} {split} images cannot be read, as before")
+        count = f"{lost} of the {len(dataset.images)} {split} images"
+        warn_once(f"{count} could not be read when their features were computed")
     v, z, rows = cached
     check_features(split, select_feature(v, z, ctx.config, ctx.feature)[: len(rows)])
     labels = {name: y[rows].repeat(len(turns)) for name, y in dataset.labels.items()}
@@ -542,7 +543,7 @@ def paired_ci95(right, other):
     """
     right, other = torch.as_tensor(right).double(), torch.as_tensor(other).double()
     loo.check_shapes(right=(right, "n"), other=(other, "n"))
-    if not all(((x >= 0) & (x <= 1)).all() for x in (right, other)):
+    if not all(((x >= 0) & (x <= 1 + 1e-6)).all() for x in (right, other)):
         raise ValueError("right or other holds something else than shares from 0 to 1")
     difference = (right - other) * 100
     return difference.mean().item(), ci95(difference, (-100.0, 100.0))
@@ -781,13 +782,15 @@ def fewshot(
         try:
             rows = [sample_shots(y, k, n, trials, ctx.seed, name, classes) for n in counts]
         except UserError as error:
+            if label:
+                raise
             lacking.append(error)
             continue
         drawn += [(name, k, n, y, some) for n, some in zip(counts, rows)]
     if not drawn:
         raise lacking[0]
     for error in lacking:
-        warn_once(f"a label is left out: {error}")
+        warn_once(f"left out: {error}")
     for name, k, n, y, rows in drawn:
         generator = None if fast else loo.make_generator("few shots", ctx.seed, n)
         w, b = fit_few_shot(x[rows], y[rows], k, generator=generator)
@@ -1183,7 +1186,7 @@ def embed(
         if not paths:
             raise UserError(f"--root={root}: no images in this folder and below")
         warn_left_out(Path(root), others)
-        part = out.with_name(f"{out.name}.rows.part")
+        part = Path(os.path.realpath(out)).with_name(f"{out.name}.rows.part")
         try:
             rows, x = embed_files(encoder, config, feature, paths, part, workers, leader_first)
             if loo.rank() == 0:

@@ -435,7 +435,7 @@ def check_views(images, groups, share, always, size, aspect, textures, rows, sam
     if aspect is not None and aspect.device.type == "cpu" and not (aspect > 0).all():
         raise ValueError("aspect holds something else than numbers above 0")
     if size is not None and not (hasattr(size, "__index__") and size > 0):
-        raise ValueError(f"size is {size}: expected the side of a square view in pixels")
+        raise ValueError(f"size is {size!r}: expected the side of a square view in pixels")
     if images.requires_grad and torch.is_grad_enabled():
         raise ValueError("images require a gradient, which views do not pass on: images.detach()")
     if unknown := {*groups, *always, *sampling} - GROUPS.keys():
@@ -1041,7 +1041,11 @@ def own_settings():
     """torch's global settings as a new process has them: a notebook may have changed them."""
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        try:
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        except RuntimeError:  # it was set by its newer names
+            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision("highest")
         stack.enter_context(torch.inference_mode(False))
@@ -1093,8 +1097,8 @@ def default_config(**flags):
     if config["precision"] == "auto":
         # On a CPU, a convolution in bfloat16 of a map of a pixel or two leaves the gradients of
         # weights that see padding alone unwritten.
-        wide = on_gpu(config) or config["size"] >= (8 if config["arch"] == "small" else 32)
-        config["precision"] = "bfloat16" if wide and fast_bfloat16(config["device"]) else "float32"
+        safe = on_gpu(config) or config["size"] >= (8 if config["arch"] == "small" else 32)
+        config["precision"] = "bfloat16" if safe and fast_bfloat16(config["device"]) else "float32"
     check_config(config, packed)
     if data == "folder" and flags["root"]:
         forbid_inside(config["out"], flags["root"])
@@ -1820,8 +1824,12 @@ def exit_for_signal(number, step):
             count = f"--nproc-per-node={of_torchrun or world_size()}"
             launch = ["srun", "python"] if by_srun else ["torchrun", count]
         print(f"stopped by {signal.Signals(number).name} at step {step}, all is saved")
-        line = re.sub(r"(?i) --fresh(=\S+| true| false)?(?= |$)", "", shlex.join(launch + sys.argv))
-        print(f"resume with: {line}", flush=True)
+        words = []
+        for before, word in zip(["", *sys.argv], sys.argv):
+            value_of_fresh = before == "--fresh" and word.lower() in ("true", "false")
+            if not word.startswith("--fresh") and not value_of_fresh:
+                words.append(word)
+        print(f"resume with: {shlex.join(launch + words)}", flush=True)
     raise SystemExit(128 + number)
 
 
@@ -2271,11 +2279,11 @@ def check_fit(tensors, expected, classifier, config):
         have, want = (list(x[name].shape) if name in x else "none" for x in (tensors, expected))
         if have != want:
             wrong.append(f"{name} is {have}, expected {want}")
-        elif (x := tensors[name]).is_meta or x.layout != torch.strided or not x.is_floating_point():
-            wrong.append(
-                f"{name} is of {x.dtype}, {x.layout}, on {x.device}: expected plain floats"
-            )
-        elif not x.float().isfinite().all():
+            continue
+        weight = tensors[name]
+        if weight.is_meta or weight.layout != torch.strided or not weight.is_floating_point():
+            wrong.append(f"{name} is a {weight.device.type} {weight.dtype}, expected plain floats")
+        elif not weight.float().isfinite().all():
             wrong.append(f"{name} is not finite")
     if wrong:
         flags = " ".join(f"--{flag}={config[flag]}" for flag in ("init", "arch", "stem", "size"))
