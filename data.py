@@ -434,7 +434,7 @@ def check_further_splits(top, here, splits):
         advice = f"put the classes into the splits, as train/{further[0].relative_to(top).parts[0]}"
         raise UserError(f"{top}: {both} have splits of their own: {advice}, or write a {TABLE}")
     if further:
-        raise UserError(f"{top}: its splits are one folder further: --root={further[0]}")
+        raise UserError(f"the splits are in {further[0]}: --root={further[0]}")
 
 
 MASK = r"[ _-](mask|seg|gt|label)\w*$"  # how the name of a mask ends

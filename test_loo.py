@@ -1629,13 +1629,13 @@ REFUSED = [(dict(train__x=1, val__x=1, valid__x=1), "val and valid are both for 
 REFUSED += [(dict(val__x=1, test__x=1), "no folder train")]
 REFUSED += [(dict(trainA=1, trainB=1, testA=1, testB=1), "testA and testB are both for test")]
 REFUSED += [(dict(train_a__x=1, train_b__x=1, test__x=1), "train_a and train_b are both for")]
-REFUSED += [(dict(a__train__x=1, a__val__x=1), "one folder further: --root=.*/a$")]
+REFUSED += [(dict(a__train__x=1, a__val__x=1), "the splits are in .*: --root=.*/a$")]
 REFUSED += [({"day/train": 1, "day/val": 1, "night/train": 1}, "--root=.*/day$")]
 REFUSED += [(dict(a__train=1, a__val=1, b__train=1, b__val=1), "a and b have splits of")]
 REFUSED += [(dict(a=9, b=9, flowers__a=9, flowers__b=9), "flowers holds a, b again")]
 REFUSED += [(dict(a=9, b=9, val__a=3, test__a=3), "holds a again.* name the splits")]
 REFUSED += [({".": 20, "thumbs": 3}, "20 images lie beside the folders thumbs")]
-REFUSED += [(dict(a__b__train__x=1, a__b__val__x=1), "one folder further: --root=.*/a/b$")]
+REFUSED += [(dict(a__b__train__x=1, a__b__val__x=1), "the splits are in .*: --root=.*/a/b$")]
 REFUSED += [
     (
         dict(a__a__train=1, a__a__val=1, b__train=1, b__val=1),
@@ -1643,7 +1643,7 @@ REFUSED += [
     )
 ]
 REFUSED += [
-    (dict(a__train=1, a__val=1, a__a__train=1, a__a__val=1), "one folder further: --root=.*/a$")
+    (dict(a__train=1, a__val=1, a__a__train=1, a__a__val=1), "the splits are in .*: --root=.*/a$")
 ]
 REFUSED += [(dict(train__x=1, val__val=1), "no sub-folders; it needs those of .*train")]
 REFUSED += [(dict(train__x=1, val=1), "no sub-folders; it needs those of .*train")]
