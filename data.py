@@ -620,9 +620,10 @@ def read_table(root, seed=0):
             refuse(line, "no file is named")
         file = Path(os.path.normpath(row["file"].replace("\\", "/"))).as_posix()
         found = exact.get(file) or exact.get(Path(os.path.relpath(file, root)).as_posix())
-        if not found and file in short:
-            by_name.append(f"{file} as {short[file]}")
-        file = found or short.get(file, file)
+        if not found and len(short[file]) == 1:
+            (found,) = short[file]
+            by_name.append(f"{file} as {found}")
+        file = found or file
         if table.get(file):
             refuse(line, f"{file} is listed twice")
         if word := row.pop("split", ""):
@@ -637,17 +638,16 @@ def read_table(root, seed=0):
             lost.append((line, file))
     if lost:
         line, file = lost[0]
-        alike = [other for other in table if file in (Path(other).name, Path(other).stem)]
-        if alike:
-            refuse(line, f"{file}: {len(alike)} images have this name; write a path, as {alike[0]}")
+        if alike := short[file]:
+            example = min(alike)
+            refuse(line, f"{file}: {len(alike)} images have this name; write a path, as {example}")
         missing = f"{len(lost)} files of this table are missing"
         expected = f"; expected paths in it, such as {next(iter(table))}" if table else ""
         refuse(line, f"{file}: no such image in {root}; {missing}{expected}")
     if unlisted := [file for file, row in table.items() if not row]:
-        count = (
-            f"{len(unlisted)} of {len(table)} images are not listed, no label but their folder's"
-        )
-        warn_once(f"{root / TABLE}: {count}, the first is {unlisted[0]}")
+        count = f"{len(unlisted)} of {len(table)} images are not listed"
+        first = f"no label but their folder's, the first is {unlisted[0]}"
+        warn_once(f"{root / TABLE}: {count}, {first}")
     if by_name:
         count = f"{len(by_name)} files are found by their names alone"
         warn_once(f"{root / TABLE}: {count}, the first is {by_name[0]}")
@@ -673,13 +673,13 @@ def read_table(root, seed=0):
 
 
 def short_names(files):
-    """{path: file} -> {name: file} of names without folders or suffix that only one file has."""
+    """{path: file} -> {name without folders or suffix: the files that have it}."""
     short = defaultdict(set)
     for path, file in files.items():
         name = path.rpartition("/")[2]
         for part in (name, os.path.splitext(name)[0], os.path.splitext(path)[0]):
             short[part].add(file)
-    return {name: some.pop() for name, some in short.items() if len(some) == 1}
+    return short
 
 
 def table_folder(split, root, seed=0):

@@ -774,11 +774,10 @@ def fewshot(
     if fast:
         standardize(x, test)
     # All draws come first, so that too few images are found out before any result.
-    drawn, lacking = [], []
+    counts, drawn, lacking = dict.fromkeys(map(int, shots)), [], []
     for name in select_labels(ctx, label):
         y, classes = torch.cat([labels[name] for _, labels in pool]), class_names(ctx, name)
         k = len(classes)
-        counts = dict.fromkeys(map(int, shots))
         try:
             rows = [sample_shots(y, k, n, trials, ctx.seed, name, classes) for n in counts]
         except UserError as error:
